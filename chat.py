@@ -1,0 +1,185 @@
+"""Talk to a run, the newest by default: it goes on with what you write, or answers where its data had conversations.
+
+    python chat.py                            a session; /reset forgets, /temp 0.5 sets the temperature, /quit ends
+    python chat.py runs/x --prompt "def "     one text, then the end
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import tyro
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from configs import Config, ConfigError
+from hyperlm import checkpoint, cli, env, model, runs, sample
+from hyperlm import tokenizer as tok
+from hyperlm.sample import Sampling
+from hyperlm.tree import Tree
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """Folder of the run; the newest by default."""
+    prompt: str = ""
+    """Write one text that goes on from this, and end."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    max_tokens: int = 256
+    """Longest reply."""
+    seed: int | None = None
+    """The same seed gives the same text; by default it differs each time."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Newest checkpoint, or the one with the lowest validation loss."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:n."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernel backend."""
+
+
+class Speaker(NamedTuple):
+    """A loaded model, and what it needs to speak."""
+
+    params: Tree
+    config: Config
+    tokenizer: Tokenizer
+    chat: bool  # its data had conversations
+
+
+class Memory(NamedTuple):
+    """A conversation so far: what the model expects next, and its cache."""
+
+    logits: Tensor
+    cache: model.Cache
+
+
+def load(command: Command) -> Speaker:
+    run = Path(command.run) if command.run else runs.newest()
+    config = runs.read_config(run)
+    device = env.pick_device(command.device)
+    env.prepare(device)
+    step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
+    state, meta = checkpoint.restore(run, step, config.model, device, with_opt=False)
+    print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
+    params = sample.weights(state.params, device)
+    return Speaker(params, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), meta["chat"])
+
+
+def begin(speaker: Speaker) -> Memory:
+    """The state of mind before a text: the end of the one before."""
+    cache = sample.empty_cache(speaker.params, speaker.config.model)
+    return read(speaker, Memory(torch.empty(0), cache), [tok.end_of_text(speaker.tokenizer)])
+
+
+def read(speaker: Speaker, memory: Memory, ids: list[int]) -> Memory:
+    return Memory(*sample.read(speaker.params, ids, memory.cache, speaker.config.model, kernels=speaker.config.kernels))
+
+
+def reply(speaker: Speaker, memory: Memory, how: Sampling, generator: torch.Generator, limit: int) -> Iterator[tuple[int, Memory]]:
+    """Tokens of a reply of at most `limit`, each with the memory after it."""
+    end_of_turn = speaker.tokenizer.token_to_id(tok.END_OF_TURN)
+    tokens = sample.generate(
+        speaker.params,
+        *memory,
+        speaker.config.model,
+        how,
+        generator,
+        stop={tok.end_of_text(speaker.tokenizer), end_of_turn},
+        usable=speaker.tokenizer.get_vocab_size(),
+        kernels=speaker.config.kernels,
+    )
+    for _, (token, logits, cache) in zip(range(limit), tokens, strict=False):
+        yield token, Memory(logits, cache)
+
+
+def speak(speaker: Speaker, memory: Memory, text: str, how: Sampling, generator: torch.Generator, limit: int) -> Memory:
+    """Take in what a person wrote, print the reply as it comes, and return the memory after both."""
+    if speaker.chat:
+        ids = tok.turn(speaker.tokenizer, "user", text) + tok.opening(speaker.tokenizer, "assistant")
+    else:
+        ids = speaker.tokenizer.encode(text, add_special_tokens=False).ids
+    memory = read(speaker, memory, ids) if ids else memory
+
+    count = 0
+
+    def ids_of_reply() -> Iterator[int]:
+        nonlocal memory, count
+        for token, memory in reply(speaker, memory, how, generator, limit):
+            count += 1
+            yield token
+
+    started = time.monotonic()
+    for piece in tok.stream(speaker.tokenizer, ids_of_reply()):
+        print(piece, end="", flush=True)
+    print()
+    if speaker.chat:
+        memory = read(speaker, memory, [speaker.tokenizer.token_to_id(tok.END_OF_TURN)])
+    print(f"[{count / max(1e-9, time.monotonic() - started):.0f} tokens/s]", file=sys.stderr)
+    return memory
+
+
+def session(speaker: Speaker, command: Command, generator: torch.Generator) -> None:
+    """Read lines until /quit or the end of input."""
+    how, memory = command.sampling, begin(speaker)
+    print("write something; /reset forgets, /temp 0.5 sets the temperature, /quit ends", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        name, _, value = line.partition(" ")
+        if name == "/quit":
+            return
+        if name == "/reset":
+            memory = begin(speaker)
+        elif name == "/temp":
+            try:
+                how = check(replace(how, temperature=float(value)))
+            except ValueError:
+                print("/temp needs a number of at least 0, such as /temp 0.5")
+        elif line.startswith("/"):
+            print("commands: /reset, /temp 0.5, /quit")
+        elif line.strip():
+            memory = speak(speaker, memory, line, how, generator, command.max_tokens)
+
+
+def check(how: Sampling) -> Sampling:
+    """Raises ConfigError on values that no distribution has."""
+    for ok, flag, value, why in (
+        (how.temperature >= 0, "temperature", how.temperature, "must be at least 0"),
+        (how.top_k >= 0, "top-k", how.top_k, "must be at least 0"),
+        (0 < how.top_p <= 1, "top-p", how.top_p, "must be above 0 and at most 1"),
+    ):
+        if not ok:
+            raise ConfigError(f"--{flag} {value}: {why}")
+    return how
+
+
+def main(argv: list[str]) -> int:
+    command = cli.parse(Command, argv, description=__doc__)
+    how = check(command.sampling)
+    if command.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {command.max_tokens}: must be at least 1")
+    speaker = load(command)
+    generator = torch.Generator()
+    if command.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(command.seed)
+    if command.prompt:
+        if not speaker.chat:
+            print(command.prompt, end="", flush=True)
+        speak(speaker, begin(speaker), command.prompt, how, generator, command.max_tokens)
+    else:
+        session(speaker, command, generator)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

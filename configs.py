@@ -1,0 +1,298 @@
+"""Every setting of hyperlm, and the presets that combine them.
+
+Frozen dataclasses, read by tyro: each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help. A preset is a
+function that returns a whole `Config`; whatever stands on the command line beats it. `resolve` checks a configuration and fills in what
+follows from other settings. Nothing here imports hyperlm.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_type_hints
+
+Kind = Literal["phase7", "phase8", "softmax"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder. Ranks and head count follow from `d_model` and `head_dim`."""
+
+    kind: Kind = "phase8"
+    """Token mixer: phase7 (exact hyperbolic attention, O(N^2)), phase8 (tangent-space linear attention, O(N)) or softmax (Euclidean twin)."""
+    d_model: int = 512
+    """Width D of the residual stream."""
+    n_layers: int = 12
+    """Number of blocks L."""
+    head_dim: int = 64
+    """Width K of a head."""
+    vocab_size: int = 50304
+    """Rows V of embedding and head; also the size a BPE tokenizer is trained to. Set by the tokenizer when that is bytes or a file."""
+    exact_every: int = 0
+    """Put a phase7 mixer in every n-th layer (hybrid); 0 for none."""
+    ssm: bool = False
+    """Add the tangent-space recurrence as an extra branch before every mixer (experimental)."""
+    score: Literal["logcosh", "distance"] = "logcosh"
+    """Score of phase7: -beta log cosh d, or -beta d."""
+    dropout: float = 0.0
+    """Dropout rate on the embedding and on each branch's output."""
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_model // self.head_dim
+
+    @property
+    def embed_rank(self) -> int:
+        return self.d_model // 4
+
+    @property
+    def ffn_rank(self) -> int:
+        return self.d_model // 8
+
+    @property
+    def gate_rank(self) -> int:
+        return min(128, self.d_model // 4)
+
+    @property
+    def ssm_dim(self) -> int:
+        return self.d_model // 4
+
+    def layer_kind(self, layer: int) -> Kind:
+        """Mixer of layer `layer`, counted from 0."""
+        return "phase7" if self.exact_every and (layer + 1) % self.exact_every == 0 else self.kind
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[str, ...] = ("stdlib",)
+    """Training text: files, folders (.txt .md .py .jsonl), `stdlib`, or a recipe (.toml), each with an optional weight: `books:0.7`."""
+    val_sources: tuple[str, ...] = ()
+    """Validation text of its own. Without it, a share of the documents of `sources` is held out."""
+    val_fraction: float = 0.05
+    """Share of documents held out for validation, chosen by a hash of their content."""
+    tokenizer: str = "bpe"
+    """`bpe` (trained on the corpus), `bytes`, or the path of a tokenizer.json."""
+    seq_len: int = 512
+    """Tokens N in a training sequence."""
+    max_mib: float = 0.0
+    """Use at most this much text of each source, documents picked by hash; 0 for all of it."""
+    cache: str = ""
+    """Folder of tokenised text; by default $XDG_CACHE_HOME/hyperlm or ~/.cache/hyperlm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = 8
+    """Sequences in a micro-batch."""
+    grad_accum: int = 4
+    """Micro-batches in a step."""
+    steps: int = 0
+    """Optimizer steps; 0 to go by epochs."""
+    epochs: float = 10.0
+    """Passes over the training text, when `steps` is 0."""
+    seed: int = 0
+    """Decides initial weights, data order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:n."""
+    residence: Literal["auto", "device"] = "auto"
+    """Where parameters and optimizer state live; auto takes what the memory plan allows."""
+    compile: bool = False
+    """Compile blocks with torch.compile."""
+    recompute: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; 0 for a tenth of the run, at most 1000."""
+    lr_floor: float = 0.1
+    """Where the cosine ends, as a share of `lr`."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of a step's gradient; 0 to leave it alone."""
+    clip_scope: Literal["global", "layer"] = "global"
+    """Clip by the norm of the whole gradient, or each layer by its own."""
+
+
+@dataclass(frozen=True)
+class CkptConfig:
+    every: int = 200
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Newest checkpoints to keep; the best one by validation loss stays as well."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 200
+    """Steps between evaluations; the last step always evaluates."""
+    max_tokens: int = 262144
+    """Validation tokens per source, in whole documents; 0 for all."""
+    sample_tokens: int = 96
+    """Length of the text generated after an evaluation; 0 for none."""
+    prompt: str = "def "
+    """How that text begins."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10
+    """Steps between log lines."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole. Stored as config.json in the run's folder."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernel backend; auto takes the fastest one usable."""
+    name: str = ""
+    """Name of the run, a folder under runs/; by default kind, width, depth and time."""
+
+
+# -- presets ---------------------------------------------------------------------------------------------------------------------------
+
+
+def small() -> Config:
+    """A whole run in about a minute and a half on two CPU cores: 1.5 MiB of the standard library, one epoch, 2.9 M parameters."""
+    return Config(
+        model=ModelConfig(d_model=256, n_layers=4, vocab_size=4096),
+        data=DataConfig(max_mib=1.5, seq_len=256),
+        train=TrainConfig(batch_size=8, grad_accum=1, epochs=1.0),
+        optim=OptimConfig(lr=3e-3),
+        ckpt=CkptConfig(every=100),
+        eval=EvalConfig(every=100, max_tokens=32768),
+    )
+
+
+def standard() -> Config:
+    """A real first model: d 512, 12 layers."""
+    return Config()
+
+
+def max() -> Config:  # noqa: A001 - the preset's public name
+    """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers."""
+    return replace(
+        standard(),
+        model=ModelConfig(d_model=4096, n_layers=32),
+        train=TrainConfig(batch_size=1, grad_accum=16),
+        optim=OptimConfig(lr=2e-4),
+    )
+
+
+def max_ssm() -> Config:
+    """`max` with the tangent-space recurrence as an extra branch (experimental)."""
+    config = max()
+    return replace(config, model=replace(config.model, ssm=True))
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm}
+
+
+# -- checks and storage ----------------------------------------------------------------------------------------------------------------
+
+
+def resolve(config: Config) -> Config:
+    """Check `config` and fill in what follows from other settings.
+
+    Raises:
+        ConfigError: naming the flag, the reason and a value that works.
+    """
+    m, d, t, o = config.model, config.data, config.train, config.optim
+    if d.tokenizer == "bytes":  # 256 bytes and the special tokens, rounded up for the matrix units
+        config = replace(config, model=(m := replace(m, vocab_size=320)))
+
+    def require(ok: bool, flag: str, value: Any, why: str) -> None:
+        if not ok:
+            raise ConfigError(f"--{flag} {value}: {why}")
+
+    for flag, value, low in [
+        ("model.d-model", m.d_model, 32),
+        ("model.n-layers", m.n_layers, 1),
+        ("model.head-dim", m.head_dim, 4),
+        ("model.vocab-size", m.vocab_size, 300),
+        ("model.exact-every", m.exact_every, 0),
+        ("data.seq-len", d.seq_len, 2),
+        ("data.max-mib", d.max_mib, 0),
+        ("train.batch-size", t.batch_size, 1),
+        ("train.grad-accum", t.grad_accum, 1),
+        ("train.steps", t.steps, 0),
+        ("train.seed", t.seed, 0),
+        ("optim.warmup-steps", o.warmup_steps, 0),
+        ("optim.weight-decay", o.weight_decay, 0),
+        ("optim.clip", o.clip, 0),
+        ("ckpt.every", config.ckpt.every, 1),
+        ("ckpt.keep", config.ckpt.keep, 1),
+        ("eval.every", config.eval.every, 1),
+        ("eval.max-tokens", config.eval.max_tokens, 0),
+        ("eval.sample-tokens", config.eval.sample_tokens, 0),
+        ("log.every", config.log.every, 1),
+    ]:
+        require(value >= low, flag, value, f"must be at least {low}")
+    require(m.head_dim % 2 == 0, "model.head-dim", m.head_dim, "must be even, for the rotary embedding")
+    require(m.d_model % m.head_dim == 0, "model.d-model", m.d_model, f"must be a multiple of --model.head-dim {m.head_dim}")
+    require(m.d_model % 8 == 0, "model.d-model", m.d_model, "must be a multiple of 8, for the low-rank layers")
+    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be at least 0 and below 1")
+    require(len(d.sources) > 0, "data.sources", "", "needs at least one file, folder, recipe or `stdlib`")
+    require(0 < d.val_fraction < 1, "data.val-fraction", d.val_fraction, "must be between 0 and 1")
+    require(t.steps > 0 or t.epochs > 0, "train.epochs", t.epochs, "must be above 0 where --train.steps is 0")
+    require(o.lr > 0, "optim.lr", o.lr, "must be above 0")
+    require(0 <= o.lr_floor <= 1, "optim.lr-floor", o.lr_floor, "must be between 0 and 1")
+    require(0 <= o.beta1 < 1, "optim.beta1", o.beta1, "must be at least 0 and below 1")
+    require(0 <= o.beta2 < 1, "optim.beta2", o.beta2, "must be at least 0 and below 1")
+    require("/" not in config.name and config.name not in (".", ".."), "name", config.name, "must be a plain folder name")
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: on a setting that this version does not have.
+    """
+    hints = get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ConfigError(f"unknown setting {unknown[0]!r}: it was written by another version of hyperlm")
+    kwargs = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(value, hint)
+        kwargs[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**kwargs)
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as {"model.d_model": (value in a, value in b)}."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    left, right = flat(to_dict(a)), flat(to_dict(b))
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}

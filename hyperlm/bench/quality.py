@@ -1,0 +1,25 @@
+"""Suite `quality`: validation loss, perplexity and bits per byte of trained runs, on their own validation text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from hyperlm import checkpoint, data, evals, runs, tree
+from hyperlm.bench.report import Result
+
+
+def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
+    """Evaluate the newest checkpoint of each run on all of its validation documents."""
+    rows = []
+    for folder in tqdm(folders, "quality", delay=2, leave=False):
+        config = runs.read_config(folder)
+        config = replace(config, kernels=kernels, eval=replace(config.eval, max_tokens=0))
+        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config.model, device, with_opt=False)
+        corpus = data.prepare(config, say=lambda line: None)
+        if meta["fingerprint"] != corpus.fingerprint:
+            raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {folder} was trained: its validation text is gone")
+        row = {"run": folder.name, "model": config.model.kind, "parameters": tree.count(state.params), "step": state.step, "tokens": state.tokens}
+        rows.append(row | evals.evaluate(state.params, corpus, config, device))
+    return Result("quality", rows)

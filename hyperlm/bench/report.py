@@ -1,0 +1,84 @@
+"""What a benchmark leaves: results.json with every number, report.md with the tables, and the plots."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One line a series over a numeric column, both axes logarithmic unless `log` is off."""
+
+    file: str
+    title: str
+    x: str
+    y: str
+    series: str
+    log: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a suite measured: rows of equal columns, notes in words, and the plots to draw from them."""
+
+    suite: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a Markdown table that also reads well in a terminal."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([cell(row.get(name, "")) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+
+    def format_line(line: list[str]) -> str:
+        return "| " + " | ".join(text.rjust(width) if line is not columns else text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([format_line(lines[0]), rule, *map(format_line, lines[1:])])
+
+
+def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in dict.fromkeys(row[plot.series] for row in rows):
+        points = [(row[plot.x], row[plot.y]) for row in rows if row[plot.series] == name and isinstance(row.get(plot.y), int | float)]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=str(name))
+    if plot.log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({row[plot.x] for row in rows})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / plot.file, dpi=150)
+    plt.close(figure)
+
+
+def write(folder: Path, results: list[Result], machine: dict[str, Any], command: str) -> None:
+    """Write results.json, report.md and the plots into `folder`."""
+    (folder / "results.json").write_text(json.dumps({"command": command, "machine": machine, "results": [asdict(r) for r in results]}, indent=2) + "\n")
+    parts = [f"# hyperlm benchmark\n\n`{command}`\n", "\n".join(f"- {name}: {value}" for name, value in machine.items())]
+    for result in results:
+        parts.append(f"## {result.suite}\n\n{table(result.rows)}\n\n" + "\n".join(f"- {note}" for note in result.notes))
+        for plot in result.plots:
+            draw(plot, result.rows, folder)
+            parts.append(f"![{plot.title}]({plot.file})")
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")

@@ -1,0 +1,58 @@
+"""Is this machine fit for training? What it has, which kernels it can run, and a small numerical check."""
+
+import torch
+
+from hyperlm import env, kernels
+from hyperlm.geometry import direction, lift
+from hyperlm.kernels import OPS, reference
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """|x - truth| / |truth| in fp64; nan where x is not finite."""
+    x = x.detach().double().cpu()
+    return float((x - truth).norm() / truth.norm()) if bool(x.isfinite().all()) else float("nan")
+
+
+def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of both attentions and of their gradients on `device` in `dtype`, against the reference in fp64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    b, h, n, k = 2, 2, 100, 32
+
+    def attention7(q, k, v, fn=reference.hyperbolic_attention):
+        t_q, s_q = lift(direction(q), torch.full(q.shape[:-1], 1.5, dtype=q.dtype, device=q.device))
+        t_k, s_k = lift(direction(k), torch.full(k.shape[:-1], 0.5, dtype=k.dtype, device=k.device))
+        return fn(t_q, s_q, t_k, s_k, v, torch.full((h,), 4.0, dtype=q.dtype, device=q.device), "logcosh")
+
+    def attention8(q, k, v, fn=reference.linear_attention):
+        return fn(q, k, v, torch.full(q.shape[:-1], -0.1, dtype=q.dtype, device=q.device))[0]
+
+    inputs = [torch.randn(b, h, n, k, generator=generator, dtype=torch.float64).to(dtype).double() for _ in range(3)]
+    errors = {}
+    for name, op, attention in (("hyperbolic attention", "hyperbolic_attention", attention7), ("linear attention", "linear_attention", attention8)):
+        results = []
+        for fn, at, as_ in ((OPS[op]["torch"], torch.device("cpu"), torch.float64), (kernels.select(op, device).fn, device, torch.float32)):
+            leaves = [x.to(at, as_).requires_grad_() for x in inputs]
+            out = attention(*leaves, fn=fn)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        truth, found = results
+        errors[name] = max(relative_error(x, y.detach()) for x, y in zip(found, truth, strict=True))
+    return errors
+
+
+def check(device: torch.device) -> int:
+    """Print the report; 0 if training can run here, 1 if not."""
+    for name, value in env.describe(device).items():
+        print(f"{name:<18} {value}")
+    for op, backends in OPS.items():
+        print(f"kernel             {op}: " + ", ".join(f"{b} ({kernels.unusable(op, b, device) or 'usable'})" for b in sorted({*backends, "triton"})))
+    fine = True
+    try:
+        for name, error in numerical_errors(device, env.compute_dtype(device)).items():
+            good = error < 1e-2  # false for nan
+            fine &= good
+            print(f"check              {name}, outputs and gradients: relative error {error:.1e} {'ok' if good else 'TOO LARGE'}")
+    except RuntimeError as e:
+        fine = False
+        print(f"check              failed: {str(e).splitlines()[0]}")
+    print("training can run here" if fine else "training cannot run here")
+    return 0 if fine else 1

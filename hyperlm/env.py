@@ -1,0 +1,146 @@
+"""The machine: devices, memory, versions, and what of it is usable."""
+
+import ctypes
+import gc
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+GIB = 1 << 30
+
+
+class DeviceError(ValueError):
+    """A device that was asked for and is not there."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        DeviceError: if it does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise DeviceError(f"--train.device {name}: no such device; use auto, cpu, cuda or cuda:n") from e
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = device.index or 0
+    if device.type != "cuda" or not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise DeviceError(f"--train.device {name}: not on this machine; use auto or cpu")
+    return torch.device("cuda", index)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU that has it, fp32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+def prepare(device: torch.device) -> None:
+    """Process-wide settings: on a GPU, fp32 matrix products of bf16-rounded values may use TF32, which is exact for them."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a process could use: the card's, or the machine's within the limits of its cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
+            limit = min(limit, int(text))
+    return limit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start counting the peak anew; on a CPU only where the system allows it (Linux), and else from the start of the process."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # AttributeError: a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # give freed memory back first, or it would count
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated by torch on a GPU; resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The facts of this machine that a result depends on; stored as env.json with a run."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version_of(name) for name in ("torch", "triton", "orbax-checkpoint", "jax", "numpy", "tokenizers")},
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "host_memory_gib": round(total_memory(torch.device("cpu")) / GIB, 1),
+        "disk_free_gib": round(shutil.disk_usage(".").free / GIB, 1),
+        "device": str(device),
+        "compute_dtype": str(compute_dtype(device)).removeprefix("torch."),
+    }
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": p.name,
+            "gpu_capability": f"sm_{p.major}{p.minor}",
+            "gpu_memory_gib": round(p.total_memory / GIB, 1),
+            "cuda": torch.version.cuda,
+            "driver": driver_version(),
+        }
+    return facts
+
+
+def driver_version() -> str:
+    path = Path("/proc/driver/nvidia/version")
+    words = path.read_text().split("\n")[0].split() if path.exists() else []
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Inside, SIGINT and SIGTERM only take note: the function that this yields tells which came. A second SIGINT acts at once."""
+    seen: list[signal.Signals] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(signal.Signals(number))
+        print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,73 @@
+"""Hyperbolic space of curvature -1 in three charts: the hyperboloid, the Poincaré ball, and the tangent space at the origin.
+
+A point of the hyperboloid is a pair (t, s): time t (...) and space s (..., K), with t = sqrt(1 + |s|^2). In polar form it is
+(cosh r, sinh r u), u a unit direction and r the distance from the origin. For curvature -c, d_c(x, y) = d_1(sqrt(c) x, sqrt(c) y) / sqrt(c);
+the models fix c = 1, since with free radii and a free temperature c cannot be identified.
+References: Nickel & Kiela 2018 (Lorentz model); Ganea, Bécigneul & Hofmann 2018 (exponential and logarithmic maps).
+"""
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12  # squared length below which a direction is taken as zero
+
+
+def direction(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, (..., K) -> (..., K); zero at the origin, with a finite gradient there."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + TINY)
+
+
+def time_of(s: Tensor) -> Tensor:
+    """Time coordinate of the point whose space coordinates are `s`: (..., K) -> (...)."""
+    return torch.sqrt(1 + s.square().sum(-1))
+
+
+def lift(u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Point at distance r (...) from the origin in direction u (..., K), as (t, s)."""
+    s = torch.sinh(r)[..., None] * u
+    return time_of(s), s
+
+
+def arcosh1p(w: Tensor, eps: float = 0.0) -> Tensor:
+    """arcosh(1 + w) for w >= 0, rounded at its tip: the function with f(0) = 0 and f'(w) = 1 / sqrt(w (w + 2) + eps^2).
+
+    With eps = 0 it is exact. With eps > 0 its gradient is bounded by 1/eps, where the exact one is infinite at w = 0; it differs
+    from the exact one by less than log(1 + eps) everywhere, and tends to a constant difference (invisible to a softmax) for large w.
+    """
+    root = torch.sqrt(w * (w + 2) + eps * eps)
+    return torch.log1p((w + (root - eps)) / (1 + eps))
+
+
+def cosh_distance_minus_one(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) -> Tensor:
+    """cosh d(x, y) - 1 of points that broadcast, at least 0."""
+    return (t_x * t_y - (s_x * s_y).sum(-1) - 1).clamp(min=0)
+
+
+def distance(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) -> Tensor:
+    """Geodesic distance of points that broadcast: t (...), s (..., K) -> (...)."""
+    return arcosh1p(cosh_distance_minus_one(t_x, s_x, t_y, s_y))
+
+
+def exp_map(v: Tensor, r_max: float | None = None) -> tuple[Tensor, Tensor]:
+    """Exponential map at the origin, (..., K) -> (t, s), with |v| clipped to `r_max`. Smooth at v = 0."""
+    r = torch.sqrt(v.square().sum(-1) + TINY)
+    clipped = r if r_max is None else r.clamp(max=r_max)
+    s = v * (torch.sinh(clipped) / r)[..., None]
+    return time_of(s), s
+
+
+def log_map(t: Tensor, s: Tensor) -> Tensor:
+    """Logarithmic map at the origin, the inverse of `exp_map`: (t, s) -> (..., K)."""
+    norm = torch.sqrt(s.square().sum(-1) + TINY)
+    return s * (torch.asinh(norm) / norm)[..., None]
+
+
+def to_poincare(t: Tensor, s: Tensor) -> Tensor:
+    """Stereographic projection onto the open unit ball: tanh(r/2) u."""
+    return s / (1 + t)[..., None]
+
+
+def from_poincare(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `to_poincare`."""
+    square = p.square().sum(-1)
+    return (1 + square) / (1 - square), 2 * p / (1 - square)[..., None]

@@ -1,0 +1,138 @@
+"""Every operation of the dispatch table in plain torch: the truth that faster kernels are checked against, and the fallback everywhere.
+
+Axes: B batch, H heads, N sequence, M keys, K head dim, V value dim, C channels. Half-precision inputs are computed in fp32 and results
+come back in the dtype of the values; float64 stays float64, so that each function is its own oracle.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperlm.geometry import arcosh1p
+
+CHUNK = 64  # positions handled as one small quadratic problem in linear attention
+TIP = 0.03  # rounding of the distance's tip, see geometry.arcosh1p
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of `dtype` are accumulated in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    return x.to(wide(x.dtype))
+
+
+def causal_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution, then SiLU.
+
+    Args:
+        x: (B, N, C).
+        weight: (C, W); column W-1 multiplies the present position.
+        tail: (B, W-1, C), the inputs before `x`; zeros if None.
+
+    Returns:
+        (B, N, C), and the last W-1 inputs as the next tail.
+    """
+    width = weight.shape[-1]
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    padded = torch.cat([tail.to(x.dtype), x], 1)
+    n = x.shape[1]
+    y = sum(padded[:, i : i + n] * weight[:, i] for i in range(width))
+    return F.silu(y), padded[:, n:]
+
+
+def hyperbolic_attention(
+    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str
+) -> Tensor:
+    """Causal softmax attention whose scores are hyperbolic: S_ij = -beta log cosh d(q_i, k_j), or -beta d(q_i, k_j).
+
+    cosh d = t_q t_k - s_q . s_k, with the product of times outside the matrix product, in fp32: together with times computed from the
+    rounded s this keeps cosh d >= 1 up to fp32 rounding.
+
+    Args:
+        t_q, t_k: (B, H, N), (B, H, M), fp32; time coordinates. The queries are the last N of the M positions.
+        s_q, s_k: (B, H, N, K), (B, H, M, K); space coordinates.
+        v: (B, H, M, V).
+        beta: (H,), positive, fp32.
+        score: "logcosh" or "distance" (with a rounded tip, so that its gradient is finite where points coincide).
+
+    Returns:
+        (B, H, N, V) in the dtype of v.
+    """
+    n, m = s_q.shape[-2], s_k.shape[-2]
+    z = t_q[..., :, None] * t_k[..., None, :] - widen(s_q) @ widen(s_k).mT
+    w = (z - 1).clamp(min=0)
+    d = torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP)
+    past = torch.ones(n, m, dtype=torch.bool, device=v.device).tril(m - n)
+    p = torch.softmax((-beta[:, None, None] * d).masked_fill(~past, -torch.inf), -1)
+    return p.to(v.dtype) @ v
+
+
+def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
+    """Linear recurrence h_n = exp(log_a_n) h_{n-1} + b_n along the axis before the last, in log2 N parallel steps.
+
+    Args:
+        log_a: (..., N, C) or (..., N, 1), at most 0.
+        b: (..., N, C).
+        h: (..., C), the state before the first position; zeros if None.
+
+    Returns:
+        Every state, (..., N, C). Reference: Hillis & Steele 1986.
+    """
+    if h is not None:
+        first = b[..., :1, :] + torch.exp(log_a[..., :1, :]) * h[..., None, :]
+        b = torch.cat([first, b[..., 1:, :]], -2)
+    shift, n = 1, b.shape[-2]
+    while shift < n:  # each state now sums the last `shift` inputs; join it with the one `shift` before
+        b = torch.cat([b[..., :shift, :], b[..., shift:, :] + torch.exp(log_a[..., shift:, :]) * b[..., :-shift, :]], -2)
+        log_a = torch.cat([log_a[..., :shift, :], log_a[..., shift:, :] + log_a[..., :-shift, :]], -2)
+        shift *= 2
+    return b
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal linear attention with a scalar decay per head, o_i = sum_{j<=i} exp(G_i - G_j) (q_i . k_j) v_j, in chunks.
+
+    G is the running sum of `log_decay`. Inside a chunk the sum is quadratic; between chunks it goes through a K x V state, carried by
+    `scan`. There is no normaliser: the norm that follows in the model cancels it.
+
+    Args:
+        q, k: (B, H, N, K), features.
+        v: (B, H, N, V).
+        log_decay: (B, H, N), at most 0, fp32.
+        state: (B, H, K, V), fp32, what came before; zeros if None.
+
+    Returns:
+        o (B, H, N, V) in the dtype of v, and the final state (B, H, K, V). Reference: Katharopoulos et al. 2020; Yang et al. 2024 (chunks).
+    """
+    dtype, n = v.dtype, v.shape[2]
+    q, k, v = widen(q), widen(k), widen(v)
+    size = min(CHUNK, n)
+    pad = -n % size  # zero keys with decay 1 leave the state alone
+    q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, size)) for x in (q, k, v))
+    g = F.pad(log_decay, (0, pad)).unflatten(2, (-1, size)).cumsum(-1)  # (B, H, chunks, size)
+
+    past = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
+    decay = torch.exp((g[..., :, None] - g[..., None, :]).masked_fill(~past, -torch.inf))
+    inside = ((q @ k.mT) * decay) @ v
+
+    added = (k * torch.exp(g[..., -1:] - g)[..., None]).mT @ v  # what each chunk leaves behind, (B, H, chunks, K, V)
+    start = added.new_zeros(added[:, :, 0].shape) if state is None else state.to(added.dtype)
+    after = scan(g[..., -1:], added.flatten(-2), start.flatten(-2)).unflatten(-1, added.shape[-2:])
+    before = torch.cat([start[:, :, None], after[:, :, :-1]], 2)
+    across = (q * torch.exp(g)[..., None]) @ before
+
+    o = (inside + across).flatten(2, 3)[:, :, :n]
+    return o.to(dtype), after[:, :, -1]
+
+
+def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position of `linear_attention` in its recurrent form: q, k (B, H, K), v (B, H, V), log_decay (B, H) -> o (B, H, V), state."""
+    dtype = v.dtype
+    q, k, v = widen(q), widen(k), widen(v)
+    state = torch.exp(log_decay)[..., None, None] * state + k[..., :, None] * v[..., None, :]
+    return (q[..., None, :] @ state).squeeze(-2).to(dtype), state

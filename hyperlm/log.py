@@ -1,0 +1,74 @@
+"""What a run says: a line a person can read, and the same record in metrics.jsonl and TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Log(NamedTuple):
+    records: TextIO
+    board: SummaryWriter
+
+
+def open_log(run: Path, step: int) -> Log:
+    """Append to a run's records from `step` on. Records of later steps, left by a run that was killed, are dropped: they will be made again."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if record_step(line) <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept))
+        os.replace(part, path)
+    board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+    return Log(open(path, "a", buffering=1), board)
+
+
+def record_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # half a line, from a killed process
+
+
+def record(log: Log, step: int, values: dict[str, Any]) -> None:
+    """Write one record; numbers become scalars of TensorBoard, strings its texts."""
+    log.records.write(json.dumps({"step": step, **values}) + "\n")
+    for name, value in values.items():
+        if isinstance(value, str):
+            log.board.add_text(name, "    " + value.replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
+        else:
+            log.board.add_scalar(name if "/" in name else f"{'val' if name.startswith('val') else 'train'}/{name}", value, step)
+
+
+def close(log: Log) -> None:
+    log.records.close()
+    log.board.close()
+
+
+def count(n: float) -> str:
+    """1234567 -> 1.23M"""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, s = divmod(int(seconds), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+
+
+def step_line(step: int, total: int, r: dict[str, Any]) -> str:
+    return (
+        f"step {step:>{len(str(total))}}/{total}  {count(r['tokens']):>6} tokens  loss {r['loss']:.4f}  lr {r['lr']:.2e}"
+        f"  norm {r['grad_norm']:.2f}  {count(r['tokens_per_second'])} tok/s  {r['peak_memory_gib']:.2f} GiB  left {duration(r['seconds_left'])}"
+    )
+
+
+def eval_line(step: int, total: int, r: dict[str, Any]) -> str:
+    sources = "".join(f"  {name.removeprefix('val_bpb/')} {value:.3f}" for name, value in r.items() if name.startswith("val_bpb/"))
+    return f"eval {step:>{len(str(total))}}/{total}  loss {r['val_loss']:.4f}  perplexity {r['val_ppl']:.1f}  bits per byte {r['val_bpb']:.3f}{sources}"

@@ -1,0 +1,116 @@
+"""The frame that every token mixer shares: projections, short convolutions, heads, the core, per-head norm, output gate.
+
+Measured to matter more than anything else inside a mixer, so all kinds have the same; a kind is its `core`.
+Axes: B batch, N sequence, D model width, H heads, K head dim, M positions so far.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import ModelConfig
+from hyperlm.declare import constant, declare, matrix, normal
+
+CONV_WIDTH = 4
+R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
+EPS = 1e-6  # of every RMSNorm
+CAPACITY = 64  # positions that an empty cache has room for
+
+LayerCache = dict[str, Tensor]
+
+
+class Context(NamedTuple):
+    """What all layers of one pass have in common."""
+
+    ops: dict[str, Callable]
+    cos: Tensor  # (N, K/2), rotary angles of the positions at hand
+    sin: Tensor
+    position: int  # how many positions the cache already holds
+    key: Tensor | None = None  # int64 scalar that dropout is a function of; None outside training
+    gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
+
+
+def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, K/2) of the rotary embedding at positions position .. position + n - 1, fp32. Reference: Su et al. 2021."""
+    inverse = 10000.0 ** (-torch.arange(0, k, 2, dtype=torch.float32, device=device) / k)
+    angles = torch.arange(position, position + n, dtype=torch.float32, device=device)[:, None] * inverse
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, ctx: Context) -> Tensor:
+    """Rotary embedding of x (B, H, N, K): rotates the plane of coordinates (i, i + K/2); keeps lengths."""
+    a, b = x.chunk(2, -1)
+    cos, sin = ctx.cos.to(x.dtype), ctx.sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def append(buffer: Tensor, new: Tensor, position: int) -> Tensor:
+    """Write `new` (B, H, n, ...) into `buffer` (B, H, capacity, ...) at `position`, doubling the buffer when it is full.
+
+    The buffer given is consumed: use the one returned.
+    """
+    end = position + new.shape[2]
+    if end > buffer.shape[2]:
+        grown = buffer.new_empty(*buffer.shape[:2], max(end, 2 * buffer.shape[2]), *buffer.shape[3:])
+        grown[:, :, :position] = buffer[:, :, :position]
+        buffer = grown
+    buffer[:, :, position:end] = new.to(buffer.dtype)
+    return buffer
+
+
+class Radius(nn.Module):
+    """Radii of the polar lift, r = R_MIN + (R_MAX - R_MIN) sigmoid(w . x + b), for `count` heads: (B, N, D) -> (B, count, N), fp32.
+
+    Geometry enters the models only here: with norm-fixed queries and keys a hyperbolic score is dot-product attention in disguise.
+    """
+
+    def __init__(self, cfg: ModelConfig, count: int) -> None:
+        super().__init__()
+        self.weight = matrix(count, cfg.d_model)
+        self.bias = declare((count,), constant(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = F.linear(x, self.weight) + self.bias  # wide, as the bias is
+        return (R_MIN + (R_MAX - R_MIN) * torch.sigmoid(logits)).mT
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. A kind declares its own parameters and defines `core` and `init_cache`."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        d, k, h = cfg.d_model, cfg.head_dim, cfg.n_heads
+        self.n_heads, self.head_dim = h, k
+        self.qkv = matrix(3 * d, d)
+        self.conv = declare((3 * d, CONV_WIDTH), normal(CONV_WIDTH**-0.5))
+        self.log_beta = declare((h,), constant(0.0))  # inverse temperature, in units of sqrt(K)
+        self.norm = declare((h, k), constant(1.0))
+        self.gate_down = matrix(cfg.gate_rank, d)
+        self.gate_up = matrix(d, cfg.gate_rank)
+        self.out = matrix(d, d, gain=(2 * cfg.n_layers) ** -0.5)
+
+    @property
+    def beta(self) -> Tensor:
+        """Inverse temperature of each head, (H,)."""
+        return self.head_dim**0.5 * torch.exp(self.log_beta)
+
+    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
+        """x (B, N, D); q, k, v (B, H, N, K) -> o (B, H, N, K), and the entries of the next cache."""
+        raise NotImplementedError
+
+    @staticmethod
+    def init_cache(cfg: ModelConfig, batch: int, **options: Any) -> LayerCache:
+        """The core's part of an empty cache."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        """x (B, N, D) -> y (B, N, D) and the next cache."""
+        qkv, tail = ctx.ops["causal_conv"](F.linear(x, self.qkv), self.conv, None if cache is None else cache["tail"])
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        o, entries = self.core(x, q, k, v, cache, ctx)
+        o = F.rms_norm(o.transpose(1, 2), (self.head_dim,), eps=EPS) * self.norm.to(x.dtype)
+        gate = F.silu(F.linear(F.linear(x, self.gate_down), self.gate_up))
+        return F.linear(o.flatten(2) * gate, self.out), {"tail": tail, **entries}

@@ -1,0 +1,43 @@
+"""The SSM branch (experimental): a diagonal recurrence in the tangent space at the origin.
+
+h_n = exp(-a_n) h_{n-1} + (1 - exp(-a_n)) b_n with a_n = softplus(...) per channel: a contraction towards the origin, pulled towards b_n.
+Linear, because Möbius addition is not associative and no scan of it can be exact. Read out through the exponential map with a clipped
+radius. Axes: B batch, N sequence, D model width, S state width D/4.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs import ModelConfig
+from hyperlm.declare import constant, declare, matrix
+from hyperlm.geometry import exp_map
+from hyperlm.kernels.reference import wide
+from hyperlm.mixers.frame import R_MAX, Context, LayerCache
+
+SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over the channels
+
+
+class SSM(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        s = cfg.ssm_dim
+        rates = [SLOWEST * (FASTEST / SLOWEST) ** (i / (s - 1)) for i in range(s)]
+        self.rate = matrix(s, cfg.d_model)
+        self.rate_bias = declare((s,), constant([math.log(math.expm1(rate)) for rate in rates]))
+        self.into = matrix(s, cfg.d_model)
+        self.out = matrix(cfg.d_model, s, gain=(2 * cfg.n_layers) ** -0.5)
+
+    def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        """x (B, N, D) -> y (B, N, D) and the next cache."""
+        log_a = -F.softplus(F.linear(x, self.rate) + self.rate_bias)  # wide, as the bias is
+        b = -torch.expm1(log_a) * F.linear(x, self.into)
+        h = ctx.ops["scan"](log_a, b, None if cache is None else cache["ssm"])
+        _, s = exp_map(h, R_MAX)
+        return F.linear(s.to(x.dtype), self.out), {"ssm": h[:, -1]}
+
+    @staticmethod
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
+        return {"ssm": torch.zeros(batch, cfg.ssm_dim, device=device, dtype=wide(dtype))}

@@ -1,0 +1,240 @@
+"""The decoder as pure functions over a parameter pytree: init, apply, and decoding with a cache.
+
+x = E_low[tokens] E_high -> L blocks -> RMSNorm -> head, untied. Block: x += ssm(norm x) (optional); x += mixer(norm x); x += ffn(norm x).
+The parameters are {"embed": {...}, "blocks": [{...}, ...], "head": {...}}, one group a stage, so that a stage can live anywhere while
+others run. Axes: B batch, N sequence, D model width, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from configs import Kind, ModelConfig
+from hyperlm import kernels as table
+from hyperlm import tree
+from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
+from hyperlm.mixers import MIXERS
+from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angles
+from hyperlm.mixers.ssm import SSM
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """What decoding remembers: the number of tokens read, and for each layer its convolution tail and state or keys and values."""
+
+    position: int
+    layers: list[LayerCache]
+
+
+# -- skeletons: parameters are declared here, and hold no memory -----------------------------------------------------------------------
+
+
+class Embed(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.rate = cfg.dropout
+        self.low = declare((cfg.vocab_size, cfg.embed_rank), normal(1.0), decay=True)
+        self.high = matrix(cfg.d_model, cfg.embed_rank, gain=0.02)
+
+    def forward(self, tokens: Tensor, ctx: Context) -> Tensor:
+        return dropout(F.linear(F.embedding(tokens, self.low), self.high), self.rate, ctx.key)
+
+
+class Norm(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.weight = declare((cfg.d_model,), constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS)
+
+
+class FFN(nn.Module):
+    """Low-rank both ways: D -> D/8 -> 4D, GELU, 4D -> D/8 -> D."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        d, r = cfg.d_model, cfg.ffn_rank
+        self.up_low, self.up_high = matrix(r, d), matrix(4 * d, r)
+        self.down_low, self.down_high = matrix(r, 4 * d), matrix(d, r, gain=(2 * cfg.n_layers) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(F.linear(F.linear(x, self.up_low), self.up_high))
+        return F.linear(F.linear(x, self.down_low), self.down_high)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, kind: Kind) -> None:
+        super().__init__()
+        self.rate = cfg.dropout
+        if cfg.ssm:
+            self.ssm_norm, self.ssm = Norm(cfg), SSM(cfg)
+        self.mixer_norm, self.mixer = Norm(cfg), MIXERS[kind](cfg)
+        self.ffn_norm, self.ffn = Norm(cfg), FFN(cfg)
+
+    def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context, layer: int) -> tuple[Tensor, LayerCache]:
+        def drop(y: Tensor, branch: int) -> Tensor:
+            return dropout(y, self.rate, None if ctx.key is None else ctx.key + 3 * layer + branch)
+
+        entries: LayerCache = {}
+        if hasattr(self, "ssm"):
+            y, entries = self.ssm(self.ssm_norm(x), cache, ctx)
+            x = x + drop(y, 1)
+        y, more = self.mixer(self.mixer_norm(x), cache, ctx)
+        x = x + drop(y, 2)
+        x = x + drop(self.ffn(self.ffn_norm(x)), 3)
+        return x, entries | more
+
+
+class Head(nn.Module):
+    """The final norm; the projection `weight` (V, D) is applied by `apply`, or in chunks by the loss."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.norm = Norm(cfg)
+        self.weight = declare((cfg.vocab_size, cfg.d_model), normal(0.02), decay=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
+    """Dropout whose mask is a function of `key` and the element's index: no random state to save, and a recomputation repeats it.
+
+    The bits come from the 64-bit finaliser of MurmurHash3 (Appleby 2011), counter-based as in Salmon et al. 2011.
+    """
+    if key is None or rate == 0:
+        return x
+    h = torch.arange(x.numel(), device=x.device) + key * -7046029254386353131
+    for multiplier in (-49064778989728563, -4265267296055464877):
+        h = (h ^ ((h >> 33) & 0x7FFFFFFF)) * multiplier
+    uniform = ((h >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    return x * (uniform.view(x.shape) >= rate).to(x.dtype) * (1 / (1 - rate))
+
+
+class Skeleton(NamedTuple):
+    embed: Embed
+    blocks: list[Block]  # blocks of one kind are one module
+    head: Head
+
+
+@lru_cache
+def skeleton(cfg: ModelConfig) -> Skeleton:
+    """The modules of every stage, without memory."""
+    kinds = [cfg.layer_kind(layer) for layer in range(cfg.n_layers)]
+    blocks = {kind: Block(cfg, kind) for kind in dict.fromkeys(kinds)}
+    return Skeleton(Embed(cfg), [blocks[kind] for kind in kinds], Head(cfg))
+
+
+def declaration(cfg: ModelConfig) -> Params:
+    """The parameter pytree with a `Spec` for each leaf: count it, plan it, or fill it."""
+    s = skeleton(cfg)
+    return {"embed": specs(s.embed), "blocks": [specs(block) for block in s.blocks], "head": specs(s.head)}
+
+
+def init(cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Params:
+    """Initial parameters. Each leaf depends on the seed and its path alone, and is the same on every device."""
+
+    def fill(path: str, spec: Spec) -> Tensor:
+        return realise(path, spec, seed).to(device=device, dtype=dtype)
+
+    return tree.map_with_path(fill, declaration(cfg))
+
+
+# -- running it ------------------------------------------------------------------------------------------------------------------------
+
+
+def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCache | None, ctx: Context, layer: int) -> Any:
+    return functional_call(block, params, (x, cache, ctx, layer), strict=True)
+
+
+def context(cfg: ModelConfig, tokens: Tensor, kernels: str, position: int = 0, **options: Any) -> Context:
+    """What all layers share when `tokens` (B, N) follow `position` earlier ones."""
+    angles = rope_angles(position, tokens.shape[1], cfg.head_dim, tokens.device)
+    return Context(table.table(tokens.device, kernels), *angles, position, **options)
+
+
+def hidden(
+    params: Params,
+    tokens: Tensor,
+    cfg: ModelConfig,
+    *,
+    kernels: str = "auto",
+    key: Tensor | None = None,
+    recompute: bool = False,
+    gauges: list | None = None,
+    run: Callable = run_block,
+) -> Tensor:
+    """Normalised features before the head: tokens (B, N) int64 -> (B, N, D).
+
+    Args:
+        key: int64 scalar on the tokens' device; dropout is a function of it. None to run without dropout.
+        recompute: keep only each block's input for the backward pass.
+        gauges: a list that receives {"q": (B, H, N), "k": ...} radii from each hyperbolic layer.
+        run: how to run a block; `run_block` or a compiled version of it.
+    """
+    s = skeleton(cfg)
+    ctx = context(cfg, tokens, kernels, key=key, gauges=gauges)
+    x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
+    for layer, (block, block_params) in enumerate(zip(s.blocks, params["blocks"], strict=True)):
+        if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
+            x = checkpoint(lambda x, b=block, p=block_params, i=layer: run(b, p, x, None, ctx, i)[0], x, use_reentrant=False)
+        else:
+            x, _ = run(block, block_params, x, None, ctx, layer)
+    return functional_call(s.head, params["head"], (x,), strict=True)
+
+
+def apply(params: Params, tokens: Tensor, cfg: ModelConfig, *, kernels: str = "auto") -> Tensor:
+    """Logits (B, N, V) of tokens (B, N) int64. Logits at n depend on tokens 0..n alone."""
+    return F.linear(hidden(params, tokens, cfg, kernels=kernels), params["head"]["weight"])
+
+
+def radii(params: Params, tokens: Tensor, cfg: ModelConfig, *, kernels: str = "auto") -> list[dict[str, Tensor]]:
+    """Radii {"q": (B, H, N), "k": (B, H, N)} of each hyperbolic layer; empty for a softmax model."""
+    gauges: list[dict[str, Tensor]] = []
+    hidden(params, tokens, cfg, kernels=kernels, gauges=gauges)
+    return gauges
+
+
+# -- decoding --------------------------------------------------------------------------------------------------------------------------
+
+
+def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Cache:
+    """The cache before the first token. `dtype` is that of the parameters; states stay at least fp32."""
+
+    def layer(kind: Kind) -> LayerCache:
+        tail = torch.zeros(batch, CONV_WIDTH - 1, 3 * cfg.d_model, device=device, dtype=dtype)
+        core = MIXERS[kind].init_cache(cfg, batch, device=device, dtype=dtype)
+        branch = SSM.init_cache(cfg, batch, device=device, dtype=dtype) if cfg.ssm else {}
+        return {"tail": tail} | core | branch
+
+    return Cache(0, [layer(cfg.layer_kind(i)) for i in range(cfg.n_layers)])
+
+
+def extend(params: Params, tokens: Tensor, cache: Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, Cache]:
+    """Read tokens (B, n) after what the cache holds: logits (B, n, V), equal to those of `apply` at these positions, and the next cache.
+
+    The cache given is consumed: key and value buffers are written in place.
+    """
+    s = skeleton(cfg)
+    ctx = context(cfg, tokens, kernels, cache.position)
+    x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
+    layers = []
+    for layer, (block, block_params, entries) in enumerate(zip(s.blocks, params["blocks"], cache.layers, strict=True)):
+        x, entries = run_block(block, block_params, x, entries, ctx, layer)
+        layers.append(entries)
+    x = functional_call(s.head, params["head"], (x,), strict=True)
+    return F.linear(x, params["head"]["weight"]), Cache(cache.position + tokens.shape[1], layers)
+
+
+def decode(params: Params, token: Tensor, cache: Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, Cache]:
+    """One token (B,) after what the cache holds: logits (B, V) and the next cache, which replaces the one given."""
+    logits, cache = extend(params, token[:, None], cache, cfg, kernels=kernels)
+    return logits[:, 0], cache

@@ -1,0 +1,89 @@
+"""Text from a model: prefill, then one token at a time with a carried cache. Never a full forward pass per token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs import ModelConfig
+from hyperlm import model
+from hyperlm.env import compute_dtype
+from hyperlm.step import compute_copy
+from hyperlm.tree import Tree
+
+PREFILL = 512  # tokens read at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8
+    """0 always takes the most probable token."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 for all."""
+    top_p: float = 0.95
+    """Draw from the fewest tokens whose probabilities reach this."""
+
+
+def probabilities(logits: Tensor, how: Sampling) -> Tensor:
+    """Distribution that the next token is drawn from: logits (V,) -> (V,), fp32."""
+    if how.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    p = torch.softmax(logits.float() / how.temperature, -1)
+    p, order = p.sort(descending=True, stable=True)
+    if how.top_k:
+        p[how.top_k :] = 0
+    before = p.cumsum(-1) - p
+    p[before >= how.top_p * p.sum()] = 0
+    return torch.zeros_like(p).scatter_(0, order, p / p.sum())
+
+
+def weights(params: Tree, device: torch.device) -> Tree:
+    """Parameters to decode with, in the compute dtype of `device`."""
+    return compute_copy(params, compute_dtype(device))
+
+
+def empty_cache(params: Tree, cfg: ModelConfig) -> model.Cache:
+    """The cache before a text (batch 1), on the device and in the dtype of `params`."""
+    head = params["head"]["weight"]
+    return model.init_cache(cfg, 1, device=head.device, dtype=head.dtype)
+
+
+@torch.no_grad()
+def read(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, model.Cache]:
+    """Take in a prompt of at least one token: the logits (V,) after it, and the next cache (batch 1)."""
+    device = params["head"]["weight"].device
+    for start in range(0, len(tokens), PREFILL):
+        part = torch.tensor([tokens[start : start + PREFILL]], device=device)
+        logits, cache = model.extend(params, part, cache, cfg, kernels=kernels)
+    return logits[0, -1], cache
+
+
+@torch.no_grad()
+def generate(
+    params: Tree,
+    logits: Tensor,
+    cache: model.Cache,
+    cfg: ModelConfig,
+    how: Sampling,
+    generator: torch.Generator,
+    *,
+    stop: set[int],
+    usable: int,
+    kernels: str = "auto",
+) -> Iterator[tuple[int, Tensor, model.Cache]]:
+    """Draw tokens until one in `stop`, which is not read.
+
+    Args:
+        logits, cache: as `read` returns them.
+        generator: on the CPU; the text is a function of it.
+        usable: tokens that the tokenizer has; the model's vocabulary may be larger.
+
+    Yields:
+        Each token once it has been read, with the logits after it and the next cache.
+    """
+    while (token := int(torch.multinomial(probabilities(logits[:usable], how).cpu(), 1, generator=generator))) not in stop:
+        logits, cache = read(params, [token], cache, cfg, kernels=kernels)
+        yield token, logits, cache
