@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from configs import Config, DataConfig
 from hyperlm import tokenizer as tok
+from hyperlm.env import progress
 from hyperlm.loss import IGNORE
 
 FORMAT = 1  # of the cache
@@ -200,7 +200,7 @@ class Selection(NamedTuple):
 def select_documents(source: Source, cfg: DataConfig, val_fraction: float) -> Selection:
     """Hash every document; decide by hash alone which are used (`max_mib`) and which are held out."""
     whole, hashes, sizes = hashlib.blake2b(digest_size=16), [], []
-    for document in tqdm(documents(source), f"reading {source.name}", unit=" docs", delay=2, leave=False):
+    for document in progress(documents(source), f"reading {source.name}", unit=" docs"):
         raw = document.raw
         digest = hashlib.blake2b(repr(document.messages).encode() + raw, digest_size=16).digest()
         whole.update(digest)
@@ -296,7 +296,7 @@ def make_tokenizer(config: Config, sources: list[Source], selections: list[Selec
                     yield document.text or "\n".join(content for _, content in document.messages)
 
     used = sum(int((s.use & ~s.val).sum()) for s in selections)
-    return tok.train_bpe(tqdm(texts(), "training the tokenizer", used, unit=" docs", delay=2, leave=False), config.model.vocab_size)
+    return tok.train_bpe(progress(texts(), "training the tokenizer", used, unit=" docs"), config.model.vocab_size)
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -321,7 +321,7 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
         ]
 
     chat = False
-    bar = tqdm(desc="tokenising", total=sum(int(s.size[s.use].sum()) for s in selections), unit="B", unit_scale=True, delay=2, leave=False)
+    bar = progress(desc="tokenising", total=sum(int(s.size[s.use].sum()) for s in selections), unit="B", unit_scale=True)
     for index, (source, selection) in enumerate(zip(sources, selections, strict=True)):
         held_out: list[tuple[int, list[int], int]] = []
         with open(folder / f"train_{index:02d}.bin", "wb") as file:

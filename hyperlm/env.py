@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 GIB = 1 << 30
 
@@ -88,6 +89,11 @@ def peak_memory(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def progress(*args: Any, **options: Any) -> tqdm:
+    """A progress bar for work that may take longer than two seconds; silent where nobody watches."""
+    return tqdm(*args, delay=2, leave=False, disable=None, **options)
 
 
 def version_of(package: str) -> str:

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs import Config
 from hyperlm import model
 from hyperlm.data import Corpus, validation_windows
-from hyperlm.env import compute_dtype
+from hyperlm.env import compute_dtype, progress
 from hyperlm.loss import head_nats
 from hyperlm.step import compute_copy
 from hyperlm.tree import Tree
@@ -27,7 +26,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device)
     n, batch = config.data.seq_len, config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
-    bar = tqdm(desc="evaluating", total=sum(len(windows) for windows, _ in sets), unit=" seq", delay=2, leave=False)
+    bar = progress(desc="evaluating", total=sum(len(windows) for windows, _ in sets), unit=" seq")
     results: dict[str, float] = {}
     nats, tokens, size = 0.0, 0, 0
     for shard, (windows, source_bytes) in zip(shards, sets, strict=True):

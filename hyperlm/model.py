@@ -23,6 +23,9 @@ from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angles
 from hyperlm.mixers.ssm import SSM
 
+LOW_STD = 0.02  # of E_low at first: small, so that AdamW's steps of equal size soon tell tokens apart
+EMBED_STD = 0.1  # of the residual stream at first: large against what the blocks add to it
+
 Params = dict[str, Any]
 
 
@@ -40,8 +43,8 @@ class Embed(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.rate = cfg.dropout
-        self.low = declare((cfg.vocab_size, cfg.embed_rank), normal(1.0), decay=True)
-        self.high = matrix(cfg.d_model, cfg.embed_rank, gain=0.02)
+        self.low = declare((cfg.vocab_size, cfg.embed_rank), normal(LOW_STD), decay=True)
+        self.high = matrix(cfg.d_model, cfg.embed_rank, std=EMBED_STD / (LOW_STD * cfg.embed_rank**0.5))
 
     def forward(self, tokens: Tensor, ctx: Context) -> Tensor:
         return dropout(F.linear(F.embedding(tokens, self.low), self.high), self.rate, ctx.key)
@@ -63,7 +66,7 @@ class FFN(nn.Module):
         super().__init__()
         d, r = cfg.d_model, cfg.ffn_rank
         self.up_low, self.up_high = matrix(r, d), matrix(4 * d, r)
-        self.down_low, self.down_high = matrix(r, 4 * d), matrix(d, r, gain=(2 * cfg.n_layers) ** -0.5)
+        self.down_low, self.down_high = matrix(r, 4 * d), matrix(d, r)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(F.linear(F.linear(x, self.up_low), self.up_high))

@@ -4,16 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from hyperlm import checkpoint, data, evals, runs, tree
+from hyperlm import checkpoint, data, env, evals, runs, tree
 from hyperlm.bench.report import Result
 
 
 def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
     """Evaluate the newest checkpoint of each run on all of its validation documents."""
     rows = []
-    for folder in tqdm(folders, "quality", delay=2, leave=False):
+    for folder in env.progress(folders, "quality"):
         config = runs.read_config(folder)
         config = replace(config, kernels=kernels, eval=replace(config.eval, max_tokens=0))
         state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config.model, device, with_opt=False)

@@ -12,7 +12,6 @@ from statistics import median
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs import Config, Kind
 from hyperlm import env, model, tree
@@ -85,7 +84,7 @@ def run(kinds: list[Kind], config: Config, device: torch.device, lengths: list[i
         budget: seconds to time each number for.
     """
     rows = []
-    bar = tqdm(total=len(kinds) * len(lengths), desc="speed", delay=2, leave=False)
+    bar = env.progress(total=len(kinds) * len(lengths), desc="speed")
     for kind in kinds:
         for n in lengths:
             bar.set_postfix_str(f"{kind}, N {n:,}")

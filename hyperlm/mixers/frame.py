@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs import ModelConfig
-from hyperlm.declare import constant, declare, matrix, normal
+from hyperlm.declare import constant, declare, last_tap, matrix
 
 CONV_WIDTH = 4
 R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
@@ -69,7 +69,7 @@ class Radius(nn.Module):
 
     def __init__(self, cfg: ModelConfig, count: int) -> None:
         super().__init__()
-        self.weight = matrix(count, cfg.d_model)
+        self.weight = matrix(count, cfg.d_model, std=cfg.d_model**-0.5)  # radii differ from the start
         self.bias = declare((count,), constant(0.0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ class Mixer(nn.Module):
         d, k, h = cfg.d_model, cfg.head_dim, cfg.n_heads
         self.n_heads, self.head_dim = h, k
         self.qkv = matrix(3 * d, d)
-        self.conv = declare((3 * d, CONV_WIDTH), normal(CONV_WIDTH**-0.5))
+        self.conv = declare((3 * d, CONV_WIDTH), last_tap)
         self.log_beta = declare((h,), constant(0.0))  # inverse temperature, in units of sqrt(K)
         self.norm = declare((h, k), constant(1.0))
         self.gate_down = matrix(cfg.gate_rank, d)
         self.gate_up = matrix(d, cfg.gate_rank)
-        self.out = matrix(d, d, gain=(2 * cfg.n_layers) ** -0.5)
+        self.out = matrix(d, d)
 
     @property
     def beta(self) -> Tensor:

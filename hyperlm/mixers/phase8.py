@@ -26,7 +26,7 @@ class Phase8(Mixer):
         h = cfg.n_heads
         self.radius = Radius(cfg, 2 * h)
         rates = [SLOWEST * (FASTEST / SLOWEST) ** (i / max(1, h - 1)) for i in range(h)]
-        self.decay = matrix(h, cfg.d_model)
+        self.decay = matrix(h, cfg.d_model, std=cfg.d_model**-0.5)
         self.decay_bias = declare((h,), constant([math.log(math.expm1(rate)) for rate in rates]))  # inverse of softplus
 
     def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:

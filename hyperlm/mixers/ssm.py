@@ -25,10 +25,10 @@ class SSM(nn.Module):
         super().__init__()
         s = cfg.ssm_dim
         rates = [SLOWEST * (FASTEST / SLOWEST) ** (i / (s - 1)) for i in range(s)]
-        self.rate = matrix(s, cfg.d_model)
+        self.rate = matrix(s, cfg.d_model, std=cfg.d_model**-0.5)
         self.rate_bias = declare((s,), constant([math.log(math.expm1(rate)) for rate in rates]))
         self.into = matrix(s, cfg.d_model)
-        self.out = matrix(cfg.d_model, s, gain=(2 * cfg.n_layers) ** -0.5)
+        self.out = matrix(cfg.d_model, s)
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""

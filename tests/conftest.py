@@ -1,0 +1,75 @@
+"""Shared by all suites: small models of every kind, a small corpus, and a private cache and working folder."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import ModelConfig
+
+TINY = ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=64)
+CASES = {
+    "phase7": replace(TINY, kind="phase7"),
+    "phase7-distance": replace(TINY, kind="phase7", score="distance"),
+    "phase8": replace(TINY, kind="phase8"),
+    "softmax": replace(TINY, kind="softmax"),
+    "hybrid": replace(TINY, kind="phase8", n_layers=3, exact_every=2),
+    "phase7-ssm": replace(TINY, kind="phase7", ssm=True),
+    "phase8-ssm": replace(TINY, kind="phase8", ssm=True),
+    "hybrid-ssm": replace(TINY, kind="phase8", n_layers=3, exact_every=2, ssm=True),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def cfg(request) -> ModelConfig:
+    """A model of each kind."""
+    return request.param
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path, monkeypatch):
+    """Runs and caches of a test stay in its own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_prose(path: Path, words: int = 12000, seed: int = 0) -> Path:
+    """Text with some structure, the same every time: sentences over a small vocabulary, in paragraphs."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(300)]
+    text, line = [], []
+    for i in range(words):
+        line.append(vocabulary[min(299, int(rng.expovariate(0.02)))])
+        if rng.random() < 0.1:
+            text.append(" ".join(line).capitalize() + ("." if i % 3 else ".\n\n"))
+            line = []
+    path.write_text(" ".join(text))
+    return path
+
+
+@pytest.fixture
+def prose(tmp_path) -> Path:
+    return write_prose(tmp_path / "prose.txt")
+
+
+# A whole run in a second or two: flags for train.py, with a text of one's own.
+SMALLEST = (
+    "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --data.seq-len 32 --train.batch-size 4 --train.grad-accum 2 "
+    "--eval.max-tokens 2000 --eval.sample-tokens 8 --log.every 1"
+).split()

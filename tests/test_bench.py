@@ -1,0 +1,61 @@
+"""bench.py: tables, plots and files of both suites; the fit; mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench
+import train
+from conftest import SMALLEST
+from hyperlm import cli
+from hyperlm.bench.report import table
+from hyperlm.bench.speed import exponent
+
+
+def call(*argv: str) -> int:
+    return cli.run(bench.main, list(argv))
+
+
+def test_speed_and_quality_are_measured_and_written(prose, capsys, monkeypatch):
+    monkeypatch.setattr("hyperlm.bench.speed.run.__defaults__", (0.0,))
+    assert cli.run(train.main, [*SMALLEST, "--data.sources", str(prose), "--name", "r", "--train.steps", "2", "--eval.max-tokens", "0"]) == 0
+    trained = json.loads(Path("runs/r/training_summary.json").read_text())
+    assert call("phase7", "phase8", "runs/r", "--preset", "small", "--lengths", "16", "32", "--name", "b", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "phase7: time of a sequence grows as N^" in out and "| phase8" in out.replace("|  phase8", "| phase8")
+    folder = Path("runs/b")
+    for name in ("report.md", "speed_training.png", "speed_forward.png", "speed_memory.png"):
+        assert (folder / name).stat().st_size > 500
+    speed, quality = json.loads((folder / "results.json").read_text())["results"]
+    assert [(r["model"], r["length"]) for r in speed["rows"]] == [("phase7", 16), ("phase7", 32), ("phase8", 16), ("phase8", 32)]
+    assert all(r["training tok/s"] > 0 and r["training GiB"] > 0 and r["batch"] * r["length"] == 32 for r in speed["rows"])
+    assert quality["rows"][0]["val_bpb"] == pytest.approx(trained["val_bpb"], rel=1e-9)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_the_exponent_is_that_of_the_time_of_a_sequence(power):
+    rows = [{"length": n, "x": n / (1e-6 * n**power)} for n in (64, 128, 256, 512)]
+    assert exponent(rows, "x") == pytest.approx(power)
+
+
+def test_tables_align_and_show_what_is_missing():
+    lines = table([{"a": 1, "b": 1234.5}, {"a": 22222, "c": "out of memory"}]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and "22,222" in lines[3] and "1,234" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "name what to measure"),
+        (["phase9"], "neither a kind"),
+        (["phase7", "--suite", "quality"], "needs folders of runs"),
+        (["phase7", "--preset", "huge"], "choose from"),
+        (["phase7", "--lengths", "0"], "at least 1"),
+        (["phase7", "--device", "cuda:99"], "not on this machine"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(argv, message, capsys):
+    assert call(*argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1

@@ -1,0 +1,237 @@
+"""Data: documents and their sides, the cache, the order of batches, validation windows."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from configs import Config, DataConfig, ModelConfig, TrainConfig
+from conftest import write_prose
+from hyperlm import data
+from hyperlm.loss import IGNORE
+
+
+def config(*sources, n: int = 16, a: int = 2, b: int = 4, seed: int = 0, **options) -> Config:
+    return Config(
+        model=ModelConfig(vocab_size=300),
+        data=DataConfig(sources=tuple(map(str, sources)), seq_len=n, tokenizer="bytes", **options),
+        train=TrainConfig(batch_size=b, grad_accum=a, seed=seed),
+    )
+
+
+def prepare(cfg: Config) -> data.Corpus:
+    return data.prepare(cfg, say=lambda line: None)
+
+
+def text_of(corpus: data.Corpus, tokens) -> str:
+    return corpus.tokenizer.decode([int(t) for t in tokens if t != IGNORE], skip_special_tokens=False)
+
+
+def write_jsonl(path, records) -> str:
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
+    return str(path)
+
+
+def test_every_token_is_a_target_once_an_epoch(prose):
+    corpus = prepare(config(prose))
+    order = data.batches(corpus, config(prose))
+    train = corpus.shards[0].train
+    windows = (len(train) - 1) // 16
+    assert order.steps_per_epoch == pytest.approx(windows / 8)
+    rows = torch.cat([order.at(step).flatten(0, 1) for step in range(-(-windows // 8))])[:windows]
+    expected = torch.from_numpy(np.stack([train[i * 16 : i * 16 + 17] for i in range(windows)]).astype(np.int64))
+    assert Counter(map(tuple, rows.tolist())) == Counter(map(tuple, expected.tolist()))
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(prose):
+    corpus = prepare(config(prose))
+    first, again, other = (data.batches(corpus, config(prose, seed=s)) for s in (0, 0, 1))
+    forward = [first.at(step) for step in range(5)]
+    backward = [again.at(step) for step in reversed(range(5))][::-1]
+    assert all(torch.equal(x, y) for x, y in zip(forward, backward, strict=True))
+    assert not torch.equal(first.at(0), other.at(0)) and not torch.equal(first.at(0), first.at(1))
+    assert forward[0].shape == (2, 4, 17) and forward[0].dtype == torch.int64
+
+
+def test_epochs_differ_in_order_and_agree_in_content(prose):
+    corpus = prepare(config(prose, a=1, b=1))
+    order = data.batches(corpus, config(prose, a=1, b=1))
+    epoch = round(order.steps_per_epoch)
+    first, second = ([tuple(order.at(e * epoch + i)[0, 0].tolist()) for i in range(epoch)] for e in (0, 1))
+    assert first != second and Counter(first) == Counter(second)
+
+
+def test_a_mixture_has_the_proportions_asked_for(tmp_path):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("\n\n".join("a" * 9000 for _ in range(6)))
+    b.write_text("\n\n".join("b" * 9000 for _ in range(2)))
+    cfg = config(f"{a}:3", f"{b}:1", a=4, b=32)
+    order = data.batches(prepare(cfg), cfg)
+    firsts = torch.cat([order.at(step)[:, :, 3].flatten() for step in range(16)])
+    letters = Counter(corpus_letter for corpus_letter in firsts.tolist())
+    corpus = prepare(cfg)
+    share = letters[corpus.tokenizer.token_to_id("a")] / len(firsts)
+    assert share == pytest.approx(0.75, abs=0.01)
+    assert order.shares == {"a.txt": 0.75, "b.txt": 0.25}
+
+
+def test_without_weights_sources_count_by_size(tmp_path):
+    a, b = write_prose(tmp_path / "a.txt", 9000, 1), write_prose(tmp_path / "b.txt", 3000, 2)
+    cfg = config(a, b)
+    corpus = prepare(cfg)
+    shares, sizes = data.batches(corpus, cfg).shares, [len(s.train) for s in corpus.shards]
+    assert shares["a.txt"] / shares["b.txt"] == pytest.approx(sizes[0] / sizes[1], rel=0.01) and sizes[0] > 2 * sizes[1]
+
+
+def test_documents_are_on_one_side_and_nothing_is_lost(tmp_path):
+    records = [{"text": f"document {i} says {i * i}. " * 3} for i in range(400)]
+    corpus = prepare(config(write_jsonl(tmp_path / "d.jsonl", records), val_fraction=0.2))
+    train, val = (set(text_of(corpus, side).split("<|endoftext|>")) - {""} for side in (corpus.shards[0].train, corpus.shards[0].val))
+    assert not train & val
+    assert train | val == {r["text"] for r in records}
+    assert len(val) / 400 == pytest.approx(0.2, abs=0.06)
+
+
+def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path):
+    records = [{"text": f"document {i} says {i * i}. " * 3} for i in range(200)]
+    sides = []
+    for name, chosen in (("all.jsonl", records), ("half.jsonl", records[::2])):
+        corpus = prepare(config(write_jsonl(tmp_path / name, chosen), val_fraction=0.2))
+        sides.append(set(text_of(corpus, corpus.shards[0].val).split("<|endoftext|>")) - {""})
+    assert sides[1] == {t for t in sides[0] if t in {r["text"] for r in records[::2]}}
+
+
+def test_a_second_start_tokenises_nothing(prose, monkeypatch):
+    first = prepare(config(prose))
+    monkeypatch.setattr(data, "write", lambda *a: pytest.fail("tokenised again"))
+    second = prepare(config(prose))
+    assert first.fingerprint == second.fingerprint
+    assert np.array_equal(first.shards[0].train, second.shards[0].train)
+
+
+def test_changed_text_and_changed_settings_are_another_corpus(prose):
+    prints = {prepare(config(prose)).fingerprint, prepare(config(prose, val_fraction=0.3)).fingerprint}
+    prose.write_text(prose.read_text() + "\n\nand more")
+    prints.add(prepare(config(prose)).fingerprint)
+    assert len(prints) == 3
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(prose, monkeypatch, tmp_path):
+    def fail(*a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "make_tokenizer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(prose))
+    assert list((tmp_path / "cache" / "hyperlm").iterdir()) == []
+
+
+def test_prose_is_cut_into_documents_that_join_to_the_text(prose):
+    text = prose.read_text()
+    parts = list(data.pieces(text))
+    assert len(parts) > 3 and "".join(parts) == text and all(part.endswith("\n\n") for part in parts[:-1])
+
+
+def test_limiting_the_text_keeps_whole_documents_within_the_limit(prose):
+    full, small = prepare(config(prose)), prepare(config(prose, max_mib=0.03))
+    assert 0 < len(small.shards[0].train) + len(small.shards[0].val) <= 0.03 * 2**20 + 100 < len(full.shards[0].train)
+
+
+def test_validation_windows_hold_each_token_of_whole_documents_once(prose):
+    corpus = prepare(config(prose, val_fraction=0.3))
+    shard = corpus.shards[0]
+    for limit in (0, 20000, 1):
+        windows, size = data.validation_windows(shard, 16, limit)
+        targets = windows[:, 1:][windows[:, 1:] != IGNORE]
+        text = text_of(corpus, targets).removesuffix("<|endoftext|>")
+        assert size == len(text.replace("<|endoftext|>", "").encode())
+        assert text_of(corpus, shard.val[1:]).startswith(text)
+        assert torch.equal(windows[1:, 0], windows[:-1, -1])
+        if limit == 0:
+            assert len(targets) == len(shard.val) - 1
+
+
+def test_own_validation_text_is_used_whole(prose, tmp_path):
+    val = write_prose(tmp_path / "val.txt", 2000, seed=5)
+    corpus = prepare(config(prose, val_sources=(str(val),)))
+    assert [len(s.val) > 0 for s in corpus.shards] == [False, True]
+    held_out = text_of(corpus, corpus.shards[1].val).split("<|endoftext|>")[1:-1]
+    assert Counter(held_out) == Counter(data.pieces(val.read_text()))
+    assert text_of(corpus, corpus.shards[0].train).replace("<|endoftext|>", "") == prose.read_text()
+
+
+def test_conversations_become_turns(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    corpus = prepare(config(write_jsonl(tmp_path / "c.jsonl", [talk, {"text": "plain"}, {"text": "x"}, {"text": "y"}] * 3), val_fraction=0.01))
+    assert corpus.chat
+    assert "<|user|>hi<|end|><|assistant|>ho<|end|><|endoftext|>" in text_of(corpus, corpus.shards[0].train)
+
+
+def test_a_recipe_names_sources_and_weights(prose, tmp_path):
+    (tmp_path / "recipe.toml").write_text('[[sources]]\npath = "prose.txt"\nweight = 2\n[[sources]]\npath = "stdlib"\n')
+    a, b = data.parse_sources((str(tmp_path / "recipe.toml"),))
+    assert (a.path, a.weight) == (tmp_path / "prose.txt", 2.0) and (b.name, b.path, b.weight) == ("stdlib", None, None)
+
+
+def test_the_standard_library_is_real_text_without_its_tests():
+    paths = [str(p) for p in data.files(data.Source("stdlib", None, None))]
+    assert any(p.endswith("argparse.py") for p in paths)
+    assert not any("/test/" in p or "site-packages" in p for p in paths)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "a"}\n{"txt": "b"}', "d.jsonl:2: no 'text' field"),
+        ('{"text": 3}', "d.jsonl:1: text is not a string"),
+        ("not json", "d.jsonl:1: Expecting value"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "d.jsonl:1: role 'robot'"),
+        ('{"messages": [{"role": "user"}]}', "d.jsonl:1: no 'content' field"),
+        ("", "no text in it"),
+        ('{"text": "only one"}', "validation needs another"),
+    ],
+)
+def test_bad_text_is_named_with_its_line(tmp_path, lines, message):
+    (tmp_path / "d.jsonl").write_text(lines)
+    with pytest.raises(data.DataError) as e:
+        prepare(config(tmp_path / "d.jsonl"))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.txt", "no such file"),
+        ("prose.txt:zero", "not a weight"),
+        ("prose.txt:-1", "a weight must be above 0"),
+        ("picture.png", "cannot read .png"),
+        ("missing.toml", "no such file"),
+        ("bad.toml", "not a recipe"),
+    ],
+)
+def test_bad_sources_are_named(prose, tmp_path, source, message):
+    (tmp_path / "picture.png").write_text("x")
+    (tmp_path / "bad.toml").write_text("[[sources]]\nname = 'x'")
+    with pytest.raises(data.DataError) as e:
+        data.parse_sources((source,))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_text_shorter_than_a_sequence_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"text": "short"}, {"text": "texts"}])
+    cfg = config(path, n=512)
+    with pytest.raises(data.DataError, match="--data.seq-len"):
+        data.batches(prepare(cfg), cfg)
+
+
+def test_a_given_tokenizer_sets_the_vocabulary(prose, tmp_path):
+    from hyperlm import tokenizer as tok
+
+    tok.train_bpe([prose.read_text()], 400).save(str(tmp_path / "t.json"))
+    cfg = config(prose)
+    cfg = data.with_vocabulary(replace(cfg, data=replace(cfg.data, tokenizer=str(tmp_path / "t.json"))))
+    assert cfg.model.vocab_size == 448 or cfg.model.vocab_size % 64 == 0
+    assert prepare(cfg).shards[0].train.max() < cfg.model.vocab_size

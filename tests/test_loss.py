@@ -1,0 +1,41 @@
+"""Chunked cross entropy against torch's, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import generator, normal
+from hyperlm import loss
+
+
+@pytest.fixture(params=[1, 100, 1 << 25], ids=["one token a chunk", "few", "all"])
+def chunked(request, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", request.param)
+
+
+def inputs():
+    x, w = normal(17, 6, seed=1).requires_grad_(), normal(11, 6, seed=2).requires_grad_()
+    y = torch.randint(11, (17,), generator=generator(3))
+    y[::5] = loss.IGNORE
+    return x, w, y
+
+
+def test_nats_and_gradients_equal_torch(chunked):
+    x, w, y = inputs()
+    truth = F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum")
+    nats, count = loss.head_nats(x, w, y)
+    torch.testing.assert_close(nats, truth)
+    assert count == (y != loss.IGNORE).sum()
+    for found, expected in zip(torch.autograd.grad(nats / 7, [x, w]), torch.autograd.grad(truth / 7, [x, w]), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_without_gradients_the_same_value_comes_out(chunked):
+    x, w, y = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(loss.head_nats(x, w, y)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum"))
+
+
+def test_large_logits_do_not_overflow():
+    x, w, y = inputs()
+    assert loss.head_nats(x.float() * 1e4, w.float(), y)[0].isfinite()

@@ -1,0 +1,51 @@
+"""The memory plan against real tensors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs import Config, DataConfig, TrainConfig
+from conftest import CASES
+from hyperlm import model, plan, tree
+from hyperlm.step import init_state
+
+N, B = 48, 3
+
+
+def config(cfg, **train) -> Config:
+    return Config(model=cfg, train=TrainConfig(batch_size=B, **train), data=DataConfig(seq_len=N))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "softmax"])  # attention of torch saves other tensors on the meta device
+def test_planned_activations_are_those_that_autograd_saves(kind):
+    cfg = CASES[kind]
+    params = tree.map(lambda p: p.requires_grad_(), model.init(cfg, 0))
+    own = {p.untyped_storage().data_ptr() for p in tree.leaves(params)}
+    sizes, alive = {}, []
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        alive.append(model.hidden(params, torch.zeros(B, N, dtype=torch.int64), cfg))
+    planned = sum(plan.saved_bytes(config(cfg), layer, torch.float32) for layer in range(cfg.n_layers))
+    assert planned == pytest.approx(sum(sizes.values()), rel=0.1)
+
+
+def test_planned_weights_and_moments_are_those_of_the_state():
+    settings = config(CASES["hybrid-ssm"])
+    state = init_state(settings, 10, torch.device("cpu"))
+    device, host = plan.plans(settings, torch.float32)
+    assert device.weights == sum(p.nbytes for p in tree.leaves(state.params))
+    assert device.optimizer == sum(p.nbytes for p in tree.leaves(state.opt_state))
+    assert host.device < device.device and host.host > 0
+
+
+def test_recomputation_is_planned_as_less():
+    cfg = replace(CASES["phase7"], n_layers=6)
+    kept, recomputed = (plan.plans(config(cfg, recompute=flag), torch.float32)[0] for flag in (False, True))
+    assert recomputed.activations < kept.activations / 2

@@ -1,0 +1,123 @@
+"""The training step: accumulation, labels, skipping, and that it learns what there is to learn and nothing more."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs import Config, ModelConfig, OptimConfig, TrainConfig
+from conftest import CASES, TINY, generator
+from hyperlm import model, tree
+from hyperlm.loss import IGNORE
+from hyperlm.step import init_state, make_step
+
+CPU = torch.device("cpu")
+
+
+def config(cfg: ModelConfig = TINY, **optim) -> Config:
+    return Config(model=cfg, train=TrainConfig(seed=3), optim=OptimConfig(**{"lr": 1e-3, "warmup_steps": 1, **optim}))
+
+
+def tokens_of(*shape: int, seed: int = 0, vocabulary: int = 64) -> torch.Tensor:
+    return torch.randint(vocabulary, shape, generator=generator(seed))
+
+
+def after(cfg: Config, batches: list[torch.Tensor]):
+    state, step = init_state(cfg, 100, CPU), make_step(cfg, 100, CPU)
+    metrics = None
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def test_loss_is_that_of_the_next_token(cfg):
+    batch = tokens_of(2, 3, 21)
+    params = model.init(cfg, 3)
+    logits = model.apply(params, batch.flatten(0, 1)[:, :-1], cfg)
+    expected = -logits.log_softmax(-1).gather(-1, batch.flatten(0, 1)[:, 1:, None]).mean()
+    _, metrics = after(config(cfg), [batch])
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["tokens"] == 2 * 3 * 20
+
+
+def test_micro_batches_equal_one_large_batch(cfg):
+    whole = tokens_of(1, 8, 17)
+    split, first = after(config(cfg), [whole.view(4, 2, 17)])
+    together, second = after(config(cfg), [whole])
+    assert first["loss"].item() == pytest.approx(second["loss"].item(), rel=1e-6)
+    assert first["grad_norm"].item() == pytest.approx(second["grad_norm"].item(), rel=1e-5)
+    # compare first moments: a tenth of the clipped gradient, where parameters would hide it behind Adam's normalisation
+    for path, m in tree.by_path(split.opt_state["m"]).items():
+        torch.testing.assert_close(m, tree.by_path(together.opt_state["m"])[path], rtol=1e-3, atol=1e-7)
+
+
+def test_micro_batches_of_unequal_length_weigh_by_their_tokens():
+    batch = tokens_of(2, 2, 17)
+    batch[1, :, 5:] = IGNORE
+    _, metrics = after(config(), [batch])
+    params = model.init(TINY, 3)
+    nats = sum(
+        torch.nn.functional.cross_entropy(model.apply(params, row[None, :-1].clamp(min=0), TINY)[0], row[1:], ignore_index=IGNORE, reduction="sum")
+        for row in batch.flatten(0, 1)
+    )
+    assert metrics["tokens"] == 2 * 16 + 2 * 4
+    assert metrics["loss"].item() == pytest.approx(nats.item() / metrics["tokens"], rel=1e-5)
+
+
+def test_a_non_finite_step_changes_no_parameter_and_is_counted():
+    cfg = config()
+    state, step = init_state(cfg, 100, CPU), make_step(cfg, 100, CPU)
+    state, _ = step(state, tokens_of(1, 2, 9))
+    kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
+    state.params["head"]["norm.weight"][0] = math.inf
+    state, metrics = step(state, tokens_of(1, 2, 9, seed=1))
+    assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
+    state.params["head"]["norm.weight"][0] = kept[0]["head"]["norm.weight"][0]
+    for before, now in zip(kept, (state.params, state.opt_state), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(now), strict=True))
+    state, metrics = step(state, tokens_of(1, 2, 9, seed=2))
+    assert not metrics["skipped"] and (state.step, state.updates) == (3, 2)
+
+
+def test_on_random_tokens_the_loss_stays_at_chance(cfg):
+    """Fresh random tokens every step hold nothing to learn; a loss below ln V would mean that the model sees its targets."""
+    cfg = config(cfg, lr=3e-3)
+    state, step, losses = init_state(cfg, 60, CPU), make_step(cfg, 60, CPU), []
+    for i in range(60):
+        state, metrics = step(state, tokens_of(1, 8, 49, seed=i))
+        losses.append(metrics["loss"].item())
+    late = sum(losses[-20:]) / 20
+    assert late == pytest.approx(math.log(64), abs=0.06) and late > math.log(64) - 0.01
+
+
+def test_what_can_be_learned_is_learned(cfg):
+    """Every second token repeats the one two before it: half of the tokens cost nothing, half cost ln V."""
+    cfg = config(cfg, lr=5e-3)
+    state, step = init_state(cfg, 120, CPU), make_step(cfg, 120, CPU)
+    for i in range(120):
+        start = tokens_of(1, 8, 1, seed=i)
+        batch = (start + 3 * torch.arange(25)) % 64  # each token is three more than the last
+        state, metrics = step(state, batch)
+    assert metrics["loss"].item() < 0.5 * math.log(64)
+
+
+def test_steps_with_dropout_repeat_exactly():
+    cfg = config(replace(CASES["hybrid-ssm"], dropout=0.2))
+    batches = [tokens_of(2, 2, 17, seed=i) for i in range(3)]
+    a, b = after(cfg, batches)[0], after(cfg, batches)[0]
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg):
+    def losses(device: torch.device) -> list[float]:
+        settings = config(cfg)
+        state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
+        for i in range(10):
+            state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
+            out.append(metrics["loss"].item())
+        return out
+
+    for on_gpu, on_cpu in zip(losses(torch.device("cuda", 0)), losses(CPU), strict=True):
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
