@@ -37,14 +37,14 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
     Raises:
         UsageError: one line with what is wrong, and the nearest flag where one is unknown.
     """
-    boxed = io.StringIO()
+    report = io.StringIO()
     try:
-        with contextlib.redirect_stderr(boxed):
+        with contextlib.redirect_stderr(report):
             return tyro.cli(cls, args=argv, default=default, description=description or None)
     except SystemExit as e:
         if e.code in (0, None):  # --help
             raise
-        raise UsageError(one_line(boxed.getvalue())) from None
+        raise UsageError(one_line(report.getvalue())) from None
 
 
 def peek(flag: str, argv: list[str]) -> str | None:
@@ -60,13 +60,22 @@ def peek(flag: str, argv: list[str]) -> str | None:
     return None
 
 
-def one_line(box: str) -> str:
-    """The message of tyro's error box: what stands above its first rule, and the nearest flag that it suggests."""
-    inside = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(inside) if line and not line.strip("─")), len(inside))
-    message = " ".join(inside[:rule]).rstrip(".") or "bad command line"
-    flags = [line.split()[0].rstrip(",") for line in inside[rule:] if line.startswith("--")]
-    if "Perhaps you meant:" in inside and flags:
+def one_line(report: str) -> str:
+    """The message of tyro's error report, and the nearest flag that it suggests.
+
+    A report is a title, the message and help, with rules between them; framed on a UTF-8 terminal, and plain elsewhere.
+    """
+    parts: list[list[str]] = [[]]
+    for line in report.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("╭") or (text and not text.strip("─-")):  # the frame's top holds the title, and ends it like a rule
+            parts.append([])
+        elif text and not text.startswith("╰"):
+            parts[-1].append(text)
+    message = " ".join(parts[1]).rstrip(".") if len(parts) > 1 else "bad command line"
+    rest = [line for part in parts[2:] for line in part]
+    flags = [line.split()[0].rstrip(",") for line in rest if line.startswith("--")]
+    if "Perhaps you meant:" in rest and flags:
         return f"{message}; did you mean {flags[0]}?"
     return f"{message}; --help lists all settings"
 
