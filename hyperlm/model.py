@@ -2,7 +2,7 @@
 
 x = E_low[tokens] E_high -> L blocks -> RMSNorm -> head, untied. Block: x += ssm(norm x) (optional); x += mixer(norm x); x += ffn(norm x).
 The parameters are {"embed": {...}, "blocks": [{...}, ...], "head": {...}}, one group a stage, so that a stage can live anywhere while
-others run. Axes: B batch, N sequence, D model width, V vocabulary, L layers.
+others run. The residual stream x is at least fp32; what branches read of it is in the compute dtype, that of the matrices. Axes: B batch, N sequence, D model width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from configs import Kind, ModelConfig
 from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
+from hyperlm.kernels.reference import wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angles
 from hyperlm.mixers.ssm import SSM
@@ -47,7 +48,8 @@ class Embed(nn.Module):
         self.high = matrix(cfg.d_model, cfg.embed_rank, std=EMBED_STD / (LOW_STD * cfg.embed_rank**0.5))
 
     def forward(self, tokens: Tensor, ctx: Context) -> Tensor:
-        return dropout(F.linear(F.embedding(tokens, self.low), self.high), self.rate, ctx.key)
+        x = F.linear(F.embedding(tokens, self.low), self.high)
+        return dropout(x.to(wide(x.dtype)), self.rate, ctx.key)
 
 
 class Norm(nn.Module):
@@ -55,8 +57,8 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = declare((cfg.d_model,), constant(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(ctx.dtype)
 
 
 class FFN(nn.Module):
@@ -88,11 +90,11 @@ class Block(nn.Module):
 
         entries: LayerCache = {}
         if hasattr(self, "ssm"):
-            y, entries = self.ssm(self.ssm_norm(x), cache, ctx)
+            y, entries = self.ssm(self.ssm_norm(x, ctx), cache, ctx)
             x = x + drop(y, 1)
-        y, more = self.mixer(self.mixer_norm(x), cache, ctx)
+        y, more = self.mixer(self.mixer_norm(x, ctx), cache, ctx)
         x = x + drop(y, 2)
-        x = x + drop(self.ffn(self.ffn_norm(x)), 3)
+        x = x + drop(self.ffn(self.ffn_norm(x, ctx)), 3)
         return x, entries | more
 
 
@@ -104,8 +106,8 @@ class Head(nn.Module):
         self.norm = Norm(cfg)
         self.weight = declare((cfg.vocab_size, cfg.d_model), normal(0.02), decay=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.norm(x, ctx)
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
@@ -158,10 +160,10 @@ def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCa
     return functional_call(block, params, (x, cache, ctx, layer), strict=True)
 
 
-def context(cfg: ModelConfig, tokens: Tensor, kernels: str, position: int = 0, **options: Any) -> Context:
+def context(params: Params, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
     """What all layers share when `tokens` (B, N) follow `position` earlier ones."""
     angles = rope_angles(position, tokens.shape[1], cfg.head_dim, tokens.device)
-    return Context(table.table(tokens.device, kernels), *angles, position, **options)
+    return Context(table.table(tokens.device, kernels), params["head"]["weight"].dtype, *angles, position, **options)
 
 
 def hidden(
@@ -184,14 +186,14 @@ def hidden(
         run: how to run a block; `run_block` or a compiled version of it.
     """
     s = skeleton(cfg)
-    ctx = context(cfg, tokens, kernels, key=key, gauges=gauges)
+    ctx = context(params, tokens, cfg, kernels, key=key, gauges=gauges)
     x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
     for layer, (block, block_params) in enumerate(zip(s.blocks, params["blocks"], strict=True)):
         if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
             x = checkpoint(lambda x, b=block, p=block_params, i=layer: run(b, p, x, None, ctx, i)[0], x, use_reentrant=False)
         else:
             x, _ = run(block, block_params, x, None, ctx, layer)
-    return functional_call(s.head, params["head"], (x,), strict=True)
+    return functional_call(s.head, params["head"], (x, ctx), strict=True)
 
 
 def apply(params: Params, tokens: Tensor, cfg: ModelConfig, *, kernels: str = "auto") -> Tensor:
@@ -227,13 +229,13 @@ def extend(params: Params, tokens: Tensor, cache: Cache, cfg: ModelConfig, *, ke
     The cache given is consumed: key and value buffers are written in place.
     """
     s = skeleton(cfg)
-    ctx = context(cfg, tokens, kernels, cache.position)
+    ctx = context(params, tokens, cfg, kernels, cache.position)
     x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
     layers = []
     for layer, (block, block_params, entries) in enumerate(zip(s.blocks, params["blocks"], cache.layers, strict=True)):
         x, entries = run_block(block, block_params, x, entries, ctx, layer)
         layers.append(entries)
-    x = functional_call(s.head, params["head"], (x,), strict=True)
+    x = functional_call(s.head, params["head"], (x, ctx), strict=True)
     return F.linear(x, params["head"]["weight"]), Cache(cache.position + tokens.shape[1], layers)
 
 

@@ -63,10 +63,10 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
             kept.append(x)
         return x
 
-    x = torch.empty(b, n, cfg.d_model, device="meta", dtype=dtype, requires_grad=True)
+    x = torch.empty(b, n, cfg.d_model, device="meta", requires_grad=True)
     key = torch.empty((), dtype=torch.int64, device="meta") if cfg.dropout else None
     angles = torch.empty(n, cfg.head_dim // 2, device="meta")
-    ctx = model.Context(kernels.table(torch.device("meta"), "torch"), angles, angles, 0, key)
+    ctx = model.Context(kernels.table(torch.device("meta"), "torch"), dtype, angles, angles, 0, key)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx, layer), strict=True)
     return sum(sizes.values())
@@ -78,7 +78,7 @@ def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
     count = parameters(config)
     total, layer = sum(count.values()), count["blocks"] // cfg.n_layers
     item = BF16 if dtype == torch.bfloat16 else FP32
-    boundary = t.batch_size * config.data.seq_len * cfg.d_model * item
+    boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
     by_kind = {cfg.layer_kind(i): saved_bytes(config, i, dtype) for i in range(cfg.n_layers)}
     blocks = [by_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
     head = 3 * min(CHUNK_ELEMENTS, t.batch_size * config.data.seq_len * cfg.vocab_size) * FP32 + count["head"] * FP32

@@ -26,6 +26,7 @@ class Context(NamedTuple):
     """What all layers of one pass have in common."""
 
     ops: dict[str, Callable]
+    dtype: torch.dtype  # of matrices, and of what they multiply
     cos: Tensor  # (N, K/2), rotary angles of the positions at hand
     sin: Tensor
     position: int  # how many positions the cache already holds
