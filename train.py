@@ -115,6 +115,10 @@ def main(argv: list[str]) -> int:
         corpus.tokenizer.save(str(run / "tokenizer.json"))
         runs.write_json(run / "env.json", {**env.describe(device), "command": " ".join(["python train.py", *argv])})
     print(f"run        {run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)")
+    if len(order.shares) > 1:
+        print("mixture    " + ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items()))
+    if config.train.compile:
+        print("compiling  the first step may take a minute", flush=True)
 
     step = make_step(config, total, device)
     writer = checkpoint.manager(run, config.ckpt.keep)

@@ -87,13 +87,18 @@ def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     except EXPECTED as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except SystemExit as e:
+    except SystemExit as e:  # --help
         return int(e.code or 0)
+    except BrokenPipeError:  # the reader of our output is gone
+        return 0
+    except OSError as e:  # a full disk, a folder that cannot be written
+        print(f"error: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as e:
-        print(f"error: out of GPU memory ({str(e).split('.')[0]}): lower --train.batch-size and raise --train.grad-accum, or set --train.recompute", file=sys.stderr)
+        reason = str(e).split(".")[0]
+        remedy = "lower --train.batch-size and raise --train.grad-accum, or set --train.recompute"
+        print(f"error: out of GPU memory ({reason}): {remedy}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output is gone
-        return 0

@@ -239,25 +239,29 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     fingerprint = key.hexdigest()
 
     folder = cache_folder(cfg) / fingerprint
-    if (folder / "meta.json").is_file():
-        say(f"data       {describe(load(folder, sources))} (cached)")
-        return load(folder, sources)
+    cached = (folder / "meta.json").is_file()
+    if not cached:
+        build(folder, config, sources, selections)
+    corpus = load(folder, sources)
+    say(f"data       {describe(corpus)}{' (cached)' if cached else ''}")
+    return corpus
+
+
+def build(folder: Path, config: Config, sources: list[Source], selections: list[Selection]) -> None:
+    """Tokenise into `folder`, whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.", dir=folder.parent))
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            write(build, config, sources, selections)
-            os.replace(build, folder)
+            write(part, config, sources, selections)
+            os.replace(part, folder)
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: its result is the same
                 raise
         finally:
-            shutil.rmtree(build, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as e:
         raise DataError(f"cannot write the cache {folder.parent} ({e.strerror}); free some space or set --data.cache") from e
-    corpus = load(folder, sources)
-    say(f"data       {describe(corpus)}")
-    return corpus
 
 
 def hold_out_one(selections: list[Selection]) -> None:

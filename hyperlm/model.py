@@ -19,6 +19,7 @@ from configs import Kind, ModelConfig
 from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
+from hyperlm.env import progress
 from hyperlm.kernels.reference import wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angles
@@ -147,10 +148,16 @@ def declaration(cfg: ModelConfig) -> Params:
 def init(cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Params:
     """Initial parameters. Each leaf depends on the seed and its path alone, and is the same on every device."""
 
-    def fill(path: str, spec: Spec) -> Tensor:
-        return realise(path, spec, seed).to(device=device, dtype=dtype)
+    declared = declaration(cfg)
+    bar = progress(desc="initialising", total=tree.count(declared), unit=" parameters", unit_scale=True)
 
-    return tree.map_with_path(fill, declaration(cfg))
+    def fill(path: str, spec: Spec) -> Tensor:
+        values = realise(path, spec, seed).to(device=device, dtype=dtype)
+        bar.update(values.numel())
+        return values
+
+    with bar:
+        return tree.map_with_path(fill, declared)
 
 
 # -- running it ------------------------------------------------------------------------------------------------------------------------
