@@ -4,9 +4,11 @@ runs/<name>/checkpoints/step_00000100/ holds params and opt (arrays), and meta (
 and the best by validation loss. What comes back is verified: shapes and dtypes against the declaration, bytes against the checksums.
 """
 
-import logging
 import os
+import shutil
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from configs import ModelConfig
 from hyperlm import model, tree
 from hyperlm.data import Corpus
+from hyperlm.env import GIB
 from hyperlm.step import State
 from hyperlm.tree import Tree
 
@@ -29,8 +32,16 @@ FORMAT = 1
 WORST = 1e30  # validation loss of a checkpoint that has none: never the best, and valid JSON
 PREFIX, DIGITS = "step", 8
 
-absl.logging.set_verbosity(absl.logging.ERROR)
-logging.getLogger("orbax").setLevel(logging.ERROR)
+absl.logging.set_verbosity(absl.logging.FATAL)  # failures reach us as exceptions; the threads that meet them need not print them as well
+
+
+def unraisable(event: Any, default: Callable = sys.unraisablehook) -> None:
+    """Leave out what the storage layer's threads say, many hundred times, after a failure that has already been reported."""
+    if "Event loop is closed" not in str(event.exc_value):
+        default(event)
+
+
+sys.unraisablehook = unraisable
 
 
 class CheckpointError(RuntimeError):
@@ -104,13 +115,17 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
         "checksums": {name: tree.by_path(tree.map(checksum, t)) for name, t in trees.items()},
     }
     items = {name: ocp.args.PyTreeSave(t) for name, t in trees.items()}
+    finish(writer)
+    need, free = sum(x.nbytes for t in trees.values() for x in tree.leaves(t)), shutil.disk_usage(writer.directory).free
+    if need > free:  # found out before anything is half written
+        raise write_error(writer, OSError(f"no space left on the disk: it needs {need / GIB:.2f} GiB, {free / GIB:.2f} are free"))
     try:
         started = writer.save(
             state.step,
             args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
             metrics={"val_loss": meta["val_loss"]},
         )
-    except Exception as e:  # whatever the storage layer raises, of this save or the one before
+    except Exception as e:  # whatever the storage layer raises, of any kind
         raise write_error(writer, e) from e
     if not started:
         raise CheckpointError(f"{folder_of(Path(writer.directory).parent, state.step)} was not written: a checkpoint of that step or later exists")
@@ -131,13 +146,13 @@ def finish(writer: ocp.CheckpointManager) -> None:
 def write_error(writer: ocp.CheckpointManager, error: Exception) -> CheckpointError:
     run = Path(writer.directory).parent
     good = steps(run)
-    last = f"the last good one is {folder_of(run, good[-1])}" if good else "there is no earlier one"
+    last = f"the last good one is step {good[-1]}: mend that, then go on with python train.py --resume {run}" if good else "there is no earlier one"
     return CheckpointError(f"a checkpoint could not be written to {writer.directory} ({first_line(error)}); {last}")
 
 
 def first_line(error: Exception) -> str:
     text = str(error)
-    if "No space left" in text or "ENOSPC" in text:
+    if "No space left on device" in text or "ENOSPC" in text:
         return "no space left on the disk"
     return (text.splitlines() or [type(error).__name__])[0][:160]
 

@@ -135,3 +135,12 @@ def test_missing_and_empty_runs_are_errors(tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         checkpoint.latest(tmp_path / "empty")
+
+
+def test_a_full_disk_is_found_before_anything_is_half_written(tmp_path, monkeypatch):
+    save(tmp_path, (1, None))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(checkpoint.CheckpointError) as e:
+        save(tmp_path, (2, None))
+    assert "no space left on the disk" in str(e.value) and "the last good one is step 1" in str(e.value) and "--resume" in str(e.value)
+    assert checkpoint.steps(tmp_path) == [1]

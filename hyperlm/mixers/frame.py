@@ -4,6 +4,7 @@ Measured to matter more than anything else inside a mixer, so all kinds have the
 Axes: B batch, N sequence, D model width, H heads, K head dim, M positions so far.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hyperlm.declare import constant, declare, last_tap, matrix
 
 CONV_WIDTH = 4
 R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
+R_START = 1.0  # of every token before training
 EPS = 1e-6  # of every RMSNorm
 CAPACITY = 64  # positions that an empty cache has room for
 
@@ -70,8 +72,9 @@ class Radius(nn.Module):
 
     def __init__(self, cfg: ModelConfig, count: int) -> None:
         super().__init__()
-        self.weight = matrix(count, cfg.d_model, std=cfg.d_model**-0.5)  # radii differ from the start
-        self.bias = declare((count,), constant(0.0))
+        share = (R_START - R_MIN) / (R_MAX - R_MIN)
+        self.weight = declare((count, cfg.d_model), constant(0.0), decay=True)  # radii start equal: random ones would drown the directions
+        self.bias = declare((count,), constant(math.log(share / (1 - share))))
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.weight) + self.bias  # wide, as the bias is
@@ -89,8 +92,8 @@ class Mixer(nn.Module):
         self.conv = declare((3 * d, CONV_WIDTH), last_tap)
         self.log_beta = declare((h,), constant(0.0))  # inverse temperature, in units of sqrt(K)
         self.norm = declare((h, k), constant(1.0))
-        self.gate_down = matrix(cfg.gate_rank, d)
-        self.gate_up = matrix(d, cfg.gate_rank)
+        self.gate_down = matrix(cfg.gate_rank, d, std=0.04)
+        self.gate_up = matrix(d, cfg.gate_rank, std=0.04)
         self.out = matrix(d, d)
 
     @property

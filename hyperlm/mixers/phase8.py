@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ModelConfig
-from hyperlm.declare import constant, declare, matrix
+from hyperlm.declare import constant, declare
 from hyperlm.geometry import direction
 from hyperlm.kernels.reference import wide, widen
 from hyperlm.mixers.frame import Context, LayerCache, Mixer, Radius
@@ -26,7 +26,7 @@ class Phase8(Mixer):
         h = cfg.n_heads
         self.radius = Radius(cfg, 2 * h)
         rates = [SLOWEST * (FASTEST / SLOWEST) ** (i / max(1, h - 1)) for i in range(h)]
-        self.decay = matrix(h, cfg.d_model, std=cfg.d_model**-0.5)
+        self.decay = declare((h, cfg.d_model), constant(0.0), decay=True)
         self.decay_bias = declare((h,), constant([math.log(math.expm1(rate)) for rate in rates]))  # inverse of softplus
 
     def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:

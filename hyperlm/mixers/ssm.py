@@ -25,7 +25,7 @@ class SSM(nn.Module):
         super().__init__()
         s = cfg.ssm_dim
         rates = [SLOWEST * (FASTEST / SLOWEST) ** (i / (s - 1)) for i in range(s)]
-        self.rate = matrix(s, cfg.d_model, std=cfg.d_model**-0.5)
+        self.rate = declare((s, cfg.d_model), constant(0.0), decay=True)
         self.rate_bias = declare((s,), constant([math.log(math.expm1(rate)) for rate in rates]))
         self.into = matrix(s, cfg.d_model)
         self.out = matrix(cfg.d_model, s)
