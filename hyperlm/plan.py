@@ -48,6 +48,16 @@ def on_meta(declared: Any, dtype: torch.dtype) -> Any:
     return tree.map(leaf, declared)
 
 
+class FusedAttention(torch.autograd.Function):
+    """What torch's fused attention saves, for the meta device, where torch itself would take another path."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(v)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
 def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     """Bytes that the forward pass of one block saves for its backward pass, its parameters aside."""
     cfg, b, n = config.model, config.train.batch_size, config.data.seq_len
@@ -66,7 +76,8 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     x = torch.empty(b, n, cfg.d_model, device="meta", requires_grad=True)
     key = torch.empty((), dtype=torch.int64, device="meta") if cfg.dropout else None
     angles = torch.empty(n, cfg.head_dim // 2, device="meta")
-    ctx = model.Context(kernels.table(torch.device("meta"), "torch"), dtype, angles, angles, 0, key)
+    ops = kernels.table(torch.device("meta"), "torch") | {"softmax_attention": FusedAttention.apply}
+    ctx = model.Context(ops, dtype, angles, angles, 0, key)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx, layer), strict=True)
     return sum(sizes.values())
@@ -82,14 +93,14 @@ def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
     by_kind = {cfg.layer_kind(i): saved_bytes(config, i, dtype) for i in range(cfg.n_layers)}
     blocks = [by_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
     head = 3 * min(CHUNK_ELEMENTS, t.batch_size * config.data.seq_len * cfg.vocab_size) * FP32 + count["head"] * FP32
-    kept = cfg.n_layers * boundary + max(blocks) if t.recompute else sum(blocks)
+    kept = cfg.n_layers * boundary + max(head, max(blocks)) if t.recompute else sum(blocks) + head
     copy = total * item if item == BF16 else 0  # fp32 is computed with as it is
     device = Plan(
         "device",
         weights=total * FP32 + copy,
         gradients=total * (FP32 + item) if t.grad_accum > 1 or item == BF16 else total * FP32,
         optimizer=total * 2 * FP32,
-        activations=kept + max(head, 2 * max(blocks)),
+        activations=kept,
         host=0,
     )
     host = Plan(
@@ -97,7 +108,7 @@ def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
         weights=2 * max(layer, count["head"], count["embed"]) * item,
         gradients=2 * layer * FP32 + count["head"] * FP32,
         optimizer=0,
-        activations=2 * boundary + max(max(blocks) * 2, head),
+        activations=2 * boundary + max(max(blocks), head),
         host=total * (FP32 + item + FP32 + 2 * FP32) + t.grad_accum * cfg.n_layers * boundary,
     )
     return [device, host]

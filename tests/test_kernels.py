@@ -98,6 +98,13 @@ def test_rounding_space_before_computing_time_keeps_points_on_the_hyperboloid():
     assert error.median() < 2e-3  # 0.13 where t is rounded on its own
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 7), (3, 9), (1, 9)])
+def test_softmax_attention_sees_the_past_alone(n, m):
+    q, k, v = normal(B, H, n, K, seed=1), normal(B, H, m, K, seed=2), normal(B, H, m, V, seed=3)
+    weights = torch.exp(q @ k.mT).tril(m - n)
+    torch.testing.assert_close(ref.softmax_attention(q, k, v), weights / weights.sum(-1, keepdim=True) @ v)
+
+
 def quadratic(q, k, v, log_decay):
     g = log_decay.cumsum(-1)
     return ((q @ k.mT) * torch.exp(g[..., :, None] - g[..., None, :]).tril()) @ v

@@ -14,6 +14,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "linear_attention": {"torch": reference.linear_attention},
     "linear_attention_step": {"torch": reference.linear_attention_step},
     "scan": {"torch": reference.scan},
+    "softmax_attention": {"torch": reference.softmax_attention},
 }
 
 

@@ -70,6 +70,23 @@ def hyperbolic_attention(
     return p.to(v.dtype) @ v
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax attention with scores q . k, by torch's fused kernels.
+
+    Args:
+        q: (B, H, N, K); the queries are the last N of the M positions.
+        k, v: (B, H, M, K), (B, H, M, V).
+
+    Returns:
+        (B, H, N, V).
+    """
+    n, m = q.shape[-2], k.shape[-2]
+    past = None
+    if 1 < n < m:  # torch's own causal mask would align the first positions, not the last
+        past = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=n == m and n > 1, scale=1.0)
+
+
 def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
     """Linear recurrence h_n = exp(log_a_n) h_{n-1} + b_n along the axis before the last, in log2 N parallel steps.
 

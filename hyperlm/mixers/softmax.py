@@ -2,7 +2,6 @@
 geometry is a claim against it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ModelConfig
@@ -15,15 +14,12 @@ class Softmax(Mixer):
     def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
         q = (rotate(direction(widen(q)), ctx) * self.beta[:, None, None]).to(v.dtype)
         k = rotate(direction(widen(k)), ctx).to(v.dtype)
-        entries, end = {}, ctx.position + x.shape[1]
+        entries = {}
         if cache is not None:
+            end = ctx.position + x.shape[1]
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("k", k), ("v", v))}
             k, v = (entries[name][:, :, :end] for name in ("k", "v"))
-        past = None
-        if ctx.position and x.shape[1] > 1:  # queries are the last N of the M positions; SDPA's own mask would align the first
-            past = torch.ones(x.shape[1], end, dtype=torch.bool, device=x.device).tril(ctx.position)
-        causal = past is None and x.shape[1] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=past, is_causal=causal, scale=1.0), entries
+        return ctx.ops["softmax_attention"](q, k, v), entries
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
