@@ -165,7 +165,7 @@ class Config:
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Kernel backend; auto takes the fastest one usable."""
     name: str = ""
-    """Name of the run, a folder under runs/; by default kind, width, depth and time."""
+    """Name of the run, a folder under runs/; by default preset, kind and time."""
 
 
 # -- presets ---------------------------------------------------------------------------------------------------------------------------

@@ -85,9 +85,9 @@ class Block(nn.Module):
         self.mixer_norm, self.mixer = Norm(cfg), MIXERS[kind](cfg)
         self.ffn_norm, self.ffn = Norm(cfg), FFN(cfg)
 
-    def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context, layer: int) -> tuple[Tensor, LayerCache]:
+    def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         def drop(y: Tensor, branch: int) -> Tensor:
-            return dropout(y, self.rate, None if ctx.key is None else ctx.key + 3 * layer + branch)
+            return dropout(y, self.rate, None if ctx.key is None else ctx.key + branch)
 
         entries: LayerCache = {}
         if hasattr(self, "ssm"):
@@ -163,8 +163,9 @@ def init(cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dty
 # -- running it ------------------------------------------------------------------------------------------------------------------------
 
 
-def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCache | None, ctx: Context, layer: int) -> Any:
-    return functional_call(block, params, (x, cache, ctx, layer), strict=True)
+def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+    """A block as a function of its parameters: x (B, N, D) -> x (B, N, D) and the next cache."""
+    return functional_call(block, params, (x, cache, ctx), strict=True)
 
 
 def context(params: Params, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
@@ -196,10 +197,11 @@ def hidden(
     ctx = context(params, tokens, cfg, kernels, key=key, gauges=gauges)
     x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
     for layer, (block, block_params) in enumerate(zip(s.blocks, params["blocks"], strict=True)):
+        own = ctx._replace(key=None if key is None else key + 3 * layer)  # three branches a block draw from keys of their own
         if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
-            x = checkpoint(lambda x, b=block, p=block_params, i=layer: run(b, p, x, None, ctx, i)[0], x, use_reentrant=False)
+            x = checkpoint(lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False)
         else:
-            x, _ = run(block, block_params, x, None, ctx, layer)
+            x, _ = run(block, block_params, x, None, own)
     return functional_call(s.head, params["head"], (x, ctx), strict=True)
 
 
@@ -239,8 +241,8 @@ def extend(params: Params, tokens: Tensor, cache: Cache, cfg: ModelConfig, *, ke
     ctx = context(params, tokens, cfg, kernels, cache.position)
     x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
     layers = []
-    for layer, (block, block_params, entries) in enumerate(zip(s.blocks, params["blocks"], cache.layers, strict=True)):
-        x, entries = run_block(block, block_params, x, entries, ctx, layer)
+    for block, block_params, entries in zip(s.blocks, params["blocks"], cache.layers, strict=True):
+        x, entries = run_block(block, block_params, x, entries, ctx)
         layers.append(entries)
     x = functional_call(s.head, params["head"], (x, ctx), strict=True)
     return F.linear(x, params["head"]["weight"]), Cache(cache.position + tokens.shape[1], layers)

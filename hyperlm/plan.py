@@ -79,7 +79,7 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     ops = kernels.table(torch.device("meta"), "torch") | {"softmax_attention": FusedAttention.apply}
     ctx = model.Context(ops, dtype, angles, angles, 0, key)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx, layer), strict=True)
+        functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx), strict=True)
     return sum(sizes.values())
 
 

@@ -46,7 +46,7 @@ def compute_copy(params: Tree, dtype: torch.dtype) -> Tree:
 
 
 def step_key(state: State, micro_batch: int, device: torch.device) -> Tensor:
-    """The key that dropout of one micro-batch is a function of; a layer adds less than 1 << 20 to it."""
+    """The key that dropout of one micro-batch is a function of; layers add less than 1 << 20 to it."""
     return torch.tensor(((state.seed & 0xFFFF) << 46) + (state.step << 20) * 1024 + (micro_batch << 20), device=device)
 
 

@@ -83,7 +83,18 @@ def test_reset_forgets_what_was_said(run, capsys, monkeypatch):
         assert talk("--max-tokens", "6", "--temperature", "0") == 0
         return capsys.readouterr().out.split("> ")[1:]
 
-    assert replies("hello\n/reset\nhello\n/quit\n")[0] == replies("hello\n/reset\nhello\n/quit\n")[2].removeprefix("")
+    first, nothing, again, _ = replies("hello\n/reset\nhello\n/quit\n")
+    assert first == again and nothing == ""
+
+
+def test_a_conversation_is_remembered(run):
+    speaker = chat.load(chat.Command(run))
+    memory = chat.begin(speaker)
+    assert memory.cache.position == 1  # the end of the text before
+    for _ in range(2):
+        before, words = memory.cache.position, len(speaker.tokenizer.encode("hello", add_special_tokens=False).ids)
+        memory = chat.speak(speaker, memory, "hello", Sampling(0.0), generator(), 3)
+        assert before + words <= memory.cache.position <= before + words + 3
 
 
 def test_conversations_are_answered_in_turns(tmp_path, capsys):

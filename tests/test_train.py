@@ -76,7 +76,7 @@ def test_losses_fall_on_text(prose):
 @pytest.mark.parametrize("kind", ["phase7", "phase8", "softmax", "hybrid-ssm"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind):
     cfg = CASES[kind]
-    model = ["--model.kind", cfg.kind, "--model.exact-every", cfg.exact_every, "--ssm" if False else f"--model.{'' if cfg.ssm else 'no-'}ssm", "--model.dropout", "0.1"]
+    model = ["--model.kind", cfg.kind, "--model.exact-every", cfg.exact_every, "--model.ssm" if cfg.ssm else "--model.no-ssm", "--model.dropout", "0.1"]
     common = [*model, "--train.steps", "6", "--ckpt.every", "3", "--ckpt.keep", "9", "--eval.every", "3"]
     assert start(prose, "whole", *common) == 0
     assert start(prose, "parts", *common) == 0

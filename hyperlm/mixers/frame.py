@@ -92,8 +92,8 @@ class Mixer(nn.Module):
         self.conv = declare((3 * d, CONV_WIDTH), last_tap)
         self.log_beta = declare((h,), constant(0.0))  # inverse temperature, in units of sqrt(K)
         self.norm = declare((h, k), constant(1.0))
-        self.gate_down = matrix(cfg.gate_rank, d, std=0.04)
-        self.gate_up = matrix(d, cfg.gate_rank, std=0.04)
+        self.gate_down = matrix(cfg.gate_rank, d)
+        self.gate_up = matrix(d, cfg.gate_rank)
         self.out = matrix(d, d)
 
     @property
