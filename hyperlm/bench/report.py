@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import StrMethodFormatter
 
 Row = dict[str, Any]
 
@@ -63,6 +64,8 @@ def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
     if plot.log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
         ticks = sorted({row[plot.x] for row in rows})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
