@@ -55,7 +55,7 @@ def matrix(out: int, into: int, std: float = 0.01) -> nn.Parameter:
     """A linear map (out, into).
 
     The small default makes every branch of a block small against the residual stream at first. Measured over 200 steps at d 512 (a softmax
-    model, AdamW, lr 1e-3): validation loss 4.45 with variance-preserving maps, 4.12 with 0.02, 3.92 with 0.01.
+    model, AdamW, lr 1e-3, one seed): validation loss 4.12 with 0.02, 3.92 with 0.01.
     """
     return declare((out, into), normal(std), decay=True)
 

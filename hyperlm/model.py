@@ -26,7 +26,8 @@ from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angl
 from hyperlm.mixers.ssm import SSM
 
 # AdamW moves every weight by about the learning rate, so an embedding learns as fast as E_low is small and E_high large. Measured at
-# d 384, 6 layers, 200 steps: validation loss 4.29 with LOW_STD 0.02, 4.16 with 0.005, and after 100 steps 0.04 lower again with 0.002.
+# d 384, 6 layers, softmax, one seed: validation loss after 200 steps 4.29 with LOW_STD 0.02, 4.16 with 0.005; training loss after 100 steps
+# 4.52, 4.35, and 4.31 with 0.002.
 LOW_STD = 0.002  # of E_low at first
 EMBED_STD = 0.1  # of the residual stream at first: large against what the blocks add to it
 
