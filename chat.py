@@ -20,6 +20,7 @@ from configs import Config, ConfigError
 from hyperlm import checkpoint, cli, env, model, runs, sample
 from hyperlm import tokenizer as tok
 from hyperlm.sample import Sampling
+from hyperlm.step import compute_copy
 from hyperlm.tree import Tree
 
 
@@ -66,7 +67,7 @@ def load(command: Command) -> Speaker:
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
     state, meta = checkpoint.restore(run, step, config.model, device, with_opt=False)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
-    params = sample.weights(state.params, device)
+    params = compute_copy(state.params, env.compute_dtype(device))
     return Speaker(params, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), meta["chat"])
 
 

@@ -18,7 +18,8 @@ from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
 from hyperlm import checkpoint, cli, data, doctor, env, evals, log, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.kernels import OPS, select
-from hyperlm.step import State, init_state, make_step
+from hyperlm.step import compute_copy, init_state, make_step
+from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
 CHANGEABLE = ("train.steps", "train.epochs", "train.device", "train.compile", "train.recompute", "kernels", "ckpt.", "eval.", "log.", "data.cache")
@@ -64,14 +65,13 @@ def check_memory(config: Config, device: torch.device) -> None:
         )
 
 
-def write_sample(state: State, corpus: data.Corpus, config: Config, device: torch.device) -> str:
-    """A text that begins with the configured prompt; a function of (seed, step)."""
+def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
+    """A text that begins with the configured prompt."""
     cfg, tokenizer = config.model, corpus.tokenizer
     prompt = tokenizer.encode(config.eval.prompt, add_special_tokens=False).ids
     end = tok.end_of_text(tokenizer)
-    params = sample.weights(state.params, device)
     logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
-    generator = torch.Generator().manual_seed(state.seed + state.step)
+    generator = torch.Generator().manual_seed(seed)
     drawn = sample.generate(
         params, logits, cache, cfg, sample.Sampling(), generator, stop={end}, usable=tokenizer.get_vocab_size(), kernels=config.kernels
     )
@@ -124,7 +124,8 @@ def main(argv: list[str]) -> int:
     writer = checkpoint.manager(run, config.ckpt.keep)
     records = log.open_log(run, state.step)
     env.reset_peak_memory(device)
-    started, timed_from, timed_step, bad, val = time.monotonic(), time.monotonic(), state.step, 0, {}
+    started, timed_from, timed_step, bad, val, evaluated = time.monotonic(), time.monotonic(), state.step, 0, {}, False
+    saved = state.step if command.resume else -1
     with env.stop_signals() as stop_signal:
         while state.step < total and not stop_signal():
             state, metrics = step(state, order.at(state.step))
@@ -155,16 +156,20 @@ def main(argv: list[str]) -> int:
 
             paused = time.monotonic()
             if evaluated := now % config.eval.every == 0 or last:
-                val = evals.evaluate(state.params, corpus, config, device)
-                gauges = evals.radius_gauges(state.params, order.at(0)[0, :, :-1].to(device), config)
-                text = write_sample(state, corpus, config, device) if config.eval.sample_tokens else ""
+                params = compute_copy(state.params, env.compute_dtype(device))
+                val = evals.evaluate(params, corpus, config, device)
+                gauges = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
+                text = write_sample(params, state.seed + now, corpus, config) if config.eval.sample_tokens else ""
                 log.record(records, now, {**val, **gauges, "sample": text})
                 print(log.eval_line(now, total, val))
                 if text:
                     print("  | " + text.rstrip().replace("\n", "\n  | "), flush=True)
-            if now % config.ckpt.every == 0 or last or stop_signal():
+            if now % config.ckpt.every == 0 or last:
                 checkpoint.save(writer, state, corpus, val["val_loss"] if evaluated else None)
+                saved = now
             timed_from += time.monotonic() - paused
+        if saved != state.step:  # a signal ended the loop, whenever in a step it came
+            checkpoint.save(writer, state, corpus, val["val_loss"] if evaluated else None)
     checkpoint.finish(writer)
     writer.close()
     log.close(records)

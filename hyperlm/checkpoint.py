@@ -105,6 +105,7 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
     Raises:
         CheckpointError: if this or the previous save failed.
     """
+    finish(writer)  # before copying: never two copies of the state in host memory
     trees = {"params": tree.map(to_numpy, state.params), "opt": tree.map(to_numpy, state.opt_state)}
     meta = {
         "format": FORMAT,
@@ -115,7 +116,6 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
         "checksums": {name: tree.by_path(tree.map(checksum, t)) for name, t in trees.items()},
     }
     items = {name: ocp.args.PyTreeSave(t) for name, t in trees.items()}
-    finish(writer)
     need, free = sum(x.nbytes for t in trees.values() for x in tree.leaves(t)), shutil.disk_usage(writer.directory).free
     if need > free:  # found out before anything is half written
         raise write_error(writer, OSError(f"no space left on the disk: it needs {need / GIB:.2f} GiB, {free / GIB:.2f} are free"))
@@ -125,7 +125,7 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
             args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)),
             metrics={"val_loss": meta["val_loss"]},
         )
-    except Exception as e:  # whatever the storage layer raises, of any kind
+    except Exception as e:  # whatever the storage layer raises
         raise write_error(writer, e) from e
     if not started:
         raise CheckpointError(f"{folder_of(Path(writer.directory).parent, state.step)} was not written: a checkpoint of that step or later exists")

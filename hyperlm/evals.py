@@ -9,9 +9,8 @@ from torch import Tensor
 from configs import Config
 from hyperlm import model
 from hyperlm.data import Corpus, validation_windows
-from hyperlm.env import compute_dtype, progress
+from hyperlm.env import progress
 from hyperlm.loss import head_nats
-from hyperlm.step import compute_copy
 from hyperlm.tree import Tree
 
 
@@ -19,10 +18,12 @@ from hyperlm.tree import Tree
 def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device) -> dict[str, float]:
     """Loss on the validation documents.
 
+    Args:
+        params: as `step.compute_copy` returns them, on `device`.
+
     Returns:
         val_loss (nats a token over all sources), val_ppl, val_bpb (bits per byte of raw text), and with several sources val_bpb/<source>.
     """
-    params = compute_copy(params, compute_dtype(device))
     n, batch = config.data.seq_len, config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
@@ -50,7 +51,6 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device)
 def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, float]:
     """Mean, 5th and 95th percentile of the radii of queries and keys on tokens (B, N): {"radius/layer_00/q_mean": ...}."""
     gauges: dict[str, Any] = {}
-    params = compute_copy(params, compute_dtype(tokens.device))
     layers = model.radii(params, tokens, config.model, kernels=config.kernels)
     hyperbolic = [i for i in range(config.model.n_layers) if config.model.layer_kind(i) != "softmax"]
     for layer, radii in zip(hyperbolic, layers, strict=True):

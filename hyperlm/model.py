@@ -2,7 +2,8 @@
 
 x = E_low[tokens] E_high -> L blocks -> RMSNorm -> head, untied. Block: x += ssm(norm x) (optional); x += mixer(norm x); x += ffn(norm x).
 The parameters are {"embed": {...}, "blocks": [{...}, ...], "head": {...}}, one group a stage, so that a stage can live anywhere while
-others run. The residual stream x is at least fp32; what branches read of it is in the compute dtype, that of the matrices. Axes: B batch, N sequence, D model width, V vocabulary, L layers.
+others run. The residual stream x is at least fp32; what branches read of it is in the compute dtype, that of the matrices.
+Axes: B batch, N sequence, D model width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -150,7 +151,6 @@ def declaration(cfg: ModelConfig) -> Params:
 
 def init(cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Params:
     """Initial parameters. Each leaf depends on the seed and its path alone, and is the same on every device."""
-
     declared = declaration(cfg)
     bar = progress(desc="initialising", total=tree.count(declared), unit=" parameters", unit_scale=True)
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from configs import ModelConfig
 from hyperlm import model
-from hyperlm.env import compute_dtype
-from hyperlm.step import compute_copy
 from hyperlm.tree import Tree
 
 PREFILL = 512  # tokens read at once
@@ -38,11 +36,6 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     before = p.cumsum(-1) - p
     p[before >= how.top_p * p.sum()] = 0
     return torch.zeros_like(p).scatter_(0, order, p / p.sum())
-
-
-def weights(params: Tree, device: torch.device) -> Tree:
-    """Parameters to decode with, in the compute dtype of `device`."""
-    return compute_copy(params, compute_dtype(device))
 
 
 def empty_cache(params: Tree, cfg: ModelConfig) -> model.Cache:

@@ -1,5 +1,6 @@
 """train.py as a person uses it: whole runs, resuming after every kind of end, and one clear line for every mistake."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,21 @@ def test_a_stopped_run_saves_and_resumes_exactly(prose, ending):
     assert 7 <= stopped < 40
     assert call("--resume", "runs/parts") == 0
     assert losses("whole") == losses("parts") and same(final("whole"), final("parts"))
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_a_signal_between_two_steps_is_not_lost(prose, monkeypatch, capsys, passes):
+    """The signal shows first where the loop asks whether to go on: nothing of the finished step has been saved for it yet."""
+
+    @contextmanager
+    def stop_signals():
+        asked = itertools.count()
+        yield lambda: signal.SIGTERM if next(asked) >= passes else None
+
+    monkeypatch.setattr("hyperlm.env.stop_signals", stop_signals)
+    assert start(prose, "a", "--train.steps", "9", "--ckpt.every", "100") == 128 + signal.SIGTERM
+    assert "all saved" in capsys.readouterr().out
+    assert checkpoint.latest(Path("runs/a")) == len(losses("a")) if passes else checkpoint.latest(Path("runs/a")) == 0
 
 
 def test_a_killed_run_resumes_from_its_last_save_exactly(prose):

@@ -7,6 +7,7 @@ import torch
 
 from hyperlm import checkpoint, data, env, evals, runs, tree
 from hyperlm.bench.report import Result
+from hyperlm.step import compute_copy
 
 
 def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
@@ -20,5 +21,5 @@ def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
         if meta["fingerprint"] != corpus.fingerprint:
             raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {folder} was trained: its validation text is gone")
         row = {"run": folder.name, "model": config.model.kind, "parameters": tree.count(state.params), "step": state.step, "tokens": state.tokens}
-        rows.append(row | evals.evaluate(state.params, corpus, config, device))
+        rows.append(row | evals.evaluate(compute_copy(state.params, env.compute_dtype(device)), corpus, config, device))
     return Result("quality", rows)
