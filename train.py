@@ -5,12 +5,13 @@
     python train.py --preset max --plan       what a run would need, without starting it
 """
 
-import json
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
 from hyperlm import checkpoint, cli, data, doctor, env, evals, log, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.kernels import OPS, select
-from hyperlm.step import compute_copy, init_state, make_step
+from hyperlm.step import State, compute_copy, init_state, make_step
 from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
@@ -65,6 +66,37 @@ def check_memory(config: Config, device: torch.device) -> None:
         )
 
 
+def announce(config: Config, device: torch.device) -> None:
+    """Say what will be trained, where, and with which kernels."""
+    cfg = config.model
+    print(f"model      {cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
+    print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
+    for choice in (select(op, device, config.kernels) for op in OPS):
+        print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})")
+
+
+def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, total: int, device: torch.device) -> tuple[Path, State]:
+    """A new run, and the state that its seed gives."""
+    run = runs.create(config, preset)
+    state = init_state(config, total, device)
+    corpus.tokenizer.save(str(run / "tokenizer.json"))
+    runs.write_json(run / "env.json", {**env.describe(device), "command": " ".join(["python train.py", *argv])})
+    return run, state
+
+
+def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[Path, State]:
+    """A run that stopped, and the state of its newest checkpoint."""
+    state, meta = checkpoint.restore(run, checkpoint.latest(run), config.model, device)
+    if meta["fingerprint"] != corpus.fingerprint:
+        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
+    return run, state
+
+
+def diverged(run: Path, step: int) -> cli.TrainingError:
+    good = checkpoint.folder_of(run, checkpoint.steps(run)[-1]) if checkpoint.steps(run) else "none"
+    return cli.TrainingError(f"no finite loss or gradient for {BAD_STEPS} steps, up to step {step}; last good checkpoint: {good}; try a lower --optim.lr")
+
+
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
     """A text that begins with the configured prompt."""
     cfg, tokenizer = config.model, corpus.tokenizer
@@ -79,6 +111,66 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
     return config.eval.prompt + "".join(tok.stream(tokenizer, ids))
 
 
+def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+    """Validation losses; and radius gauges with, if asked for, a sample."""
+    params = compute_copy(state.params, env.compute_dtype(device))
+    val = evals.evaluate(params, corpus, config, device)
+    more: dict[str, Any] = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
+    if config.eval.sample_tokens:
+        more["sample"] = write_sample(params, state.seed + state.step, corpus, config)
+    return val, more
+
+
+def train(
+    run: Path, state: State, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
+) -> tuple[State, dict[str, Any], signal.Signals | None]:
+    """The loop, from `state` to step `total` or a signal.
+
+    Returns:
+        The last state, the newest value of everything that was logged, and the signal.
+    """
+    step = make_step(config, total, device)
+    writer = checkpoint.manager(run, config.ckpt.keep)
+    records = log.open_log(run, state.step)
+    saved, bad, val_loss, newest = max(checkpoint.steps(run), default=-1), 0, None, {}
+    env.reset_peak_memory(device)
+    timed_from, timed_step = time.monotonic(), state.step
+    with env.stop_signals() as stop_signal:
+        while state.step < total and not stop_signal():
+            state, metrics = step(state, order.at(state.step))
+            now, last, val_loss = state.step, state.step == total, None
+
+            bad = bad + 1 if metrics["skipped"] else 0
+            if bad == BAD_STEPS:
+                checkpoint.finish(writer)
+                raise diverged(run, now)
+
+            if now % config.log.every == 0 or last or metrics["skipped"]:
+                record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device))
+                log.record(records, now, record)
+                print(log.step_line(now, total, record), flush=True)
+                timed_from, timed_step, newest = time.monotonic(), now, newest | record
+
+            paused = time.monotonic()
+            if now % config.eval.every == 0 or last:
+                val, more = evaluate(state, corpus, order, config, device)
+                log.record(records, now, val | more)
+                print(log.eval_line(now, total, val))
+                if "sample" in more:
+                    print("  | " + more["sample"].rstrip().replace("\n", "\n  | "), flush=True)
+                val_loss, newest = val["val_loss"], newest | val
+            if now % config.ckpt.every == 0 or last:
+                checkpoint.save(writer, state, corpus, val_loss)
+                saved = now
+            timed_from += time.monotonic() - paused
+        if saved != state.step:  # a signal ended the loop, whenever in a step it came
+            checkpoint.save(writer, state, corpus, val_loss)
+    checkpoint.finish(writer)
+    writer.close()
+    log.close(records)
+    return state, newest, stop_signal()
+
+
 def main(argv: list[str]) -> int:
     command, config = parse(argv)
     if command.plan:
@@ -89,107 +181,34 @@ def main(argv: list[str]) -> int:
     if command.doctor:
         return doctor.check(device)
     check_memory(config, device)
-    choices = [select(op, device, config.kernels) for op in OPS]
+    announce(config, device)
 
-    print(f"model      {config.model.kind}, {sum(plan.parameters(config).values()):,} parameters, d {config.model.d_model}, {config.model.n_layers} layers")
-    print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
-    for choice in choices:
-        print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})")
     corpus = data.prepare(config)
     order = data.batches(corpus, config)
     total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
-
-    # Where the state comes from: a run's newest checkpoint, or the seed.
     if command.resume:
-        run = Path(command.resume)
-        state, meta = checkpoint.restore(run, checkpoint.latest(run), config.model, device)
-        if meta["fingerprint"] != corpus.fingerprint:
-            raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
+        run, state = resume(Path(command.resume), config, corpus, device)
         if state.step >= total:
             print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
             return 0
         runs.write_json(run / "config.json", to_dict(config))
     else:
-        run = runs.create(config, command.preset)
-        state = init_state(config, total, device)
-        corpus.tokenizer.save(str(run / "tokenizer.json"))
-        runs.write_json(run / "env.json", {**env.describe(device), "command": " ".join(["python train.py", *argv])})
+        run, state = start(argv, command.preset, config, corpus, total, device)
     print(f"run        {run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)")
     if len(order.shares) > 1:
         print("mixture    " + ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items()))
     if config.train.compile:
         print("compiling  the first step may take a minute", flush=True)
 
-    step = make_step(config, total, device)
-    writer = checkpoint.manager(run, config.ckpt.keep)
-    records = log.open_log(run, state.step)
-    env.reset_peak_memory(device)
-    started, timed_from, timed_step, bad, val, evaluated = time.monotonic(), time.monotonic(), state.step, 0, {}, False
-    saved = state.step if command.resume else -1
-    with env.stop_signals() as stop_signal:
-        while state.step < total and not stop_signal():
-            state, metrics = step(state, order.at(state.step))
-            now, last = state.step, state.step == total
+    started = time.monotonic()
+    state, newest, stopped = train(run, state, total, corpus, order, config, device)
+    if stopped and state.step < total:
+        print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}")
+        return 128 + stopped
 
-            bad = bad + 1 if metrics["skipped"] else 0
-            if bad == BAD_STEPS:
-                checkpoint.finish(writer)
-                good = checkpoint.folder_of(run, checkpoint.steps(run)[-1]) if checkpoint.steps(run) else "none"
-                raise cli.TrainingError(f"no finite loss or gradient for {BAD_STEPS} steps, up to step {now}; last good checkpoint: {good}; try a lower --optim.lr")
-
-            if now % config.log.every == 0 or last or metrics["skipped"]:
-                seconds = time.monotonic() - timed_from
-                per_step = seconds / (now - timed_step)
-                record = {
-                    "tokens": state.tokens,
-                    "loss": float(metrics["loss"]),
-                    "lr": metrics["lr"],
-                    "grad_norm": float(metrics["grad_norm"]),
-                    "tokens_per_second": metrics["tokens"] / per_step,
-                    "peak_memory_gib": env.peak_memory(device) / env.GIB,
-                    "seconds_left": (total - now) * per_step,
-                    "skipped": now - state.updates,
-                }
-                log.record(records, now, record)
-                print(log.step_line(now, total, record), flush=True)
-                timed_from, timed_step = time.monotonic(), now
-
-            paused = time.monotonic()
-            if evaluated := now % config.eval.every == 0 or last:
-                params = compute_copy(state.params, env.compute_dtype(device))
-                val = evals.evaluate(params, corpus, config, device)
-                gauges = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
-                text = write_sample(params, state.seed + now, corpus, config) if config.eval.sample_tokens else ""
-                log.record(records, now, {**val, **gauges, "sample": text})
-                print(log.eval_line(now, total, val))
-                if text:
-                    print("  | " + text.rstrip().replace("\n", "\n  | "), flush=True)
-            if now % config.ckpt.every == 0 or last:
-                checkpoint.save(writer, state, corpus, val["val_loss"] if evaluated else None)
-                saved = now
-            timed_from += time.monotonic() - paused
-        if saved != state.step:  # a signal ended the loop, whenever in a step it came
-            checkpoint.save(writer, state, corpus, val["val_loss"] if evaluated else None)
-    checkpoint.finish(writer)
-    writer.close()
-    log.close(records)
-
-    if stop_signal() and state.step < total:
-        print(f"stopped by {stop_signal().name} after step {state.step}, all saved; go on with: python train.py --resume {run}")
-        return 128 + stop_signal()
-    summary = {
-        "steps": state.step,
-        "tokens": state.tokens,
-        "skipped": state.step - state.updates,
-        "parameters": tree.count(state.params),
-        "loss": record["loss"],
-        **val,
-        "peak_memory_gib": record["peak_memory_gib"],
-        "seconds": round(time.monotonic() - started, 1),
-        "device": str(device),
-    }
+    summary = {"steps": state.step, "parameters": tree.count(state.params), **newest, "seconds": round(time.monotonic() - started, 1), "device": str(device)}
     runs.write_json(run / "training_summary.json", summary)
-    print(f"done       {run}: {json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in summary.items()})}")
+    print(f"done       {run}: {log.summary_line(summary)}")
     print(f"talk to it with: python chat.py {run}")
     return 0
 

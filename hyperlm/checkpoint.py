@@ -4,6 +4,7 @@ runs/<name>/checkpoints/step_00000100/ holds params and opt (arrays), and meta (
 and the best by validation loss. What comes back is verified: shapes and dtypes against the declaration, bytes against the checksums.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -32,7 +33,9 @@ FORMAT = 1
 WORST = 1e30  # validation loss of a checkpoint that has none: never the best, and valid JSON
 PREFIX, DIGITS = "step", 8
 
-absl.logging.set_verbosity(absl.logging.FATAL)  # failures reach us as exceptions; the threads that meet them need not print them as well
+# Failures reach us as exceptions; the threads and tasks that meet them need not print them as well.
+absl.logging.set_verbosity(absl.logging.FATAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def unraisable(event: Any, default: Callable = sys.unraisablehook) -> None:

@@ -136,13 +136,14 @@ def driver_version() -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Inside, SIGINT and SIGTERM only take note: the function that this yields tells which came. A second SIGINT acts at once."""
+    """Inside, SIGINT and SIGTERM only take note: the function that this yields tells which came. A second one acts at once."""
     seen: list[signal.Signals] = []
 
     def note(number: int, frame: Any) -> None:
         seen.append(signal.Signals(number))
         print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

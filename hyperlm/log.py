@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from hyperlm.env import GIB
+from hyperlm.step import Metrics, State
+
 
 class Log(NamedTuple):
     records: TextIO
@@ -62,6 +65,20 @@ def duration(seconds: float) -> str:
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
 
 
+def step_record(state: State, metrics: Metrics, total: int, seconds: float, peak_memory: int) -> dict[str, Any]:
+    """What is logged of a step that took `seconds`, `total` being the last step and `peak_memory` in bytes."""
+    return {
+        "tokens": state.tokens,
+        "loss": float(metrics["loss"]),
+        "lr": metrics["lr"],
+        "grad_norm": float(metrics["grad_norm"]),
+        "tokens_per_second": metrics["tokens"] / seconds,
+        "peak_memory_gib": peak_memory / GIB,
+        "seconds_left": (total - state.step) * seconds,
+        "skipped": state.step - state.updates,
+    }
+
+
 def step_line(step: int, total: int, r: dict[str, Any]) -> str:
     return (
         f"step {step:>{len(str(total))}}/{total}  {count(r['tokens']):>6} tokens  loss {r['loss']:.4f}  lr {r['lr']:.2e}"
@@ -72,3 +89,10 @@ def step_line(step: int, total: int, r: dict[str, Any]) -> str:
 def eval_line(step: int, total: int, r: dict[str, Any]) -> str:
     sources = "".join(f"  {name.removeprefix('val_bpb/')} {value:.3f}" for name, value in r.items() if name.startswith("val_bpb/"))
     return f"eval {step:>{len(str(total))}}/{total}  loss {r['val_loss']:.4f}  perplexity {r['val_ppl']:.1f}  bits per byte {r['val_bpb']:.3f}{sources}"
+
+
+def summary_line(r: dict[str, Any]) -> str:
+    return (
+        f"{count(r['parameters'])} parameters, {count(r['tokens'])} tokens in {duration(r['seconds'])}; validation loss {r['val_loss']:.4f}, "
+        f"perplexity {r['val_ppl']:.1f}, {r['val_bpb']:.3f} bits per byte; {r['peak_memory_gib']:.2f} GiB"
+    )

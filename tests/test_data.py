@@ -11,6 +11,8 @@ import torch
 from configs import Config, DataConfig, ModelConfig, TrainConfig
 from conftest import write_prose
 from hyperlm import data
+from hyperlm.data import corpus as preparation
+from hyperlm.data import sources
 from hyperlm.loss import IGNORE
 
 
@@ -106,7 +108,7 @@ def test_the_side_of_a_document_does_not_depend_on_the_others(tmp_path):
 
 def test_a_second_start_tokenises_nothing(prose, monkeypatch):
     first = prepare(config(prose))
-    monkeypatch.setattr(data, "write", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(preparation, "write", lambda *a: pytest.fail("tokenised again"))
     second = prepare(config(prose))
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.shards[0].train, second.shards[0].train)
@@ -123,7 +125,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(prose, monkeypatch, tm
     def fail(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "make_tokenizer", fail)
+    monkeypatch.setattr(preparation, "make_tokenizer", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(prose))
     assert list((tmp_path / "cache" / "hyperlm").iterdir()) == []
@@ -131,7 +133,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(prose, monkeypatch, tm
 
 def test_prose_is_cut_into_documents_that_join_to_the_text(prose):
     text = prose.read_text()
-    parts = list(data.pieces(text))
+    parts = list(sources.pieces(text))
     assert len(parts) > 3 and "".join(parts) == text and all(part.endswith("\n\n") for part in parts[:-1])
 
 
@@ -159,7 +161,7 @@ def test_own_validation_text_is_used_whole(prose, tmp_path):
     corpus = prepare(config(prose, val_sources=(str(val),)))
     assert [len(s.val) > 0 for s in corpus.shards] == [False, True]
     held_out = text_of(corpus, corpus.shards[1].val).split("<|endoftext|>")[1:-1]
-    assert Counter(held_out) == Counter(data.pieces(val.read_text()))
+    assert Counter(held_out) == Counter(sources.pieces(val.read_text()))
     assert text_of(corpus, corpus.shards[0].train).replace("<|endoftext|>", "") == prose.read_text()
 
 
@@ -172,12 +174,12 @@ def test_conversations_become_turns(tmp_path):
 
 def test_a_recipe_names_sources_and_weights(prose, tmp_path):
     (tmp_path / "recipe.toml").write_text('[[sources]]\npath = "prose.txt"\nweight = 2\n[[sources]]\npath = "stdlib"\n')
-    a, b = data.parse_sources((str(tmp_path / "recipe.toml"),))
+    a, b = sources.parse_sources((str(tmp_path / "recipe.toml"),))
     assert (a.path, a.weight) == (tmp_path / "prose.txt", 2.0) and (b.name, b.path, b.weight) == ("stdlib", None, None)
 
 
 def test_the_standard_library_is_real_text_without_its_tests():
-    paths = [str(p) for p in data.files(data.Source("stdlib", None, None))]
+    paths = [str(p) for p in sources.files(sources.Source("stdlib", None, None))]
     assert any(p.endswith("argparse.py") for p in paths)
     assert not any("/test/" in p or "site-packages" in p for p in paths)
 
@@ -216,7 +218,7 @@ def test_bad_sources_are_named(prose, tmp_path, source, message):
     (tmp_path / "picture.png").write_text("x")
     (tmp_path / "bad.toml").write_text("[[sources]]\nname = 'x'")
     with pytest.raises(data.DataError) as e:
-        data.parse_sources((source,))
+        sources.parse_sources((source,))
     assert message in str(e.value) and "\n" not in str(e.value)
 
 

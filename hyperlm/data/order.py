@@ -1,0 +1,108 @@
+"""Tokens to batches: the order of training data, a pure function of (seed, step), and the windows of validation.
+
+Axes: A micro-batches, B batch, N sequence, W windows.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import Config
+from hyperlm.data.corpus import Corpus, Shard
+from hyperlm.data.sources import DataError
+from hyperlm.loss import IGNORE
+
+BLOCK = 1024  # sequences in which a weighted mixture has exactly its proportions
+
+
+def stream_seed(*parts: object) -> int:
+    """128 bits that depend on all `parts`."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The order of a run's data. `at(step)` is a pure function: batch (A, B, N+1) int64 of step 0, 1, ..."""
+
+    at: Callable[[int], Tensor]
+    steps_per_epoch: float  # steps after which as many sequences were drawn as the corpus has
+    shares: dict[str, float]  # of the sequences drawn, by source
+
+
+def batches(corpus: Corpus, config: Config) -> Batches:
+    """Order the training sequences of a corpus.
+
+    Sequences are windows of N+1 tokens at stride N, so that every token is a target once. Without weights each epoch is a permutation of
+    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions.
+
+    Raises:
+        DataError: if a source is shorter than one sequence.
+    """
+    a, b, n, seed = config.train.grad_accum, config.train.batch_size, config.data.seq_len, config.train.seed
+    shards = [s for s in corpus.shards if len(s.train)]
+    counts = np.array([(len(s.train) - 1) // n for s in shards])
+    for shard, count in zip(shards, counts, strict=True):
+        if count == 0:
+            raise DataError(f"{shard.name} has {len(shard.train)} training tokens, less than one sequence: set --data.seq-len below that or add text")
+
+    weighted = any(s.weight is not None for s in shards)
+    groups = [[i] for i in range(len(shards))] if weighted else [list(range(len(shards)))]
+    weights = np.array([s.weight or 1.0 for s in shards]) if weighted else np.ones(1)
+    sizes = [int(sum(counts[i] for i in group)) for group in groups]
+    quotas = largest_remainder(weights, BLOCK)
+
+    @lru_cache(maxsize=2)
+    def block(index: int) -> np.ndarray:
+        """Group of each sequence in a block."""
+        slots = np.repeat(np.arange(len(groups)), quotas)
+        return np.random.Generator(np.random.Philox(stream_seed(seed, corpus.fingerprint, "block", index))).permutation(slots)
+
+    @lru_cache(maxsize=2 * len(groups))
+    def permutation(group: int, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(stream_seed(seed, corpus.fingerprint, group, epoch))).permutation(sizes[group])
+
+    def sequence(slot: int) -> np.ndarray:
+        index, within = divmod(slot, BLOCK)
+        group = int(block(index)[within])
+        drawn = index * int(quotas[group]) + int((block(index)[:within] == group).sum())
+        window = int(permutation(group, drawn // sizes[group])[drawn % sizes[group]])
+        for i in groups[group]:
+            if window < counts[i]:
+                return shards[i].train[window * n : (window + 1) * n + 1].astype(np.int64)
+            window -= int(counts[i])
+        raise AssertionError("window outside its group")
+
+    def at(step: int) -> Tensor:
+        slots = range(step * a * b, (step + 1) * a * b)
+        return torch.from_numpy(np.stack([sequence(slot) for slot in slots])).view(a, b, n + 1)
+
+    shares = quotas / BLOCK if weighted else counts / counts.sum()
+    return Batches(at, int(counts.sum()) / (a * b), dict(zip((s.name for s in shards), shares.tolist(), strict=True)))
+
+
+def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to `weights` that add up to `total`."""
+    exact = weights / weights.sum() * total
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: total - int(whole.sum())]] += 1
+    return whole
+
+
+def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Tensor, int]:
+    """Whole validation documents, up to about `max_tokens` tokens (0 for all): windows (W, N+1) int64, padded with IGNORE, and their bytes.
+
+    Each token of the documents is a target once.
+    """
+    ends = np.cumsum(shard.val_documents[:, 0])
+    keep = len(ends) if max_tokens == 0 else max(1, int(np.searchsorted(ends, max_tokens, "right")))
+    stream = shard.val[: 1 + int(ends[keep - 1])].astype(np.int64)
+    count = -(-(len(stream) - 1) // n)
+    padded = np.full(count * n + 1, IGNORE, np.int64)
+    padded[: len(stream)] = stream
+    windows = np.lib.stride_tricks.sliding_window_view(padded, n + 1)[::n]
+    return torch.from_numpy(windows.copy()), int(shard.val_documents[:keep, 1].sum())
