@@ -1,0 +1,372 @@
+"""Causal linear attention with a scalar decay per head, in Triton: one kernel for the output and all three gradients.
+
+With G the running sum of the log decays and w_ij = exp(-|G_i - G_j|), the output and the gradients are four sums of one form:
+
+    o_i  = sum_{j<=i} w_ij (q_i . k_j)  v_j        forward in time
+    dq_i = sum_{j<=i} w_ij (do_i . v_j) k_j        forward
+    dk_j = sum_{i>=j} w_ij (v_j . do_i) q_i        backward in time
+    dv_j = sum_{i>=j} w_ij (k_j . q_i)  do_i       backward
+
+so that `sweep` computes each: a walk over chunks of a sequence, with the sum over all earlier chunks in a state that stays in registers.
+The gradients run as one launch. Long sequences on few heads are cut into segments that are walked at the same time; `segment_sums` and
+`carry` find the state at the start of each first, from one more reading of two of the inputs.
+
+The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i).
+
+Layout: token-major, (B, N, H, K); a head's numbers are contiguous. B batch, H heads, N sequence, K and V head dims, C chunk.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(math.log2(math.e))
+ROLE_O, ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(4))
+HEAD_DIMS = (32, 64, 128, 256)
+
+
+@triton.jit
+def decay_in_chunk(decay, c, inside, H, BACKWARD: tl.constexpr):
+    """Of a chunk: the running sum of log2 decays (C,), the factors that a position reads the state and writes to it with, and the total."""
+    steps = tl.load(decay + c * H, mask=inside, other=0.0) * LOG2E
+    running = tl.cumsum(steps, 0)
+    total = tl.sum(steps, 0)
+    early, late = tl.exp2(running), tl.exp2(total - running)
+    if BACKWARD:
+        return -running, late, early, tl.exp2(total)
+    return running, early, late, tl.exp2(total)
+
+
+@triton.jit
+def sweep(
+    q, k, v, do, decay, starts, ends, o, dq, dk, dv, rows, columns, last, first,
+    B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """ROLES sums from ROLE on, see above; K is the width of what is compared, V of what is summed.
+
+    A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
+    are parts, (K/KEYS, B, N, H, V), to be added up.
+    starts, ends: with STATES, (B, H, segments, K of q, V of v): before each segment for walks forward, after it for walks backward.
+    rows, columns: (parts, B, N, H), shares of q . dq and k . dk.
+    last, first: (B, H, K of q, V of v), where the state is left by ROLE_O and ROLE_DV.
+    """
+    BACKWARD: tl.constexpr = ROLE >= 2
+    program = tl.program_id(0)
+    role = ROLE + program % ROLES
+    part_v = (program // ROLES) % (V // VALUES)
+    part_k = (program // ROLES // (V // VALUES)) % (K // KEYS)
+    segments = tl.cdiv(N, segment)
+    here = (program // ROLES // (V // VALUES) // (K // KEYS)) % segments
+    head = program // ROLES // (V // VALUES) // (K // KEYS) // segments
+
+    query, key, value, out, partner, shares = q, k, v, o, q, rows
+    s_query, s_key, s_value, s_partner = stride_q, stride_k, stride_v, stride_q
+    state_k, state_v = V, 1  # strides of a stored state
+    if role == ROLE_DQ:
+        query, key, value, out = do, v, k, dq
+        s_query, s_key, s_value = stride_do, stride_v, stride_k
+        state_k, state_v = 1, K
+    elif role == ROLE_DK:
+        query, key, value, out, partner, shares = v, do, q, dk, k, columns
+        s_query, s_key, s_value, s_partner = stride_v, stride_do, stride_q, stride_k
+        state_k, state_v = 1, K
+    elif role == ROLE_DV:
+        query, key, value, out = k, q, do, dv
+        s_query, s_key, s_value = stride_k, stride_q, stride_do
+
+    b, h, start = (head // H).to(tl.int64), head % H, here * segment
+    c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
+    origin = b * N + start  # in tokens
+    query += origin * s_query + h * K
+    key += origin * s_key + h * K
+    value += origin * s_value + h * V
+    partner += origin * s_partner + h * V
+    out += ((part_k * B * N + origin) * H + h) * V
+    in_query, in_key = c[:, None] * s_query + ks[None, :], c[:, None] * s_key + ks[None, :]  # from the first number of a chunk
+    in_value, in_partner = c[:, None] * s_value + vs[None, :], c[:, None] * s_partner + vs[None, :]
+    in_out = c[:, None] * (H * V) + vs[None, :]
+    if DECAY:
+        decay += origin * H + h
+        if ROLE != ROLE_O:
+            shares += ((part_k * (V // VALUES) + part_v) * B * N + origin) * H + h
+
+    state = tl.zeros((KEYS, VALUES), tl.float32)
+    in_state = head.to(tl.int64) * (K * V) + ks[:, None] * state_k + vs[None, :] * state_v
+    if STATES:
+        state = tl.load((ends if BACKWARD else starts) + (head.to(tl.int64) * (segments - 1) + here) * (K * V) + in_state)
+
+    length = min(segment, N - start)
+    chunks = tl.cdiv(length, C)
+    reached = c[:, None] <= c[None, :] if BACKWARD else c[:, None] >= c[None, :]
+    for step in range(chunks):
+        at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
+        inside = c < length - at
+        mask = inside[:, None]
+        query_c = tl.load(query + at * s_query + in_query, mask=mask, other=0.0)
+        key_c = tl.load(key + at * s_key + in_key, mask=mask, other=0.0)
+        value_c = tl.load(value + at * s_value + in_value, mask=mask, other=0.0)
+        pairs = tl.dot(query_c, tl.trans(key_c), input_precision="tf32x3")
+        y = tl.dot(query_c, state.to(query_c.dtype), input_precision="tf32x3")
+        if DECAY:
+            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD)
+            pairs *= tl.exp2(tl.where(reached, running[:, None] - running[None, :], -float("inf")))
+            y *= read[:, None]
+            state *= total
+            added = (value_c * write[:, None]).to(value_c.dtype)
+        else:
+            pairs = tl.where(reached, pairs, 0.0)
+            added = value_c
+        y = tl.dot(pairs.to(value_c.dtype), value_c, y, input_precision="tf32x3")
+        state = tl.dot(tl.trans(key_c), added, state, input_precision="tf32x3")
+        tl.store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask=mask)
+        if DECAY and ROLE != ROLE_O:
+            if role != ROLE_DV:
+                partner_c = tl.load(partner + at * s_partner + in_partner, mask=mask, other=0.0)
+                tl.store(shares + (at + c) * H, tl.sum(y * partner_c, 1), mask=inside)
+
+    if ROLE == ROLE_O:
+        if here == segments - 1:
+            tl.store(last + in_state, state)
+    if role == ROLE_DV:
+        if here == 0:
+            tl.store(first + in_state, state)
+
+
+@triton.jit
+def segment_sums(
+    key, value, decay, sums, totals, N, H, segment, stride_key, stride_value,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """What each segment adds to the state, (B, H, segments, K, V), and its log2 decay, (B, H, segments)."""
+    program = tl.program_id(0)
+    part_v = program % (V // VALUES)
+    part_k = (program // (V // VALUES)) % (K // KEYS)
+    segments = tl.cdiv(N, segment)
+    here = (program // (V // VALUES) // (K // KEYS)) % segments
+    head = program // (V // VALUES) // (K // KEYS) // segments
+    b, h = (head // H).to(tl.int64), head % H
+    c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
+    origin = b * N + here * segment
+    key += origin * stride_key + h * K
+    value += origin * stride_value + h * V
+    in_key, in_value = c[:, None] * stride_key + ks[None, :], c[:, None] * stride_value + vs[None, :]
+    if DECAY:
+        decay += origin * H + h
+
+    state = tl.zeros((KEYS, VALUES), tl.float32)
+    log_total = 0.0
+    length = min(segment, N - here * segment)
+    chunks = tl.cdiv(length, C)
+    for step in range(chunks):
+        at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
+        inside = c < length - at
+        mask = inside[:, None]
+        key_c = tl.load(key + at * stride_key + in_key, mask=mask, other=0.0)
+        value_c = tl.load(value + at * stride_value + in_value, mask=mask, other=0.0)
+        if DECAY:
+            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD)
+            state *= total
+            log_total += tl.log2(total)
+            value_c = (value_c * write[:, None]).to(value_c.dtype)
+        state = tl.dot(tl.trans(key_c), value_c, state, input_precision="tf32x3")
+    slot = head.to(tl.int64) * segments + here
+    tl.store(sums + (slot * K + ks[:, None]) * V + vs[None, :], state)
+    if DECAY:
+        if part_v == 0 and part_k == 0:
+            tl.store(totals + slot, log_total)
+
+
+@triton.jit
+def carry(sums, totals, initial, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, BACKWARD: tl.constexpr):
+    """Turn what each segment adds, (B, H, segments, SIZE), into the state before it (after it, if BACKWARD), in place."""
+    blocks: tl.constexpr = SIZE // BLOCK
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    state = tl.zeros((BLOCK,), tl.float32)
+    if INITIAL:
+        state = tl.load(initial + head * SIZE + at)
+    for step in range(segments):
+        slot = head * segments + (segments - 1 - step if BACKWARD else step)
+        added = tl.load(sums + slot * SIZE + at)
+        tl.store(sums + slot * SIZE + at, state)
+        if DECAY:
+            state *= tl.exp2(tl.load(totals + slot))
+        state += added
+
+
+@triton.jit
+def decay_gradient(rows, columns, last, d_last, d_decay, B, N, H, row_parts, column_parts, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    """d_decay_n = sum_{i>=n} (rows_i - columns_i), and with LAST the share of the final state, <last, d_last>."""
+    head = tl.program_id(0)
+    b, h = (head // H).to(tl.int64), head % H
+    after = 0.0
+    if LAST:
+        state = head.to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        after = tl.sum(tl.load(last + state) * tl.load(d_last + state), 0)
+    blocks = tl.cdiv(N, BLOCK)
+    for step in range(blocks):
+        at = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+        where, inside = (b * N + at) * H + h, at < N
+        x = tl.zeros((BLOCK,), tl.float32)
+        for part in range(row_parts):
+            x += tl.load(rows + where + part * (B * N * H).to(tl.int64), mask=inside, other=0.0)
+        for part in range(column_parts):
+            x -= tl.load(columns + where + part * (B * N * H).to(tl.int64), mask=inside, other=0.0)
+        tl.store(d_decay + where, tl.cumsum(x, 0, reverse=True) + after, mask=inside)
+        after += tl.sum(x, 0)
+
+
+# -- which shape of work ---------------------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """C positions a chunk, KEYS x VALUES of the state a program, and how a program is run."""
+
+    C: int
+    KEYS: int
+    VALUES: int
+    warps: int
+    stages: int
+
+
+def config(K: int, V: int, dtype: torch.dtype) -> Config:
+    """The shipped configuration for keys of width K and values of width V."""
+    if dtype == torch.float32:
+        return Config(16, 32, 32, 4, 1)
+    if K <= 64:
+        return Config(64, K, min(V, 64), 4, 2)
+    return Config(64, min(K, 128), min(V, 64), 8, 2)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segment_length(heads: int, n: int, device: torch.device) -> int:
+    """Positions in a segment: all of them where `heads` walks keep the device busy, and else few enough that there are two walks a
+    multiprocessor, but at least 256."""
+    processors = multiprocessors(device)
+    if heads >= 0.75 * processors:
+        return n
+    parts = -(-2 * processors // heads)
+    return max(256, -(-n // parts // 64) * 64)
+
+
+# -- differentiable --------------------------------------------------------------------------------------------------------------------
+
+
+def token_major(x: Tensor) -> Tensor:
+    """(B, H, N, K) -> (B, N, H, K) with a head's numbers contiguous and one stride a token; copies only if it must."""
+    x = x.transpose(1, 2)
+    b, n, h, k = x.shape
+    ok = x.stride(3) == 1 and (h == 1 or x.stride(2) == k) and (b == 1 or x.stride(0) == n * x.stride(1))
+    return x if ok and n > 1 else x.contiguous().flatten().view(b, n, h, k)  # flatten: a single token may have any stride
+
+
+def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | None, segment: int, backward: bool) -> Tensor | None:
+    """States at the borders of segments, (B, H, segments, K, V) fp32; None where all are zero."""
+    (b, n, h, k), v = key.shape, value.shape[-1]
+    parts = -(-n // segment)
+    if parts == 1:
+        return None if initial is None else initial.contiguous()
+    c = config(k, v, key.dtype)
+    sums = torch.empty(b, h, parts, k, v, device=key.device)
+    totals = torch.empty(b, h, parts, device=key.device)
+    segment_sums[(b * h * parts * (k // c.KEYS) * (v // c.VALUES),)](
+        key, value, decay, sums, totals, n, h, segment, key.stride(1), value.stride(1),
+        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    carry[(b * h * (k * v // 512),)](
+        sums, totals, initial, parts, SIZE=k * v, BLOCK=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward, num_warps=4
+    )
+    return sums
+
+
+class Output(NamedTuple):
+    """Where a sweep writes a result of (B, N, H, D): parts of it that are still to be added up, or the result alone."""
+
+    parts: Tensor
+
+    @staticmethod
+    def like(x: Tensor, width: int, parts: int) -> "Output":
+        b, n, h, _ = x.shape
+        return Output(torch.empty(parts, b, n, h, width, device=x.device, dtype=x.dtype if parts == 1 else torch.float32))
+
+    def sum(self, dtype: torch.dtype) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0).to(dtype)
+
+
+class LinearAttention(torch.autograd.Function):
+    """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), states at the starts of segments."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        (b, n, h, kd), vd = q.shape, v.shape[-1]
+        segment = segment_length(b * h, n, q.device)
+        starts = states(k, v, decay, state, segment, backward=False)
+        c = config(kd, vd, q.dtype)
+        o = Output.like(q, vd, kd // c.KEYS)
+        last = torch.empty(b, h, kd, vd, device=q.device)
+        sweep[(b * h * -(-n // segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
+            q, k, v, v, decay, starts, None, o.parts, o.parts, o.parts, o.parts, None, None, last, last,
+            b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), v.stride(1),
+            K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None, STATES=starts is not None,
+            num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+        return o.sum(v.dtype), last, starts
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        q, k, v, decay, state = inputs
+        _, last, starts = output
+        if starts is not None:
+            ctx.mark_non_differentiable(starts)
+        ctx.save_for_backward(q, k, v, decay, last, starts)
+        ctx.has_state = state is not None
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do: Tensor | None, d_last: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, last, starts = ctx.saved_tensors
+        (b, n, h, kd), vd = q.shape, v.shape[-1]
+        do = torch.zeros(b, n, h, vd, device=q.device, dtype=v.dtype) if do is None else token_major(do.transpose(1, 2))
+        d_last = None if d_last is None else d_last.contiguous()
+        segment = segment_length(b * h, n, q.device)
+        ends = states(q, do, decay, d_last, segment, backward=True)
+        first = torch.empty_like(last)
+        to_k, to_v = config(vd, kd, q.dtype), config(kd, vd, q.dtype)  # what compares values and sums keys; and the other way
+        dq, dk, dv = Output.like(q, kd, vd // to_k.KEYS), Output.like(q, kd, vd // to_k.KEYS), Output.like(q, vd, kd // to_v.KEYS)
+        rows = columns = d_decay = None
+        if decay is not None:
+            parts = (vd // to_k.KEYS) * (kd // to_k.VALUES)
+            rows, columns = torch.empty(2, parts, b, n, h, device=q.device)
+        together = [(2, 2, vd, kd, to_k)] if kd == vd else [(2, 1, vd, kd, to_k), (3, 1, kd, vd, to_v)]
+        for role, roles, width, summed, c in [(1, 1, vd, kd, to_k), *together]:
+            borders = ends if role > 1 else starts
+            sweep[(b * h * -(-n // segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
+                q, k, v, do, decay, starts, ends, dq.parts, dq.parts, dk.parts, dv.parts, rows, columns, last, first,
+                b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
+                K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None, STATES=borders is not None,
+                num_warps=c.warps, num_stages=c.stages,
+            )  # fmt: skip
+        if decay is not None:
+            d_decay = torch.empty_like(decay)
+            decay_gradient[(b * h,)](
+                rows, columns, last, d_last, d_decay, b, n, h, len(rows), len(columns), SIZE=kd * vd, BLOCK=1024, LAST=d_last is not None, num_warps=4
+            )
+        return dq.sum(q.dtype), dk.sum(k.dtype), dv.sum(v.dtype), d_decay, first if ctx.has_state else None
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.linear_attention` for head dims in HEAD_DIMS, bf16 or fp32."""
+    decay = None if log_decay is None else log_decay.mT.contiguous()
+    o, last, _ = LinearAttention.apply(token_major(q), token_major(k), token_major(v), decay, state)
+    return o.transpose(1, 2), last
