@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
-from hyperlm import checkpoint, cli, data, doctor, env, evals, log, plan, runs, sample, tree
+from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
-from hyperlm.kernels import OPS, select
+from hyperlm.kernels import select
 from hyperlm.step import State, compute_copy, init_state, make_step
 from hyperlm.tree import Tree
 
@@ -71,7 +71,7 @@ def announce(config: Config, device: torch.device) -> None:
     cfg = config.model
     print(f"model      {cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
     print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
-    for choice in (select(op, device, config.kernels) for op in OPS):
+    for choice in (select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)):
         print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})")
 
 

@@ -30,7 +30,7 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     errors = {}
     for name, op, attention in (("hyperbolic attention", "hyperbolic_attention", attention7), ("linear attention", "linear_attention", attention8)):
         results = []
-        for fn, at, as_ in ((OPS[op]["torch"], torch.device("cpu"), torch.float64), (kernels.select(op, device).fn, device, torch.float32)):
+        for fn, at, as_ in ((OPS[op]["torch"], torch.device("cpu"), torch.float64), (kernels.select(op, device, head_dim=k).fn, device, torch.float32)):
             leaves = [x.to(at, as_).requires_grad_() for x in inputs]
             out = attention(*leaves, fn=fn)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])

@@ -21,9 +21,9 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
-from hyperlm.kernels.reference import wide
+from hyperlm.kernels.reference import EPS, wide
 from hyperlm.mixers import MIXERS
-from hyperlm.mixers.frame import CONV_WIDTH, EPS, Context, LayerCache, rope_angles
+from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, rope_angles
 from hyperlm.mixers.ssm import SSM
 
 # AdamW moves every weight by about the learning rate, so an embedding learns as fast as E_low is small and E_high large. Measured at
@@ -143,6 +143,13 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
     return Skeleton(Embed(cfg), [blocks[kind] for kind in kinds], Head(cfg))
 
 
+@lru_cache
+def ops(cfg: ModelConfig) -> tuple[str, ...]:
+    """The operations of the dispatch table that a model needs."""
+    kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
+    return tuple(sorted({op for kind in kinds for op in kind.ops}))
+
+
 def declaration(cfg: ModelConfig) -> Params:
     """The parameter pytree with a `Spec` for each leaf: count it, plan it, or fill it."""
     s = skeleton(cfg)
@@ -174,7 +181,8 @@ def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCa
 def context(params: Params, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
     """What all layers share when `tokens` (B, N) follow `position` earlier ones."""
     angles = rope_angles(position, tokens.shape[1], cfg.head_dim, tokens.device)
-    return Context(table.table(tokens.device, kernels), params["head"]["weight"].dtype, *angles, position, **options)
+    dtype = params["head"]["weight"].dtype
+    return Context(table.table(ops(cfg), tokens.device, kernels, cfg.head_dim, dtype), dtype, *angles, position, **options)
 
 
 def hidden(

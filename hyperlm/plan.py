@@ -76,7 +76,7 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     x = torch.empty(b, n, cfg.d_model, device="meta", requires_grad=True)
     key = torch.empty((), dtype=torch.int64, device="meta") if cfg.dropout else None
     angles = torch.empty(n, cfg.head_dim // 2, device="meta")
-    ops = kernels.table(torch.device("meta"), "torch") | {"softmax_attention": FusedAttention.apply}
+    ops = kernels.table(model.ops(cfg), torch.device("meta"), "torch") | {"softmax_attention": FusedAttention.apply}
     ctx = model.Context(ops, dtype, angles, angles, 0, key)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx), strict=True)

@@ -1,11 +1,15 @@
 """Shared by all suites: small models of every kind, a small corpus, and a private cache and working folder."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton kernels then run on a CPU, slowly
 
 from configs import ModelConfig
 

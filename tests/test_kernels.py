@@ -164,17 +164,36 @@ def test_gradients_of_scan():
 
 
 def test_causal_convolution_equals_torch_and_goes_on_from_its_tail():
-    x, weight = normal(B, 20, 6, seed=1), normal(6, 4, seed=2)
+    x, weight = normal(B, 20, 3 * H * K, seed=1), normal(3 * H * K, 4, seed=2)
     padded = torch.nn.functional.pad(x.mT, (3, 0))
-    expected = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], groups=6)).mT
-    whole, tail = ref.causal_conv(x, weight)
-    torch.testing.assert_close(whole, expected)
+    expected = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], groups=3 * H * K)).mT
+    *whole, tail = ref.causal_conv(x, weight, H)
+    for part, y in zip(expected.chunk(3, -1), whole, strict=True):
+        torch.testing.assert_close(y, part.unflatten(-1, (H, K)).transpose(1, 2))
     torch.testing.assert_close(tail, x[:, -3:])
     pieces, tail = [], None
     for part in x.split([1, 2, 17], 1):
-        y, tail = ref.causal_conv(part, weight, tail)
+        *y, tail = ref.causal_conv(part, weight, H, tail)
         pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 1), expected)
+    for i, y in enumerate(whole):
+        torch.testing.assert_close(torch.cat([piece[i] for piece in pieces], 2), y)
+
+
+def test_tangent_features_are_elu_plus_one_of_radius_times_direction():
+    x, weight, r, beta = normal(B, 9, 3 * H * K, seed=1), normal(3 * H * K, 4, seed=2), normal(B, 2 * H, 9, seed=3).abs(), normal(H, seed=4).abs()
+    *plain, _ = ref.causal_conv(x, weight, H)
+    *found, _ = ref.tangent_features(x, weight, r, beta)
+    for part in (0, 1):
+        y = plain[part] / plain[part].norm(dim=-1, keepdim=True) * (beta[:, None] * r[:, part * H : part * H + H])[..., None]
+        torch.testing.assert_close(found[part], torch.where(y > 0, y + 1, y.exp()))
+    torch.testing.assert_close(found[2], plain[2])
+
+
+def test_norm_gate_leaves_each_head_with_its_weights_as_root_mean_square():
+    o, gate = normal(B, H, 9, V, seed=1), normal(B, 9, H * V, seed=2)
+    y = ref.norm_gate(3 * o, torch.full((H, V), 2.0).double(), gate) / torch.nn.functional.silu(gate)
+    torch.testing.assert_close(y.unflatten(-1, (H, V)).square().mean(-1), torch.full((B, 9, H), 4.0).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y.unflatten(-1, (H, V)).transpose(1, 2) / o, (2 / o.square().mean(-1, keepdim=True).sqrt()).expand_as(o), rtol=1e-4, atol=1e-4)
 
 
 def test_a_backend_is_chosen_with_its_reason_and_never_replaced_silently():
@@ -183,3 +202,7 @@ def test_a_backend_is_chosen_with_its_reason_and_never_replaced_silently():
     assert kernels.select("scan", cpu, "torch").reason == "asked for"
     with pytest.raises(kernels.KernelError, match="--kernels triton"):
         kernels.select("scan", cpu, "triton")
+
+
+def test_every_op_has_a_reference():
+    assert all("torch" in backends for backends in kernels.OPS.values())

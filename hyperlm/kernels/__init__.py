@@ -12,10 +12,28 @@ OPS: dict[str, dict[str, Callable]] = {
     "causal_conv": {"torch": reference.causal_conv},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "linear_attention": {"torch": reference.linear_attention},
-    "linear_attention_step": {"torch": reference.linear_attention_step},
+    "norm_gate": {"torch": reference.norm_gate},
     "scan": {"torch": reference.scan},
     "softmax_attention": {"torch": reference.softmax_attention},
+    "tangent_features": {"torch": reference.tangent_features},
+    "tangent_step": {"torch": reference.tangent_step},
 }
+try:
+    import triton  # noqa: F401
+except ImportError:  # it exists for Linux alone
+    HAVE_TRITON = False
+else:
+    HAVE_TRITON = True
+    from hyperlm.kernels import convolution, decoding, linear_attention, norm_gate, scan
+
+    OPS["causal_conv"]["triton"] = convolution.causal_conv
+    OPS["linear_attention"]["triton"] = linear_attention.linear_attention
+    OPS["norm_gate"]["triton"] = norm_gate.norm_gate
+    OPS["scan"]["triton"] = scan.scan
+    OPS["tangent_features"]["triton"] = convolution.tangent_features
+    OPS["tangent_step"]["triton"] = decoding.tangent_step
+
+HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 
 class KernelError(ValueError):
@@ -34,31 +52,46 @@ class Choice(NamedTuple):
         return OPS[self.op][self.backend]
 
 
-def unusable(op: str, backend: str, device: torch.device) -> str:
+def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dtype: torch.dtype = torch.float32) -> str:
     """Why `backend` cannot run `op` on `device`; empty if it can."""
+    if backend == "triton":
+        if not HAVE_TRITON:
+            return "Triton is not installed"
+        if device.type != "cuda":
+            return "Triton needs a CUDA device"
     if backend not in OPS[op]:
         return f"no {backend} kernel for {op}"
-    if backend == "triton" and device.type != "cuda":
-        return "Triton needs a CUDA device"
+    if backend == "triton":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the Triton kernels need compute capability 8.0"
+        if op != "scan" and head_dim not in HEAD_DIMS:
+            return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+        if dtype not in (torch.bfloat16, torch.float32):
+            return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float32"
     return ""
 
 
 @lru_cache
-def select(op: str, device: torch.device, kernels: str = "auto") -> Choice:
+def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float32) -> Choice:
     """Choose the backend of `op` on `device`: the one asked for, or with "auto" Triton where it can run and torch elsewhere.
+
+    Args:
+        head_dim, dtype: of the heads, and of what is computed with.
 
     Raises:
         KernelError: if the backend asked for cannot run; nothing is replaced silently.
     """
     if kernels == "auto":
-        reason = unusable(op, "triton", device)
+        reason = unusable(op, "triton", device, head_dim, dtype)
         return Choice(op, "torch", reason) if reason else Choice(op, "triton", "fastest here")
-    if reason := unusable(op, kernels, device):
+    if reason := unusable(op, kernels, device, head_dim, dtype):
         raise KernelError(f"--kernels {kernels}: {reason}; use --kernels auto")
     return Choice(op, kernels, "asked for")
 
 
 @lru_cache
-def table(device: torch.device, kernels: str = "auto") -> dict[str, Callable]:
-    """{op: function} for every op on `device`."""
-    return {op: select(op, device, kernels).fn for op in OPS}
+def table(
+    ops: tuple[str, ...], device: torch.device, kernels: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable]:
+    """{op: function} for each of `ops`."""
+    return {op: select(op, device, kernels, head_dim, dtype).fn for op in ops}

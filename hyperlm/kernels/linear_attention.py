@@ -27,13 +27,28 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(math.log2(math.e))
 ROLE_O, ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(4))
-HEAD_DIMS = (32, 64, 128, 256)
 
 
 @triton.jit
-def decay_in_chunk(decay, c, inside, H, BACKWARD: tl.constexpr):
+def load(numbers, mask, EVEN: tl.constexpr):
+    """Numbers of a chunk, zero where it reaches beyond the end; EVEN: it never does."""
+    if EVEN:
+        return tl.load(numbers)
+    return tl.load(numbers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store(to, numbers, mask, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(to, numbers)
+    else:
+        tl.store(to, numbers, mask=mask)
+
+
+@triton.jit
+def decay_in_chunk(decay, c, inside, H, BACKWARD: tl.constexpr, EVEN: tl.constexpr):
     """Of a chunk: the running sum of log2 decays (C,), the factors that a position reads the state and writes to it with, and the total."""
-    steps = tl.load(decay + c * H, mask=inside, other=0.0) * LOG2E
+    steps = load(decay + c * H, inside, EVEN) * LOG2E
     running = tl.cumsum(steps, 0)
     total = tl.sum(steps, 0)
     early, late = tl.exp2(running), tl.exp2(total - running)
@@ -47,7 +62,7 @@ def sweep(
     q, k, v, do, decay, starts, ends, o, dq, dk, dv, rows, columns, last, first,
     B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STATES: tl.constexpr,
+    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """ROLES sums from ROLE on, see above; K is the width of what is compared, V of what is summed.
 
@@ -109,13 +124,13 @@ def sweep(
         at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
         inside = c < length - at
         mask = inside[:, None]
-        query_c = tl.load(query + at * s_query + in_query, mask=mask, other=0.0)
-        key_c = tl.load(key + at * s_key + in_key, mask=mask, other=0.0)
-        value_c = tl.load(value + at * s_value + in_value, mask=mask, other=0.0)
+        query_c = load(query + at * s_query + in_query, mask, EVEN)
+        key_c = load(key + at * s_key + in_key, mask, EVEN)
+        value_c = load(value + at * s_value + in_value, mask, EVEN)
         pairs = tl.dot(query_c, tl.trans(key_c), input_precision="tf32x3")
         y = tl.dot(query_c, state.to(query_c.dtype), input_precision="tf32x3")
         if DECAY:
-            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD)
+            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD, EVEN)
             pairs *= tl.exp2(tl.where(reached, running[:, None] - running[None, :], -float("inf")))
             y *= read[:, None]
             state *= total
@@ -125,11 +140,11 @@ def sweep(
             added = value_c
         y = tl.dot(pairs.to(value_c.dtype), value_c, y, input_precision="tf32x3")
         state = tl.dot(tl.trans(key_c), added, state, input_precision="tf32x3")
-        tl.store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask=mask)
+        store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask, EVEN)
         if DECAY and ROLE != ROLE_O:
             if role != ROLE_DV:
-                partner_c = tl.load(partner + at * s_partner + in_partner, mask=mask, other=0.0)
-                tl.store(shares + (at + c) * H, tl.sum(y * partner_c, 1), mask=inside)
+                partner_c = load(partner + at * s_partner + in_partner, mask, EVEN)
+                store(shares + (at + c) * H, tl.sum(y * partner_c, 1), inside, EVEN)
 
     if ROLE == ROLE_O:
         if here == segments - 1:
@@ -142,7 +157,7 @@ def sweep(
 @triton.jit
 def segment_sums(
     key, value, decay, sums, totals, N, H, segment, stride_key, stride_value,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state, (B, H, segments, K, V), and its log2 decay, (B, H, segments)."""
     program = tl.program_id(0)
@@ -168,10 +183,10 @@ def segment_sums(
         at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
         inside = c < length - at
         mask = inside[:, None]
-        key_c = tl.load(key + at * stride_key + in_key, mask=mask, other=0.0)
-        value_c = tl.load(value + at * stride_value + in_value, mask=mask, other=0.0)
+        key_c = load(key + at * stride_key + in_key, mask, EVEN)
+        value_c = load(value + at * stride_value + in_value, mask, EVEN)
         if DECAY:
-            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD)
+            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD, EVEN)
             state *= total
             log_total += tl.log2(total)
             value_c = (value_c * write[:, None]).to(value_c.dtype)
@@ -282,7 +297,8 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     totals = torch.empty(b, h, parts, device=key.device)
     segment_sums[(b * h * parts * (k // c.KEYS) * (v // c.VALUES),)](
         key, value, decay, sums, totals, n, h, segment, key.stride(1), value.stride(1),
-        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, num_warps=c.warps, num_stages=c.stages,
+        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, EVEN=n % c.C == segment % c.C == 0,
+        num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     carry[(b * h * (k * v // 512),)](
         sums, totals, initial, parts, SIZE=k * v, BLOCK=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward, num_warps=4
@@ -319,7 +335,7 @@ class LinearAttention(torch.autograd.Function):
             q, k, v, v, decay, starts, None, o.parts, o.parts, o.parts, o.parts, None, None, last, last,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), v.stride(1),
             K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None, STATES=starts is not None,
-            num_warps=c.warps, num_stages=c.stages,
+            EVEN=n % c.C == segment % c.C == 0, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         return o.sum(v.dtype), last, starts
 
@@ -355,7 +371,7 @@ class LinearAttention(torch.autograd.Function):
                 q, k, v, do, decay, starts, ends, dq.parts, dq.parts, dk.parts, dv.parts, rows, columns, last, first,
                 b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
                 K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None, STATES=borders is not None,
-                num_warps=c.warps, num_stages=c.stages,
+                EVEN=n % c.C == segment % c.C == 0, num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip
         if decay is not None:
             d_decay = torch.empty_like(decay)
@@ -366,7 +382,7 @@ class LinearAttention(torch.autograd.Function):
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference.linear_attention` for head dims in HEAD_DIMS, bf16 or fp32."""
+    """`reference.linear_attention`, in bf16 or fp32."""
     decay = None if log_decay is None else log_decay.mT.contiguous()
     o, last, _ = LinearAttention.apply(token_major(q), token_major(k), token_major(v), decay, state)
     return o.transpose(1, 2), last

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperlm.geometry import arcosh1p
+from hyperlm.geometry import arcosh1p, direction
 
 CHUNK = 64  # positions handled as one small quadratic problem in linear attention
+EPS = 1e-6  # of every RMSNorm
 TIP = 0.03  # rounding of the distance's tip, see geometry.arcosh1p
 
 
@@ -23,24 +24,49 @@ def widen(x: Tensor) -> Tensor:
     return x.to(wide(x.dtype))
 
 
-def causal_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, then SiLU.
+def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Depthwise causal convolution of projected queries, keys and values, then SiLU.
 
     Args:
-        x: (B, N, C).
-        weight: (C, W); column W-1 multiplies the present position.
-        tail: (B, W-1, C), the inputs before `x`; zeros if None.
+        x: (B, N, 3 H K).
+        weight: (3 H K, W); column W-1 multiplies the present position.
+        tail: (B, W-1, 3 H K), the inputs before `x`; zeros if None.
 
     Returns:
-        (B, N, C), and the last W-1 inputs as the next tail.
+        q, k, v (B, H, N, K), and the last W-1 inputs as the next tail.
     """
     width = weight.shape[-1]
     if tail is None:
         tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat([tail.to(x.dtype), x], 1)
     n = x.shape[1]
-    y = sum(padded[:, i : i + n] * weight[:, i] for i in range(width))
-    return F.silu(y), padded[:, n:]
+    y = F.silu(sum(padded[:, i : i + n] * weight[:, i] for i in range(width)))
+    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v, padded[:, n:]
+
+
+def tangent_features(
+    x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, tail: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`causal_conv`, and of its queries and keys the features elu(beta r u) + 1 in the tangent space, u their directions.
+
+    Args:
+        r: (B, 2 H, N), wide; radii of the queries of each head, then of its keys.
+        beta: (H,), wide.
+    """
+    q, k, v, tail = causal_conv(x, weight, beta.shape[0], tail)
+    r_q, r_k = r.chunk(2, 1)
+
+    def features(y: Tensor, r: Tensor) -> Tensor:
+        return (F.elu(direction(widen(y)) * (beta[:, None] * r)[..., None]) + 1).to(y.dtype)
+
+    return features(q, r_q), features(k, r_k), v, tail
+
+
+def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """RMSNorm of each head, times the SiLU of an output gate: o (B, H, N, V), weight (H, V), gate (B, N, H V) -> (B, N, H V)."""
+    o = F.rms_norm(o.transpose(1, 2), (o.shape[-1],), eps=EPS) * weight.to(o.dtype)
+    return o.flatten(2) * F.silu(gate)
 
 
 def hyperbolic_attention(
@@ -110,7 +136,7 @@ def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention with a scalar decay per head, o_i = sum_{j<=i} exp(G_i - G_j) (q_i . k_j) v_j, in chunks.
 
@@ -120,7 +146,7 @@ def linear_attention(
     Args:
         q, k: (B, H, N, K), features.
         v: (B, H, N, V).
-        log_decay: (B, H, N), at most 0, fp32.
+        log_decay: (B, H, N), at most 0, wide; no decay if None.
         state: (B, H, K, V), fp32, what came before; zeros if None.
 
     Returns:
@@ -128,6 +154,7 @@ def linear_attention(
     """
     dtype, n = v.dtype, v.shape[2]
     q, k, v = widen(q), widen(k), widen(v)
+    log_decay = v.new_zeros(v.shape[:3]) if log_decay is None else log_decay
     size = min(CHUNK, n)
     pad = -n % size  # zero keys with decay 1 leave the state alone
     q, k, v = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, size)) for x in (q, k, v))
@@ -153,3 +180,24 @@ def linear_attention_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, st
     q, k, v = widen(q), widen(k), widen(v)
     state = torch.exp(log_decay)[..., None, None] * state + k[..., :, None] * v[..., None, :]
     return (q[..., None, :] @ state).squeeze(-2).to(dtype), state
+
+
+def tangent_step(
+    x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, tail: Tensor, norm: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tangent_features`, `linear_attention` and `norm_gate` of one token.
+
+    Args:
+        x: (B, 3 H K), projected.
+        weight, beta, tail: as for `tangent_features`.
+        r: (B, 2 H), wide.
+        log_decay: (B, H), wide.
+        state: (B, H, K, K), wide.
+        norm, gate: (H, K), (B, H K), as for `norm_gate`.
+
+    Returns:
+        y (B, H K), the next state and the next tail.
+    """
+    q, k, v, tail = tangent_features(x[:, None], weight, r[..., None], beta, tail)
+    o, state = linear_attention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], log_decay, state)
+    return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail

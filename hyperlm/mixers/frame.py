@@ -1,6 +1,6 @@
 """The frame that every token mixer shares: projections, short convolutions, heads, the core, per-head norm, output gate.
 
-Measured to matter more than anything else inside a mixer, so all kinds have the same; a kind is its `core`.
+Measured to matter more than anything else inside a mixer, so all kinds have the same.
 Axes: B batch, N sequence, D model width, H heads, K head dim, M positions so far.
 """
 
@@ -18,7 +18,6 @@ from hyperlm.declare import constant, declare, last_tap, matrix
 CONV_WIDTH = 4
 R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
 R_START = 1.0  # of every token before training
-EPS = 1e-6  # of every RMSNorm
 CAPACITY = 64  # positions that an empty cache has room for
 
 LayerCache = dict[str, Tensor]
@@ -82,7 +81,10 @@ class Radius(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A kind declares its own parameters and defines `core` and `init_cache`."""
+    """Base of all mixers. A kind declares its own parameters and defines `core` and `init_cache`; or `mix`, which joins the frame's
+    parts, where a kernel joins them closer."""
+
+    ops: tuple[str, ...] = ("causal_conv", "norm_gate")  # that it needs
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -101,9 +103,15 @@ class Mixer(nn.Module):
         """Inverse temperature of each head, (H,)."""
         return self.head_dim**0.5 * torch.exp(self.log_beta)
 
-    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
+    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D); q, k, v (B, H, N, K) -> o (B, H, N, K), and the entries of the next cache."""
         raise NotImplementedError
+
+    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        """Convolution, core, norm and gate: x (B, N, D), qkv (B, N, 3 D), gate (B, N, D) -> (B, N, D) and the next cache."""
+        q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
+        o, entries = self.core(x, q, k, v, cache, ctx)
+        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, **entries}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, **options: Any) -> LayerCache:
@@ -112,9 +120,6 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        qkv, tail = ctx.ops["causal_conv"](F.linear(x, self.qkv), self.conv, None if cache is None else cache["tail"])
-        q, k, v = qkv.unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        o, entries = self.core(x, q, k, v, cache, ctx)
-        o = F.rms_norm(o.transpose(1, 2), (self.head_dim,), eps=EPS) * self.norm.to(x.dtype)
-        gate = F.silu(F.linear(F.linear(x, self.gate_down), self.gate_up))
-        return F.linear(o.flatten(2) * gate, self.out), {"tail": tail, **entries}
+        gate = F.linear(F.linear(x, self.gate_down), self.gate_up)
+        y, entries = self.mix(x, F.linear(x, self.qkv), gate, cache, ctx)
+        return F.linear(y, self.out), entries

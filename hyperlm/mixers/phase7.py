@@ -15,6 +15,8 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, Radius, a
 
 
 class Phase7(Mixer):
+    ops = (*Mixer.ops, "hyperbolic_attention")
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
         self.score = cfg.score

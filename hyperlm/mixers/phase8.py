@@ -13,14 +13,15 @@ from torch import Tensor
 
 from configs import ModelConfig
 from hyperlm.declare import constant, declare
-from hyperlm.geometry import direction
-from hyperlm.kernels.reference import wide, widen
+from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import Context, LayerCache, Mixer, Radius
 
 SLOWEST, FASTEST = 1e-3, 0.3  # initial decay rates per token, spread over the heads
 
 
 class Phase8(Mixer):
+    ops = ("tangent_features", "linear_attention", "norm_gate", "tangent_step")
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
         h = cfg.n_heads
@@ -29,23 +30,19 @@ class Phase8(Mixer):
         self.decay = declare((h, cfg.d_model), constant(0.0), decay=True)
         self.decay_bias = declare((h,), constant([math.log(math.expm1(rate)) for rate in rates]))  # inverse of softplus
 
-    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
-        r_q, r_k = self.radius(x).chunk(2, 1)
+    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        r = self.radius(x)
         if ctx.gauges is not None:
-            ctx.gauges.append({"q": r_q, "k": r_k})
-        q, k = self.features(q, r_q), self.features(k, r_k)
+            ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
         log_decay = -F.softplus(F.linear(x, self.decay) + self.decay_bias).mT  # (B, H, N), wide as the bias is
+        tail, state = (None, None) if cache is None else (cache["tail"], cache["state"])
         if cache is not None and x.shape[1] == 1:
-            o, state = ctx.ops["linear_attention_step"](q[:, :, 0], k[:, :, 0], v[:, :, 0], log_decay[:, :, 0], cache["state"])
-            o = o[:, :, None]
-        else:
-            o, state = ctx.ops["linear_attention"](q, k, v, log_decay, None if cache is None else cache["state"])
-        return o, {"state": state}
-
-    def features(self, x: Tensor, r: Tensor) -> Tensor:
-        """phi(beta r u) = elu(beta r u) + 1 of x (B, H, N, K) with radii r (B, H, N); computed wide, in the dtype of x."""
-        tangent = direction(widen(x)) * (self.beta[:, None] * r)[..., None]
-        return (F.elu(tangent) + 1).to(x.dtype)
+            token = (qkv[:, 0], self.conv, r[..., 0], self.beta, log_decay[..., 0])
+            y, state, tail = ctx.ops["tangent_step"](*token, state, tail, self.norm, gate[:, 0])
+            return y[:, None], {"tail": tail, "state": state}
+        q, k, v, tail = ctx.ops["tangent_features"](qkv, self.conv, r, self.beta, tail)
+        o, state = ctx.ops["linear_attention"](q, k, v, log_decay, state)
+        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, "state": state}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

@@ -11,6 +11,8 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append, r
 
 
 class Softmax(Mixer):
+    ops = (*Mixer.ops, "softmax_attention")
+
     def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
         q = (rotate(direction(widen(q)), ctx) * self.beta[:, None, None]).to(v.dtype)
         k = rotate(direction(widen(k)), ctx).to(v.dtype)

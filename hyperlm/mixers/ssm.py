@@ -21,6 +21,8 @@ SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over
 
 
 class SSM(nn.Module):
+    ops = ("scan",)
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         s = cfg.ssm_dim

@@ -1,0 +1,168 @@
+"""Triton kernels against their float64 references: outputs and every gradient. In Triton's interpreter in fp32 where there is no GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import normal
+from hyperlm import kernels
+from hyperlm.kernels import OPS
+
+pytestmark = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]  # products of bf16 are wrong in the interpreter
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+HEAD_DIMS = kernels.HEAD_DIMS if GPU else (32, 64)
+LENGTHS = (1, 63, 64, 100, 1000, 4096) if GPU else (1, 63, 64, 100)
+WIDE = (torch.float32, torch.float64)  # dtypes that stay as they are when a model computes in bf16
+
+
+def spread(*shape: int, seed: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+    return normal(*shape, seed=seed).to(DEVICE, dtype).requires_grad_(grad)
+
+
+def token_major(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, N, K) as the models lay it out."""
+    b, h, n, k = shape
+    return normal(b, n, h, k, seed=seed).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+
+
+def poison() -> None:
+    """Fill what the allocator will hand out next with NaN, so that a kernel that reads what it did not write shows."""
+    if GPU:
+        torch.full((1 << 28,), float("nan"), device=DEVICE)
+
+
+def compare(op: str, inputs: list, dtype: torch.dtype) -> None:
+    """The Triton kernel of `op` against its reference in float64, with random gradients of every differentiable output.
+
+    The error is relative to the norm of the truth, or to that of a tensor of ones where it is smaller (a gradient may be exactly zero).
+    """
+
+    def run(fn, arguments):
+        found = fn(*arguments)
+        outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+        leaves = [x for x in arguments if torch.is_tensor(x) and x.requires_grad]
+        weighted = [x for x in outputs if x.requires_grad]
+        weights = [normal(*x.shape, seed=50 + i).to(x.device, x.dtype) for i, x in enumerate(weighted)]
+        return outputs, torch.autograd.grad(weighted, leaves, weights, allow_unused=True, materialize_grads=True) if leaves else ()
+
+    poison()
+    outputs, grads = run(OPS[op]["triton"], inputs)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
+    true_outputs, true_grads = run(OPS[op]["torch"], exact)
+    for kind, found, truth in (("output", outputs, true_outputs), ("gradient", grads, true_grads)):
+        for i, (x, y) in enumerate(zip(found, truth, strict=True)):
+            assert x.shape == y.shape
+            y = y.detach()
+            error = float((x.detach().double() - y).norm() / y.norm().clamp(min=y.numel() ** 0.5))
+            assert error <= TOLERANCE[dtype], f"{kind} {i}: relative error {error:.1e}"
+
+
+def features(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return (F.elu(token_major(*shape, seed=seed, dtype=torch.float32).detach()) + 1).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("segment", [None, 64])
+@pytest.mark.parametrize(("decay", "state"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_attention(dtype, k, n, decay, state, segment, monkeypatch):
+    if segment:
+        monkeypatch.setattr("hyperlm.kernels.linear_attention.segment_length", lambda heads, n, device: segment)
+    b, h = 2, 3 if GPU else 1
+    q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
+    log_decay = (-0.2 * normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_() if decay else None
+    initial = spread(b, h, k, k, seed=5, dtype=torch.float32) if state else None
+    compare("linear_attention", [q, k_, v, log_decay, initial], dtype)
+
+
+@pytest.mark.parametrize(("k", "v"), [(32, 64), (64, 32)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_attention_of_keys_and_values_of_different_widths(dtype, k, v):
+    b, h, n = 1, 2, 100
+    q, k_, values = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), spread(b, h, n, v, seed=3, dtype=dtype)
+    compare("linear_attention", [q, k_, values, None, None], dtype)
+    compare("linear_attention", [q, k_, values, (-normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_(), None], dtype)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3, 100.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate):
+    b, h, n, k = 1, 1, 4096 if GPU else 200, 32
+    q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
+    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype)
+
+
+def projected(b: int, n: int, h: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [spread(b, n, 3 * h * k, seed=1, dtype=dtype), spread(3 * h * k, 4, seed=2, dtype=dtype)]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_convolution(dtype, k, n):
+    compare("causal_conv", [*projected(2, n, 2, k, dtype), 2], dtype)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangent_features(dtype, k, n):
+    b, h = 2, 2
+    r = (0.05 + 4 * torch.rand(b, n, 2 * h, generator=torch.Generator().manual_seed(3))).to(DEVICE).mT.requires_grad_()
+    beta = (k**0.5 * (0.5 + torch.rand(h, generator=torch.Generator().manual_seed(4)))).to(DEVICE).requires_grad_()
+    compare("tangent_features", [*projected(b, n, h, k, dtype), r, beta], dtype)
+
+
+@pytest.mark.parametrize("op", ["causal_conv", "tangent_features"])
+@pytest.mark.parametrize("cut", [1, 2, 3, 70])
+def test_a_convolution_goes_on_from_its_tail(op, cut):
+    b, n, h, k = 2, 100, 2, 32
+    x, weight = (y.detach() for y in projected(b, n, h, k, torch.float32))
+    r, beta = torch.rand(b, 2 * h, n, device=DEVICE), torch.rand(h, device=DEVICE)
+
+    def run(x, r, tail):
+        return OPS[op]["triton"](x, weight, *((r, beta, tail) if op == "tangent_features" else (h, tail)))
+
+    *whole, last = run(x, r, None)
+    *first, tail = run(x[:, :cut], r[..., :cut], None)
+    *second, tail = run(x[:, cut:], r[..., cut:], tail)
+    for i, y in enumerate(whole):
+        torch.testing.assert_close(torch.cat([first[i], second[i]], 2), y)
+    torch.testing.assert_close(tail, last)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("v", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_gate(dtype, v, n):
+    b, h = 2, 2
+    compare("norm_gate", [token_major(b, h, n, v, seed=1, dtype=dtype), spread(h, v, seed=2, dtype=dtype), spread(b, n, h * v, seed=3, dtype=dtype)], dtype)
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_scan(n, start):
+    b, c = 2, 40
+    log_a = (-normal(b, n, c, seed=1).abs()).float().to(DEVICE).requires_grad_()
+    h = spread(b, c, seed=3, dtype=torch.float32) if start else None
+    compare("scan", [log_a, spread(b, n, c, seed=2, dtype=torch.float32), h], torch.float32)
+
+
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_of_phase_8(dtype, k):
+    b, h = 3, 2
+    x, weight = spread(b, 3 * h * k, seed=1, dtype=dtype, grad=False), spread(3 * h * k, 4, seed=2, dtype=dtype, grad=False)
+    r, beta = torch.rand(b, 2 * h, device=DEVICE) * 4, torch.rand(h, device=DEVICE) * k**0.5
+    log_decay, state = -torch.rand(b, h, device=DEVICE), torch.rand(b, h, k, k, device=DEVICE)
+    tail, norm = spread(b, 3, 3 * h * k, seed=3, dtype=dtype, grad=False), spread(h, k, seed=4, dtype=dtype, grad=False)
+    gate = spread(b, h * k, seed=5, dtype=dtype, grad=False)
+    inputs = [x, weight, r, beta, log_decay, state, tail, norm, gate]
+    expected = OPS["tangent_step"]["torch"](*(y.double() for y in inputs))
+    for found, truth in zip(OPS["tangent_step"]["triton"](*inputs), expected, strict=True):
+        assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
