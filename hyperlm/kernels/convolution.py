@@ -17,7 +17,6 @@ from hyperlm.kernels.linear_attention import token_major
 
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
-ROWS = 64  # of a tile
 TILES = 4  # of a program, in the backward pass
 
 
@@ -54,10 +53,10 @@ def convolve(
 
 
 @triton.jit
-def later(rows, by: tl.constexpr):
+def later(rows, by):
     """Row n + by at row n of a tile; zero at its end."""
     a = tl.arange(0, rows.shape[0])
-    return tl.dot((a[:, None] + by == a[None, :]).to(rows.dtype), rows, input_precision="tf32x3")
+    return tl.dot((a[:, None] + by == a[None, :]).to(rows.dtype), rows, input_precision="ieee")
 
 
 @triton.jit
@@ -77,20 +76,14 @@ def convolve_backward(
         d_out = dk
     elif part == 2:
         d_out = dv
-    w0 = tl.load(weight + channel * W).to(tl.float32)
-    w1 = tl.load(weight + channel * W + 1).to(tl.float32)
-    w2 = tl.load(weight + channel * W + 2).to(tl.float32)
-    w3 = tl.load(weight + channel * W + 3).to(tl.float32)
     dw0, dw1 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
     dw2, dw3 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
     db = 0.0
     for tile in range(TILES):
         n = (tl.program_id(0) * TILES + tile) * own + a
-        x0 = inputs_at(x, tail, b, n - 3, channel, N, C, TAIL)
-        x1 = inputs_at(x, tail, b, n - 2, channel, N, C, TAIL)
-        x2 = inputs_at(x, tail, b, n - 1, channel, N, C, TAIL)
-        x3 = inputs_at(x, tail, b, n, channel, N, C, TAIL)
-        z = x0 * w0[None, :] + x1 * w1[None, :] + x2 * w2[None, :] + x3 * w3[None, :]
+        z = tl.zeros((ROWS, K), tl.float32)
+        for tap in range(W):
+            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
         gate = tl.sigmoid(z)
         d = tl.load(d_out + (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], mask=(n < N)[:, None], other=0.0).to(tl.float32)
         mine = (a < own) & (n < N)
@@ -109,12 +102,14 @@ def convolve_backward(
                 db += tl.sum(tl.where(mine, along * radius, 0.0), 0)
         dz = d * gate * (1 + z * (1 - gate))
         counted = tl.where(mine[:, None], dz, 0.0)
-        dw0 += tl.sum(counted * x0, 0)
-        dw1 += tl.sum(counted * x1, 0)
-        dw2 += tl.sum(counted * x2, 0)
-        dw3 += tl.sum(counted * x3, 0)
+        dw0 += tl.sum(counted * inputs_at(x, tail, b, n - 3, channel, N, C, TAIL), 0)  # read again: registers are dearer than the cache
+        dw1 += tl.sum(counted * inputs_at(x, tail, b, n - 2, channel, N, C, TAIL), 0)
+        dw2 += tl.sum(counted * inputs_at(x, tail, b, n - 1, channel, N, C, TAIL), 0)
+        dw3 += tl.sum(counted * inputs_at(x, tail, b, n, channel, N, C, TAIL), 0)
         exact = dz.to(dx.dtype.element_ty)  # what the matrix units take
-        dx_c = dz * w3[None, :] + later(exact, 1) * w2[None, :] + later(exact, 2) * w1[None, :] + later(exact, 3) * w0[None, :]
+        dx_c = dz * tl.load(weight + channel * W + W - 1).to(tl.float32)[None, :]
+        for by in range(1, W):
+            dx_c += later(exact, by) * tl.load(weight + channel * W + W - 1 - by).to(tl.float32)[None, :]
         tl.store(dx + (b * N + n).to(tl.int64)[:, None] * C + channel[None, :], dx_c.to(dx.dtype.element_ty), mask=mine[:, None])
     program = b * tl.num_programs(0) + tl.program_id(0)
     tl.store(d_weight + (program * C + channel) * W, dw0)
@@ -126,6 +121,13 @@ def convolve_backward(
             tl.store(d_beta + program * (2 * H) + part * H + h, db)
 
 
+def tile(K: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows of a tile, and the warps that work on it, for heads of width K."""
+    if K == 256:
+        return 16, 8
+    return (64 if K <= 64 and dtype == torch.bfloat16 else 32), 8
+
+
 class Convolution(torch.autograd.Function):
     """(x (B, N, C), weight (C, W), tail, radii (B, N, 2 H) or None, beta (H,), heads) -> SiLU(convolution) of q, k and v, (B, N, H, K) each."""
 
@@ -135,9 +137,10 @@ class Convolution(torch.autograd.Function):
         k = c // 3 // heads
         out = torch.empty(3, b, n, heads, k, device=x.device, dtype=x.dtype)
         tail = None if tail is None else tail.contiguous()
-        convolve[(triton.cdiv(n, ROWS), 3 * heads, b)](
+        rows, warps = tile(k, x.dtype)
+        convolve[(triton.cdiv(n, rows), 3 * heads, b)](
             x, weight, tail, r, beta, out, n, heads, out.stride(0), out.stride(2),
-            K=k, ROWS=ROWS, TAIL=tail is not None, LIFT=r is not None, num_warps=4,
+            K=k, ROWS=rows, TAIL=tail is not None, LIFT=r is not None, num_warps=warps,
         )  # fmt: skip
         return out[0], out[1], out[2]
 
@@ -156,7 +159,8 @@ class Convolution(torch.autograd.Function):
         dq, dk, dv = (token_major(d.transpose(1, 2)) for d in (dq, dk, dv))
         if not dq.stride(1) == dk.stride(1) == dv.stride(1):
             dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        programs = triton.cdiv(n, (ROWS - 3) * TILES)
+        rows, warps = tile(k, x.dtype)
+        programs = triton.cdiv(n, (rows - 3) * TILES)
         dx = torch.empty_like(x)
         d_weight = torch.empty(b * programs, c, 4, device=x.device)
         d_r = d_beta = None
@@ -164,7 +168,7 @@ class Convolution(torch.autograd.Function):
             d_r, d_beta = torch.empty_like(r), torch.empty(b * programs, 2, h, device=x.device)
         convolve_backward[(programs, 3 * h, b)](
             x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, n, h, dq.stride(1),
-            K=k, ROWS=ROWS, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, num_warps=4 if k <= 64 else 8,
+            K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, num_warps=warps, num_stages=1,
         )  # fmt: skip
         return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if r is None else d_beta.sum((0, 1)), None
 

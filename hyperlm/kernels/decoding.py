@@ -36,7 +36,7 @@ def features(y, scale):
 
 
 @triton.jit
-def step_kernel(x, weight, tail, next_tail, r, beta, log_decay, state, norm, gate, y, H, K: tl.constexpr):
+def step_kernel(x, weight, tail, next_tail, r, beta, log_decay, state, norm, gate, y, H, K: tl.constexpr, KEYS: tl.constexpr):
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ks = tl.arange(0, K)
     temperature = tl.load(beta + h)
@@ -45,13 +45,23 @@ def step_kernel(x, weight, tail, next_tail, r, beta, log_decay, state, norm, gat
     v = newest(x, weight, tail, next_tail, b, H, 2, h, K)
     dtype = x.dtype.element_ty
     q, k, v = q.to(dtype).to(tl.float32), k.to(dtype).to(tl.float32), v.to(dtype).to(tl.float32)  # as the features of a sequence are stored
-    at = state + (b * H + h) * K * K + ks[:, None] * K + ks[None, :]
-    s = tl.exp(tl.load(log_decay + b * H + h)) * tl.load(at) + k[:, None] * v[None, :]
-    tl.store(at, s)
-    o = tl.sum(q[:, None] * s, 0)
+    decay = tl.exp(tl.load(log_decay + b * H + h))
+    o = tl.zeros((K,), tl.float32)
+    for block in range(K // KEYS):
+        rows = block * KEYS + tl.arange(0, KEYS)
+        here = (ks[None, :] == rows[:, None]).to(tl.float32)
+        at = state + ((b * H + h) * K + rows[:, None]) * K + ks[None, :]
+        s = decay * tl.load(at) + tl.sum(here * k[None, :], 1)[:, None] * v[None, :]
+        tl.store(at, s)
+        o += tl.sum(tl.sum(here * q[None, :], 1)[:, None] * s, 0)
     o *= tl.rsqrt(tl.sum(o * o, 0) / K + SMALL) * tl.load(norm + h * K + ks).to(tl.float32)
     g = tl.load(gate + (b * H + h) * K + ks).to(tl.float32)
     tl.store(y + (b * H + h) * K + ks, (o * g * tl.sigmoid(g)).to(dtype))
+
+
+def keys(K: int) -> int:
+    """Rows of the state that a program works on at a time."""
+    return min(K, 4096 // K)
 
 
 def tangent_step(
@@ -64,6 +74,6 @@ def tangent_step(
     next_tail = torch.empty_like(tail)
     step_kernel[(h, b)](
         x.contiguous(), weight.contiguous(), tail, next_tail, r.contiguous(), beta.contiguous(), log_decay.contiguous(), state, norm.contiguous(),
-        gate.contiguous(), y, h, K=norm.shape[1], num_warps=4 if norm.shape[1] <= 64 else 8,
+        gate.contiguous(), y, h, K=norm.shape[1], KEYS=keys(norm.shape[1]), num_warps=4,
     )  # fmt: skip
     return y, state, next_tail

@@ -11,7 +11,9 @@ so that `sweep` computes each: a walk over chunks of a sequence, with the sum ov
 The gradients run as one launch. Long sequences on few heads are cut into segments that are walked at the same time; `segment_sums` and
 `carry` find the state at the start of each first, from one more reading of two of the inputs.
 
-The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i).
+The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i). So that rounding
+errors do not pile up along the sequence, that sum starts anew every MARK positions, from <S, R>: the state S of all that came before there
+and the state R of all that comes after.
 
 Layout: token-major, (B, N, H, K); a head's numbers are contiguous. B batch, H heads, N sequence, K and V head dims, C chunk.
 """
@@ -26,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(math.log2(math.e))
+MARK = 512
 ROLE_O, ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(4))
 
 
@@ -58,64 +61,41 @@ def decay_in_chunk(decay, c, inside, H, BACKWARD: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def sweep(
-    q, k, v, do, decay, starts, ends, o, dq, dk, dv, rows, columns, last, first,
-    B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
+def walk(
+    query, key, value, out, partner, shares, decay, border, marks, left, head, here, part_k, part_v,
+    B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr,
+    BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
+    DECAY: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """ROLES sums from ROLE on, see above; K is the width of what is compared, V of what is summed.
+    """One of the four sums, over one segment of one head; see `sweep` for the arguments.
 
-    A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
-    are parts, (K/KEYS, B, N, H, V), to be added up.
-    starts, ends: with STATES, (B, H, segments, K of q, V of v): before each segment for walks forward, after it for walks backward.
-    rows, columns: (parts, B, N, H), shares of q . dq and k . dk.
-    last, first: (B, H, K of q, V of v), where the state is left by ROLE_O and ROLE_DV.
+    SWAPPED: stored states (border) are (V, K), and the walk is one of those that leave marks and shares.
+    LEFT: the state after the last step is wanted.
     """
-    BACKWARD: tl.constexpr = ROLE >= 2
-    program = tl.program_id(0)
-    role = ROLE + program % ROLES
-    part_v = (program // ROLES) % (V // VALUES)
-    part_k = (program // ROLES // (V // VALUES)) % (K // KEYS)
     segments = tl.cdiv(N, segment)
-    here = (program // ROLES // (V // VALUES) // (K // KEYS)) % segments
-    head = program // ROLES // (V // VALUES) // (K // KEYS) // segments
-
-    query, key, value, out, partner, shares = q, k, v, o, q, rows
-    s_query, s_key, s_value, s_partner = stride_q, stride_k, stride_v, stride_q
-    state_k, state_v = V, 1  # strides of a stored state
-    if role == ROLE_DQ:
-        query, key, value, out = do, v, k, dq
-        s_query, s_key, s_value = stride_do, stride_v, stride_k
-        state_k, state_v = 1, K
-    elif role == ROLE_DK:
-        query, key, value, out, partner, shares = v, do, q, dk, k, columns
-        s_query, s_key, s_value, s_partner = stride_v, stride_do, stride_q, stride_k
-        state_k, state_v = 1, K
-    elif role == ROLE_DV:
-        query, key, value, out = k, q, do, dv
-        s_query, s_key, s_value = stride_k, stride_q, stride_do
-
     b, h, start = (head // H).to(tl.int64), head % H, here * segment
     c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
     origin = b * N + start  # in tokens
     query += origin * s_query + h * K
     key += origin * s_key + h * K
     value += origin * s_value + h * V
-    partner += origin * s_partner + h * V
     out += ((part_k * B * N + origin) * H + h) * V
     in_query, in_key = c[:, None] * s_query + ks[None, :], c[:, None] * s_key + ks[None, :]  # from the first number of a chunk
-    in_value, in_partner = c[:, None] * s_value + vs[None, :], c[:, None] * s_partner + vs[None, :]
-    in_out = c[:, None] * (H * V) + vs[None, :]
+    in_value, in_out = c[:, None] * s_value + vs[None, :], c[:, None] * (H * V) + vs[None, :]
+    in_state = ks[:, None] * V + vs[None, :]
+    n_marks = (N - 1) // MARK
     if DECAY:
         decay += origin * H + h
-        if ROLE != ROLE_O:
+        if SWAPPED:
+            partner += origin * s_partner + h * V
             shares += ((part_k * (V // VALUES) + part_v) * B * N + origin) * H + h
+            marks += head.to(tl.int64) * n_marks * (K * V)
 
     state = tl.zeros((KEYS, VALUES), tl.float32)
-    in_state = head.to(tl.int64) * (K * V) + ks[:, None] * state_k + vs[None, :] * state_v
     if STATES:
-        state = tl.load((ends if BACKWARD else starts) + (head.to(tl.int64) * (segments - 1) + here) * (K * V) + in_state)
+        border += (head.to(tl.int64) * segments + here) * (K * V)
+        state = tl.load(border + (ks[:, None] + vs[None, :] * K if SWAPPED else in_state))
 
     length = min(segment, N - start)
     chunks = tl.cdiv(length, C)
@@ -124,6 +104,10 @@ def sweep(
         at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
         inside = c < length - at
         mask = inside[:, None]
+        if DECAY and SWAPPED:
+            position = (start + at + (C if BACKWARD else 0)).to(tl.int32)
+            if position % MARK == 0 and position > 0 and position < N:
+                tl.store(marks + (position // MARK - 1).to(tl.int64) * (K * V) + in_state, state)
         query_c = load(query + at * s_query + in_query, mask, EVEN)
         key_c = load(key + at * s_key + in_key, mask, EVEN)
         value_c = load(value + at * s_value + in_value, mask, EVEN)
@@ -141,17 +125,62 @@ def sweep(
         y = tl.dot(pairs.to(value_c.dtype), value_c, y, input_precision="tf32x3")
         state = tl.dot(tl.trans(key_c), added, state, input_precision="tf32x3")
         store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask, EVEN)
-        if DECAY and ROLE != ROLE_O:
-            if role != ROLE_DV:
-                partner_c = load(partner + at * s_partner + in_partner, mask, EVEN)
-                store(shares + (at + c) * H, tl.sum(y * partner_c, 1), inside, EVEN)
+        if DECAY and SWAPPED:
+            partner_c = load(partner + at * s_partner + c[:, None] * s_partner + vs[None, :], mask, EVEN)
+            store(shares + (at + c) * H, tl.sum(y * partner_c, 1), inside, EVEN)
 
+    if LEFT:
+        if here == (0 if BACKWARD else segments - 1):
+            tl.store(left + head.to(tl.int64) * (K * V) + in_state, state)
+
+
+@triton.jit
+def sweep(
+    q, k, v, do, decay, starts, ends, o, dq, dk, dv, rows, columns, marks, last, first,
+    B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    """ROLES of the four sums, from ROLE on; K is the width of what is compared, V of what is summed.
+
+    A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
+    are parts, (K/KEYS, B, N, H, V), to be added up.
+    starts, ends: states (B, H, segments, K of q, V of v), with STARTS before each segment, with ENDS after it.
+    rows, columns: (parts, B, N, H), shares of q . dq and k . dk.
+    marks: (2, B, H, marks, V of v, K of q), transposed states before (ROLE_DQ) and after (ROLE_DK) every MARK positions.
+    last, first: (B, H, K of q, V of v), where the state is left by ROLE_O and ROLE_DV.
+    """
+    program = tl.program_id(0)
+    role = ROLE + program % ROLES
+    part_v = (program // ROLES) % (V // VALUES)
+    part_k = (program // ROLES // (V // VALUES)) % (K // KEYS)
+    segments = tl.cdiv(N, segment)
+    here = (program // ROLES // (V // VALUES) // (K // KEYS)) % segments
+    head = program // ROLES // (V // VALUES) // (K // KEYS) // segments
+    # The branches repeat the walk, each with pointers known when it is compiled: chosen at run time, their alignment would be unknown.
     if ROLE == ROLE_O:
-        if here == segments - 1:
-            tl.store(last + in_state, state)
-    if role == ROLE_DV:
-        if here == 0:
-            tl.store(first + in_state, state)
+        walk(
+            q, k, v, o, None, None, decay, starts, None, last, head, here, part_k, part_v, B, N, H, segment, stride_q, stride_k, stride_v, 0,
+            K, V, C, KEYS, VALUES, False, False, True, DECAY, STARTS, EVEN, MARK,
+        )  # fmt: skip
+    elif role == ROLE_DQ:
+        walk(
+            do, v, k, dq, q, rows, decay, starts, marks, None, head, here, part_k, part_v, B, N, H, segment, stride_do, stride_v, stride_k, stride_q,
+            K, V, C, KEYS, VALUES, False, True, False, DECAY, STARTS, EVEN, MARK,
+        )  # fmt: skip
+    elif role == ROLE_DK:
+        after = marks
+        if DECAY:
+            after += tl.cast(B * H, tl.int64) * ((N - 1) // MARK) * (K * V)
+        walk(
+            v, do, q, dk, k, columns, decay, ends, after, None, head, here, part_k, part_v, B, N, H, segment, stride_v, stride_do, stride_q, stride_k,
+            K, V, C, KEYS, VALUES, True, True, False, DECAY, ENDS, EVEN, MARK,
+        )  # fmt: skip
+    else:
+        walk(
+            k, q, do, dv, None, None, decay, ends, None, first, head, here, part_k, part_v, B, N, H, segment, stride_k, stride_q, stride_do, 0,
+            K, V, C, KEYS, VALUES, True, False, True, DECAY, ENDS, EVEN, MARK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -217,25 +246,36 @@ def carry(sums, totals, initial, segments, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def decay_gradient(rows, columns, last, d_last, d_decay, B, N, H, row_parts, column_parts, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
-    """d_decay_n = sum_{i>=n} (rows_i - columns_i), and with LAST the share of the final state, <last, d_last>."""
-    head = tl.program_id(0)
+def inner(x, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Inner product of two stored states."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for block in range(SIZE // BLOCK):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(x + at) * tl.load(y + at)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def decay_gradient(
+    rows, columns, marks, last, d_last, d_decay, B, N, H, parts, SIZE: tl.constexpr, LAST: tl.constexpr, MARK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """d_decay_n = sum_{i>=n} (rows_i - columns_i) in each stretch of MARK positions, plus what lies beyond its end."""
+    n_marks = (N - 1) // MARK
+    head, stretch = tl.program_id(0) // (n_marks + 1), tl.program_id(0) % (n_marks + 1)
     b, h = (head // H).to(tl.int64), head % H
-    after = 0.0
-    if LAST:
-        state = head.to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        after = tl.sum(tl.load(last + state) * tl.load(d_last + state), 0)
-    blocks = tl.cdiv(N, BLOCK)
-    for step in range(blocks):
-        at = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-        where, inside = (b * N + at) * H + h, at < N
-        x = tl.zeros((BLOCK,), tl.float32)
-        for part in range(row_parts):
-            x += tl.load(rows + where + part * (B * N * H).to(tl.int64), mask=inside, other=0.0)
-        for part in range(column_parts):
-            x -= tl.load(columns + where + part * (B * N * H).to(tl.int64), mask=inside, other=0.0)
-        tl.store(d_decay + where, tl.cumsum(x, 0, reverse=True) + after, mask=inside)
-        after += tl.sum(x, 0)
+    beyond = 0.0
+    if stretch < n_marks:
+        before = marks + (head.to(tl.int64) * n_marks + stretch) * SIZE
+        beyond = inner(before, before + tl.cast(B * H, tl.int64) * n_marks * SIZE, SIZE, BLOCK)
+    elif LAST:
+        beyond = inner(last + head.to(tl.int64) * SIZE, d_last + head.to(tl.int64) * SIZE, SIZE, BLOCK)
+    n = stretch * MARK + tl.arange(0, MARK)
+    where = (b * N + n) * H + h
+    x = tl.zeros((MARK,), tl.float32)
+    for part in range(parts):
+        share = where + part * tl.cast(B, tl.int64) * N * H
+        x += tl.load(rows + share, mask=n < N, other=0.0) - tl.load(columns + share, mask=n < N, other=0.0)
+    tl.store(d_decay + where, tl.cumsum(x, 0, reverse=True) + beyond, mask=n < N)
 
 
 # -- which shape of work ---------------------------------------------------------------------------------------------------------------
@@ -251,13 +291,18 @@ class Config(NamedTuple):
     stages: int
 
 
-def config(K: int, V: int, dtype: torch.dtype) -> Config:
+def config(K: int, V: int, dtype: torch.dtype, hopper: bool) -> Config:
     """The shipped configuration for keys of width K and values of width V."""
     if dtype == torch.float32:
         return Config(16, 32, 32, 4, 1)
     if K <= 64:
-        return Config(64, K, min(V, 64), 4, 2)
-    return Config(64, min(K, 128), min(V, 64), 8, 2)
+        return Config(64, K, min(V, 64), 8, 2) if hopper else Config(32, K, min(V, 64), 4, 2)
+    return Config(64 if hopper else 32, min(K, 128), 32, 8, 2)
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache
@@ -267,12 +312,12 @@ def multiprocessors(device: torch.device) -> int:
 
 def segment_length(heads: int, n: int, device: torch.device) -> int:
     """Positions in a segment: all of them where `heads` walks keep the device busy, and else few enough that there are two walks a
-    multiprocessor, but at least 256."""
+    multiprocessor, but at least MARK."""
     processors = multiprocessors(device)
     if heads >= 0.75 * processors:
         return n
     parts = -(-2 * processors // heads)
-    return max(256, -(-n // parts // 64) * 64)
+    return -(-n // parts // MARK) * MARK
 
 
 # -- differentiable --------------------------------------------------------------------------------------------------------------------
@@ -292,7 +337,7 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     parts = -(-n // segment)
     if parts == 1:
         return None if initial is None else initial.contiguous()
-    c = config(k, v, key.dtype)
+    c = config(k, v, key.dtype, is_hopper(key.device))
     sums = torch.empty(b, h, parts, k, v, device=key.device)
     totals = torch.empty(b, h, parts, device=key.device)
     segment_sums[(b * h * parts * (k // c.KEYS) * (v // c.VALUES),)](
@@ -328,14 +373,14 @@ class LinearAttention(torch.autograd.Function):
         (b, n, h, kd), vd = q.shape, v.shape[-1]
         segment = segment_length(b * h, n, q.device)
         starts = states(k, v, decay, state, segment, backward=False)
-        c = config(kd, vd, q.dtype)
+        c = config(kd, vd, q.dtype, is_hopper(q.device))
         o = Output.like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
         sweep[(b * h * -(-n // segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
-            q, k, v, v, decay, starts, None, o.parts, o.parts, o.parts, o.parts, None, None, last, last,
+            q, k, v, v, decay, starts, None, o.parts, o.parts, o.parts, o.parts, None, None, None, last, last,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), v.stride(1),
-            K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None, STATES=starts is not None,
-            EVEN=n % c.C == segment % c.C == 0, num_warps=c.warps, num_stages=c.stages,
+            K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None,
+            STARTS=starts is not None, ENDS=False, EVEN=n % c.C == segment % c.C == 0, MARK=MARK, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         return o.sum(v.dtype), last, starts
 
@@ -358,25 +403,26 @@ class LinearAttention(torch.autograd.Function):
         segment = segment_length(b * h, n, q.device)
         ends = states(q, do, decay, d_last, segment, backward=True)
         first = torch.empty_like(last)
-        to_k, to_v = config(vd, kd, q.dtype), config(kd, vd, q.dtype)  # what compares values and sums keys; and the other way
+        to_k, to_v = (config(*widths, q.dtype, is_hopper(q.device)) for widths in ((vd, kd), (kd, vd)))  # what compares values and sums keys; and the other way
         dq, dk, dv = Output.like(q, kd, vd // to_k.KEYS), Output.like(q, kd, vd // to_k.KEYS), Output.like(q, vd, kd // to_v.KEYS)
-        rows = columns = d_decay = None
+        rows = columns = marks = d_decay = None
         if decay is not None:
             parts = (vd // to_k.KEYS) * (kd // to_k.VALUES)
             rows, columns = torch.empty(2, parts, b, n, h, device=q.device)
-        together = [(2, 2, vd, kd, to_k)] if kd == vd else [(2, 1, vd, kd, to_k), (3, 1, kd, vd, to_v)]
-        for role, roles, width, summed, c in [(1, 1, vd, kd, to_k), *together]:
-            borders = ends if role > 1 else starts
+            marks = torch.empty(2, b, h, (n - 1) // MARK, vd, kd, device=q.device)
+        launches = [(1, 3, vd, kd, to_k)] if kd == vd else [(1, 2, vd, kd, to_k), (3, 1, kd, vd, to_v)]
+        for role, roles, width, summed, c in launches:
             sweep[(b * h * -(-n // segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
-                q, k, v, do, decay, starts, ends, dq.parts, dq.parts, dk.parts, dv.parts, rows, columns, last, first,
+                q, k, v, do, decay, starts, ends, dq.parts, dq.parts, dk.parts, dv.parts, rows, columns, marks, last, first,
                 b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
-                K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None, STATES=borders is not None,
-                EVEN=n % c.C == segment % c.C == 0, num_warps=c.warps, num_stages=c.stages,
+                K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
+                STARTS=starts is not None, ENDS=ends is not None, EVEN=n % c.C == segment % c.C == 0, MARK=MARK,
+                num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip
         if decay is not None:
             d_decay = torch.empty_like(decay)
-            decay_gradient[(b * h,)](
-                rows, columns, last, d_last, d_decay, b, n, h, len(rows), len(columns), SIZE=kd * vd, BLOCK=1024, LAST=d_last is not None, num_warps=4
+            decay_gradient[(b * h * ((n - 1) // MARK + 1),)](
+                rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, BLOCK=512, num_warps=4
             )
         return dq.sum(q.dtype), dk.sum(k.dtype), dv.sum(v.dtype), d_decay, first if ctx.has_state else None
 

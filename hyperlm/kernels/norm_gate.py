@@ -12,7 +12,6 @@ from hyperlm.kernels.linear_attention import token_major
 from hyperlm.kernels.reference import EPS
 
 SMALL = tl.constexpr(EPS)
-ROWS = 32  # of a tile
 TILES = 8  # of a program, in the backward pass
 
 
@@ -51,6 +50,11 @@ def norm_gate_backward(o, weight, gate, dy, do, d_gate, d_weight, T, H, stride_o
     tl.store(d_weight + (tl.program_id(0) * H + h) * V + vs, dw)
 
 
+def rows(V: int) -> int:
+    """Rows of a tile."""
+    return min(32, 2048 // V)
+
+
 class NormGate(torch.autograd.Function):
     """(o (B, N, H, V), weight (H, V), gate (B, N, H V)) -> (B, N, H V)."""
 
@@ -58,7 +62,7 @@ class NormGate(torch.autograd.Function):
     def forward(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         b, n, h, v = o.shape
         y = torch.empty_like(gate)
-        norm_gate_forward[(triton.cdiv(b * n, ROWS), h)](o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=ROWS, num_warps=4)
+        norm_gate_forward[(triton.cdiv(b * n, rows(v)), h)](o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=rows(v), num_warps=4)
         return y
 
     @staticmethod
@@ -70,10 +74,10 @@ class NormGate(torch.autograd.Function):
         o, weight, gate = ctx.saved_tensors
         b, n, h, v = o.shape
         do, d_gate = torch.empty(o.shape, device=o.device, dtype=o.dtype), torch.empty_like(gate)
-        programs = triton.cdiv(b * n, ROWS * TILES)
+        programs = triton.cdiv(b * n, rows(v) * TILES)
         d_weight = torch.empty(programs, h, v, device=o.device)
         norm_gate_backward[(programs, h)](
-            o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=ROWS, TILES=TILES, num_warps=4
+            o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, num_warps=4
         )
         return do, d_weight.sum(0).to(weight.dtype), d_gate
 

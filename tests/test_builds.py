@@ -1,0 +1,99 @@
+"""Every shipped kernel configuration compiles for the architectures it is meant for, without spilling registers, in the shared memory there is.
+
+No GPU is needed. As a script (in a process where Triton does not interpret) this file compiles them and prints what they use, as JSON.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hyperlm import kernels
+
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
+INTS = "i32"
+
+
+def builds():
+    """(name, kernel, types and constants of its arguments, warps, stages, capability), the heaviest variant of each."""
+    import torch
+
+    from hyperlm.kernels import convolution, decoding, norm_gate, scan
+    from hyperlm.kernels import linear_attention as la
+
+    for capability in SHARED:
+        for k in kernels.HEAD_DIMS:
+            for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                x, f = f"*{name}", "*fp32"
+                c = la.config(k, k, dtype, capability == 90)
+                shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=True, EVEN=False)
+                sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v", "stride_do"), INTS)
+                tensors = dict.fromkeys(("q", "k", "v", "do", "o", "dq", "dk", "dv"), x) | dict.fromkeys(("decay", "starts", "ends", "last", "first"), f)
+                for role, roles in ((0, 1), (1, 3)):
+                    sums = dict.fromkeys(("rows", "columns", "marks"), f if role else None)
+                    yield f"sweep {role}, {k}, {name}", la.sweep, tensors | sums | sizes | shape | dict(ROLE=role, ROLES=roles, STARTS=True, ENDS=True, MARK=la.MARK), c.warps, c.stages, capability
+                args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
+                yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
+                rows, warps = convolution.tile(k, dtype)
+                args = dict.fromkeys(("x", "weight", "tail"), x) | dict(r=f, beta=f, N=INTS, H=INTS, row_stride=INTS, K=k, ROWS=rows, TAIL=True, LIFT=True)
+                yield f"convolve, {k}, {name}", convolution.convolve, args | dict(out=x, part_stride=INTS), warps, 3, capability
+                out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_weight", "d_r", "d_beta"), f) | dict(TILES=convolution.TILES)
+                yield f"convolve_backward, {k}, {name}", convolution.convolve_backward, args | out, warps, 1, capability
+                args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
+                yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
+                out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)
+                yield f"norm_gate_backward, {k}, {name}", norm_gate.norm_gate_backward, args | out, 4, 3, capability
+                args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(("r", "beta", "log_decay", "state"), f)
+                yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
+            args = dict.fromkeys(("rows", "columns", "marks", "last", "d_last", "d_decay"), f) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
+            yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
+        args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
+        yield "carry", la.carry, args, 4, 3, capability
+        args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
+        yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
+        yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
+
+
+def build(name, kernel, arguments, warps, stages, capability):
+    """Compile one kernel: bytes of stack a thread (spilled registers) and of shared memory a program."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import __file__ as backend
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert set(names) == set(arguments), (name, set(names) ^ set(arguments))
+    types = {n: a if isinstance(a, str) else "constexpr" for n, a in arguments.items()}
+    constants = {(names.index(n),): a for n, a in arguments.items() if not isinstance(a, str)}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n].startswith("*") or "stride" in n}
+    source = ASTSource(kernel, {n: types[n] for n in names}, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = Path(backend).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {"name": name, "capability": capability, "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "shared": built.metadata.shared}
+
+
+@pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
+def test_every_configuration_compiles_without_spills_in_the_shared_memory_there_is():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) > 100
+    assert [x for x in found if x["stack"] or x["shared"] > SHARED[x["capability"]]] == []
+
+
+if __name__ == "__main__":
+    with ThreadPoolExecutor(2) as pool:
+        for usage in pool.map(lambda arguments: build(*arguments), builds()):
+            print(json.dumps(usage))
