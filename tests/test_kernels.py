@@ -201,7 +201,7 @@ def test_a_backend_is_chosen_with_its_reason_and_never_replaced_silently():
     assert kernels.select("scan", cpu).backend == "torch" and kernels.select("scan", cpu).reason
     assert kernels.select("scan", cpu, "torch").reason == "asked for"
     with pytest.raises(kernels.KernelError, match="--kernels triton"):
-        kernels.select("scan", cpu, "triton")
+        kernels.select("softmax_attention", cpu, "triton")
 
 
 def test_every_op_has_a_reference():

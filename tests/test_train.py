@@ -211,7 +211,7 @@ MISTAKES = {
     "dropout of one": (["--model.dropout", "1"], "below 1"),
     "bad device": (["--train.device", "tpu"], "use auto"),
     "absent device": (["--train.device", "cuda:99"], "not on this machine"),
-    "absent kernels": (["--train.device", "cpu", "--kernels", "triton"], "use --kernels auto"),
+    "absent kernels": (["--train.device", "cpu", "--kernels", "triton", "--model.kind", "softmax"], "use --kernels auto"),
     "missing source": (["--train.device", "cpu", "--data.sources", "nowhere.txt"], "no such file"),
     "missing tokenizer": (["--train.device", "cpu", "--data.tokenizer", "nowhere.json"], "no such file"),
     "name with a slash": (["--name", "a/b"], "plain folder name"),

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs import ModelConfig
 from conftest import normal
-from hyperlm import kernels
+from hyperlm import kernels, model, tree
 from hyperlm.kernels import OPS
+from hyperlm.loss import head_nats
 
 pytestmark = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
 
@@ -89,7 +91,7 @@ def test_linear_attention_of_keys_and_values_of_different_widths(dtype, k, v):
     compare("linear_attention", [q, k_, values, (-normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_(), None], dtype, 1)
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.3, 100.0])
+@pytest.mark.parametrize("rate", [1e-3, 0.3, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatch):
     if not GPU:
@@ -168,3 +170,55 @@ def test_one_token_of_phase_8(dtype, k):
     expected = OPS["tangent_step"]["torch"](*(y.double() for y in inputs))
     for found, truth in zip(OPS["tangent_step"]["triton"](*inputs), expected, strict=True):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
+
+
+def test_kernels_work_under_torch_func():
+    q, k, v = (spread(1, 1, 20, 32, seed=i, dtype=torch.float32, grad=False) for i in range(3))
+    log_decay = torch.full((1, 1, 20), -0.1, device=DEVICE)
+
+    def total(fn, *x):
+        return fn(*x)[0].sin().sum()
+
+    for x, y in zip(*(torch.func.grad(total, (1, 2, 3, 4))(OPS["linear_attention"][b], q, k, v, log_decay) for b in ("triton", "torch")), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+MODELS = {
+    "phase8": ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64),
+    "phase8-ssm": ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64, ssm=True),
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def cfg(request) -> ModelConfig:
+    return request.param
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(64, (2, 71), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_trains_as_with_reference_kernels(cfg, compiled):
+    params = model.init(cfg, 0, device=DEVICE)
+    run = torch.compile(model.run_block, backend="aot_eager") if compiled else model.run_block
+
+    def loss_and_gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        p = tree.map(lambda x: x.detach().clone().requires_grad_(), params)
+        features = model.hidden(p, batch()[:, :-1], cfg, kernels=backend, run=run if backend == "triton" else model.run_block)
+        loss = head_nats(features.flatten(0, 1), p["head"]["weight"], batch()[:, 1:].flatten())[0]
+        return loss, *torch.autograd.grad(loss, tree.leaves(p))
+
+    for x, y in zip(loss_and_gradients("triton"), loss_and_gradients("torch"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3 * float(y.detach().abs().max()))
+
+
+@torch.no_grad()
+def test_a_model_decodes_as_with_reference_kernels(cfg):
+    params, tokens = model.init(cfg, 0, device=DEVICE), batch()
+    expected = model.apply(params, tokens, cfg, kernels="torch")
+    logits, cache = model.extend(params, tokens[:, :40], model.init_cache(cfg, 2, device=DEVICE), cfg, kernels="triton")
+    torch.testing.assert_close(logits, expected[:, :40], rtol=1e-3, atol=1e-3)
+    for n in range(40, 50):
+        logits, cache = model.decode(params, tokens[:, n], cache, cfg, kernels="triton")
+        torch.testing.assert_close(logits, expected[:, n], rtol=1e-3, atol=1e-3)

@@ -19,11 +19,12 @@ OPS: dict[str, dict[str, Callable]] = {
     "tangent_step": {"torch": reference.tangent_step},
 }
 try:
-    import triton  # noqa: F401
+    import triton
 except ImportError:  # it exists for Linux alone
-    HAVE_TRITON = False
+    HAVE_TRITON = INTERPRETED = False
 else:
     HAVE_TRITON = True
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
     from hyperlm.kernels import convolution, decoding, linear_attention, norm_gate, scan
 
     OPS["causal_conv"]["triton"] = convolution.causal_conv
@@ -57,12 +58,12 @@ def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dt
     if backend == "triton":
         if not HAVE_TRITON:
             return "Triton is not installed"
-        if device.type != "cuda":
+        if device.type != "cuda" and not INTERPRETED:
             return "Triton needs a CUDA device"
     if backend not in OPS[op]:
         return f"no {backend} kernel for {op}"
     if backend == "triton":
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernels need compute capability 8.0"
         if op != "scan" and head_dim not in HEAD_DIMS:
             return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
@@ -82,7 +83,7 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
         KernelError: if the backend asked for cannot run; nothing is replaced silently.
     """
     if kernels == "auto":
-        reason = unusable(op, "triton", device, head_dim, dtype)
+        reason = unusable(op, "triton", device, head_dim, dtype) or ("an interpreter is slow" if INTERPRETED else "")
         return Choice(op, "torch", reason) if reason else Choice(op, "triton", "fastest here")
     if reason := unusable(op, kernels, device, head_dim, dtype):
         raise KernelError(f"--kernels {kernels}: {reason}; use --kernels auto")

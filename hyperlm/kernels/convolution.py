@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.geometry import TINY
+from hyperlm.kernels.differentiation import gradients
 from hyperlm.kernels.linear_attention import token_major
 
 W = tl.constexpr(4)
@@ -123,9 +124,32 @@ def convolve_backward(
 
 def tile(K: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows of a tile, and the warps that work on it, for heads of width K."""
-    if K == 256:
-        return 16, 8
-    return (64 if K <= 64 and dtype == torch.bfloat16 else 32), 8
+    if dtype == torch.float32:
+        return (16, 8) if K != 128 else (32, 8)
+    return {32: 64, 64: 64, 128: 32, 256: 16}[K], 8
+
+
+def backward(
+    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, heads: int, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, tail (None), r, beta and heads (None)."""
+    (b, n, c), h = x.shape, heads
+    k = c // 3 // h
+    dq, dk, dv = (token_major(d.transpose(1, 2)) for d in (dq, dk, dv))
+    if not dq.stride(1) == dk.stride(1) == dv.stride(1):
+        dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    rows, warps = tile(k, x.dtype)
+    programs = triton.cdiv(n, (rows - 3) * TILES)
+    dx = torch.empty_like(x)
+    d_weight = torch.empty(b * programs, c, 4, device=x.device)
+    d_r = d_beta = None
+    if r is not None:
+        d_r, d_beta = torch.empty_like(r), torch.empty(b * programs, 2, h, device=x.device)
+    convolve_backward[(programs, 3 * h, b)](
+        x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, n, h, dq.stride(1),
+        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if r is None else d_beta.sum((0, 1)), None
 
 
 class Convolution(torch.autograd.Function):
@@ -153,24 +177,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, tail, r, beta = ctx.saved_tensors
-        (b, n, c), h = x.shape, ctx.heads
-        k = c // 3 // h
-        dq, dk, dv = (token_major(d.transpose(1, 2)) for d in (dq, dk, dv))
-        if not dq.stride(1) == dk.stride(1) == dv.stride(1):
-            dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        rows, warps = tile(k, x.dtype)
-        programs = triton.cdiv(n, (rows - 3) * TILES)
-        dx = torch.empty_like(x)
-        d_weight = torch.empty(b * programs, c, 4, device=x.device)
-        d_r = d_beta = None
-        if r is not None:
-            d_r, d_beta = torch.empty_like(r), torch.empty(b * programs, 2, h, device=x.device)
-        convolve_backward[(programs, 3 * h, b)](
-            x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, n, h, dq.stride(1),
-            K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, num_warps=warps, num_stages=1,
-        )  # fmt: skip
-        return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if r is None else d_beta.sum((0, 1)), None
+        return gradients(backward, *ctx.saved_tensors, ctx.heads, dq, dk, dv)
 
 
 def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
@@ -182,6 +189,7 @@ def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
     return torch.cat([before[:, -missing:], x], 1)
 
 
+@torch.compiler.disable  # compiled code calls it as it is
 def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.causal_conv`, in bf16 or fp32."""
     x = x.contiguous()
@@ -189,6 +197,7 @@ def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = Non
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), next_tail(x, tail)
 
 
+@torch.compiler.disable  # compiled code calls it as it is
 def tangent_features(
     x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

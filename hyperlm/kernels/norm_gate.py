@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperlm.kernels.differentiation import gradients
 from hyperlm.kernels.linear_attention import token_major
 from hyperlm.kernels.reference import EPS
 
@@ -55,6 +56,17 @@ def rows(V: int) -> int:
     return min(32, 2048 // V)
 
 
+def backward(o: Tensor, weight: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, n, h, v = o.shape
+    do, d_gate = torch.empty(o.shape, device=o.device, dtype=o.dtype), torch.empty_like(gate)
+    programs = triton.cdiv(b * n, rows(v) * TILES)
+    d_weight = torch.empty(programs, h, v, device=o.device)
+    norm_gate_backward[(programs, h)](
+        o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, num_warps=4
+    )
+    return do, d_weight.sum(0).to(weight.dtype), d_gate
+
+
 class NormGate(torch.autograd.Function):
     """(o (B, N, H, V), weight (H, V), gate (B, N, H V)) -> (B, N, H V)."""
 
@@ -71,17 +83,10 @@ class NormGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        o, weight, gate = ctx.saved_tensors
-        b, n, h, v = o.shape
-        do, d_gate = torch.empty(o.shape, device=o.device, dtype=o.dtype), torch.empty_like(gate)
-        programs = triton.cdiv(b * n, rows(v) * TILES)
-        d_weight = torch.empty(programs, h, v, device=o.device)
-        norm_gate_backward[(programs, h)](
-            o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, num_warps=4
-        )
-        return do, d_weight.sum(0).to(weight.dtype), d_gate
+        return gradients(backward, *ctx.saved_tensors, dy)
 
 
+@torch.compiler.disable  # compiled code calls it as it is
 def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     """`reference.norm_gate`, in bf16 or fp32."""
     return NormGate.apply(token_major(o), weight.contiguous(), gate.contiguous())

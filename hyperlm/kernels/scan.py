@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperlm.kernels.differentiation import gradients
+
 ROWS, CHANNELS = 64, 32  # of a tile
 
 
@@ -61,6 +63,15 @@ def scan_backward(log_a, start, h, dh, d_log_a, db, d_start, N, C, ROWS: tl.cons
                 tl.store(d_start + batch * C + c, tl.sum(tl.where(first, g * a, 0.0), 0), mask=c < C)
 
 
+def backward(log_a: Tensor, start: Tensor | None, h: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+    batch, n, c = h.shape
+    d_log_a, db, d_start = torch.empty_like(h), torch.empty_like(h), None if start is None else torch.empty_like(start)
+    scan_backward[(triton.cdiv(c, CHANNELS), batch)](
+        log_a, start, h, dh.contiguous(), d_log_a, db, d_start, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None, num_warps=4
+    )
+    return d_log_a, db, d_start
+
+
 class Scan(torch.autograd.Function):
     """(log_a (B, N, C), b (B, N, C), start (B, C) or None), fp32 -> every state (B, N, C)."""
 
@@ -79,15 +90,10 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
-        log_a, start, h = ctx.saved_tensors
-        batch, n, c = h.shape
-        d_log_a, db, d_start = torch.empty_like(h), torch.empty_like(h), None if start is None else torch.empty_like(start)
-        scan_backward[(triton.cdiv(c, CHANNELS), batch)](
-            log_a, start, h, dh.contiguous(), d_log_a, db, d_start, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None, num_warps=4
-        )
-        return d_log_a, db, d_start
+        return gradients(backward, *ctx.saved_tensors, dh)
 
 
+@torch.compiler.disable  # compiled code calls it as it is
 def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
     """`reference.scan` in fp32, for one axis before the last two."""
     log_a = log_a.expand_as(b)
