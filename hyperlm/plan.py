@@ -4,7 +4,9 @@ Activations are counted, not estimated: a block runs on the meta device, where t
 autograd saves for the backward pass are added up.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +50,27 @@ def on_meta(declared: Any, dtype: torch.dtype) -> Any:
     return tree.map(leaf, declared)
 
 
-class FusedAttention(torch.autograd.Function):
-    """What torch's fused attention saves, for the meta device, where torch itself would take another path."""
+class Fused(torch.autograd.Function):
+    """A reference on the meta device that saves what a kernel in its place saves: inputs and outputs, nothing between them."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(v)
-        ctx.save_for_backward(q, k, v, out)
+    def forward(ctx: Any, fn: Callable, *args: Any) -> Any:
+        out = fn(*args)
+        ctx.save_for_backward(*(x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if torch.is_tensor(x)))
         return out
+
+
+def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
+    """For every op, a function for the meta device that saves as much as what will run: Triton where bf16 says that there is a GPU."""
+    cfg = config.model
+    triton = dtype == torch.bfloat16 and config.kernels != "torch" and cfg.head_dim in kernels.HEAD_DIMS
+
+    def stand_in(op: str) -> Callable:
+        reference = kernels.OPS[op]["torch"]
+        fused = op == "softmax_attention" or (triton and "triton" in kernels.OPS[op])  # torch's own attention is fused as well
+        return partial(Fused.apply, reference) if fused else reference
+
+    return {op: stand_in(op) for op in model.ops(cfg)}
 
 
 def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
@@ -76,8 +91,7 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     x = torch.empty(b, n, cfg.d_model, device="meta", requires_grad=True)
     key = torch.empty((), dtype=torch.int64, device="meta") if cfg.dropout else None
     angles = torch.empty(n, cfg.head_dim // 2, device="meta")
-    ops = kernels.table(model.ops(cfg), torch.device("meta"), "torch") | {"softmax_attention": FusedAttention.apply}
-    ctx = model.Context(ops, dtype, angles, angles, 0, key)
+    ctx = model.Context(stand_ins(config, dtype), dtype, angles, angles, 0, key)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         functional_call(model.skeleton(cfg).blocks[layer], params, (x, None, ctx), strict=True)
     return sum(sizes.values())

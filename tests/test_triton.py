@@ -184,8 +184,8 @@ def test_kernels_work_under_torch_func():
 
 
 MODELS = {
-    "phase8": ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64),
-    "phase8-ssm": ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64, ssm=True),
+    "phase8": ModelConfig(kind="phase8", d_model=64, n_layers=1, head_dim=32, vocab_size=64),
+    "phase8-ssm": ModelConfig(kind="phase8", d_model=64, n_layers=1, head_dim=32, vocab_size=64, ssm=True),
 }
 
 
@@ -195,7 +195,7 @@ def cfg(request) -> ModelConfig:
 
 
 def batch() -> torch.Tensor:
-    return torch.randint(64, (2, 71), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return torch.randint(64, (1, 71), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -217,8 +217,8 @@ def test_a_model_trains_as_with_reference_kernels(cfg, compiled):
 def test_a_model_decodes_as_with_reference_kernels(cfg):
     params, tokens = model.init(cfg, 0, device=DEVICE), batch()
     expected = model.apply(params, tokens, cfg, kernels="torch")
-    logits, cache = model.extend(params, tokens[:, :40], model.init_cache(cfg, 2, device=DEVICE), cfg, kernels="triton")
+    logits, cache = model.extend(params, tokens[:, :40], model.init_cache(cfg, 1, device=DEVICE), cfg, kernels="triton")
     torch.testing.assert_close(logits, expected[:, :40], rtol=1e-3, atol=1e-3)
-    for n in range(40, 50):
+    for n in range(40, 45):
         logits, cache = model.decode(params, tokens[:, n], cache, cfg, kernels="triton")
         torch.testing.assert_close(logits, expected[:, n], rtol=1e-3, atol=1e-3)
