@@ -32,13 +32,15 @@ def builds():
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 x, f = f"*{name}", "*fp32"
                 sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v", "stride_do"), INTS)
-                tensors = dict.fromkeys(("q", "k", "v", "do", "o", "dq", "dk", "dv"), x) | dict.fromkeys(("decay", "starts", "ends", "last", "first"), f)
+                tensors = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "starts", "ends"), f)
                 for role, roles in ((1, 3), (0, 1)):
                     c = la.config(k, k, dtype, capability == 90, backward=role > 0)
                     shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=True, EVEN=False)
-                    sums = dict.fromkeys(("rows", "columns", "marks"), f if role else None)
+                    outputs = dict(o=x, last=f) | dict.fromkeys(("do", "dq", "dk", "dv", "rows", "columns", "marks", "first"))
+                    if role:
+                        outputs = dict.fromkeys(("do", "dq", "dk", "dv"), x) | dict.fromkeys(("rows", "columns", "marks", "first"), f) | dict(o=None, last=None)
                     variant = dict(ROLE=role, ROLES=roles, STARTS=True, ENDS=True, MARK=la.MARK)
-                    yield f"sweep {role}, {k}, {name}", la.sweep, tensors | sums | sizes | shape | variant, c.warps, c.stages, capability
+                    yield f"sweep {role}, {k}, {name}", la.sweep, tensors | outputs | sizes | shape | variant, c.warps, c.stages, capability
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
                 rows, warps = convolution.tile(k, dtype)

@@ -391,7 +391,7 @@ def backward(
     launches = [(1, 3, vd, kd, to_k)] if kd == vd else [(1, 2, vd, kd, to_k), (3, 1, kd, vd, to_v)]
     for role, roles, width, summed, c in launches:
         sweep[(b * h * -(-n // segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
-            q, k, v, do, decay, starts, ends, dq.parts, dq.parts, dk.parts, dv.parts, rows, columns, marks, last, first,
+            q, k, v, do, decay, starts, ends, None, dq.parts, dk.parts, dv.parts, rows, columns, marks, None, first,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
             K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
             STARTS=starts is not None, ENDS=ends is not None, EVEN=n % c.C == segment % c.C == 0, MARK=MARK,
@@ -417,8 +417,8 @@ class LinearAttention(torch.autograd.Function):
         o = Output.like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
         sweep[(b * h * -(-n // segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
-            q, k, v, v, decay, starts, None, o.parts, o.parts, o.parts, o.parts, None, None, None, last, last,
-            b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), v.stride(1),
+            q, k, v, None, decay, starts, None, o.parts, None, None, None, None, None, None, last, None,
+            b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), 0,
             K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None,
             STARTS=starts is not None, ENDS=False, EVEN=n % c.C == segment % c.C == 0, MARK=MARK, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
