@@ -2,6 +2,8 @@
 
     python bench.py phase7 phase8 softmax     speed and memory of untrained models at several lengths
     python bench.py runs/x runs/y             validation perplexity and bits per byte of runs
+    python bench.py phase8 --suite decode     speed and memory of generation, against batch size and context
+    python bench.py --suite kernels           Triton kernels beside their peers and the memory floor (needs a GPU)
 """
 
 import sys
@@ -14,21 +16,23 @@ from typing import Annotated, Literal, get_args
 import torch
 import tyro
 
-from configs import PRESETS, ConfigError, Kind, resolve
+from configs import PRESETS, Config, ConfigError, Kind, resolve
 from hyperlm import cli, env, runs
-from hyperlm.bench import quality, report, speed
+from hyperlm.bench import decode, quality, report, speed
+from hyperlm.bench import kernels as kernel_suite
+from hyperlm.kernels import HAVE_TRITON
 
 
 @dataclass(frozen=True)
 class Command:
-    subjects: Annotated[tuple[str, ...], tyro.conf.Positional]
+    subjects: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Kinds (phase7, phase8, softmax) and folders of runs."""
-    suite: Literal["auto", "speed", "quality"] = "auto"
-    """speed (of kinds), quality (of runs); auto does what fits the subjects."""
+    suite: Literal["auto", "speed", "quality", "decode", "kernels"] = "auto"
+    """speed and decode (of kinds), quality (of runs), kernels (of nothing else); auto takes speed for kinds and quality for runs."""
     preset: str = ""
     """Shape of the models; by default standard on a GPU and small on a CPU."""
     lengths: tuple[int, ...] = ()
-    """Sequence lengths; by default 512 to 16,384 on a GPU and 64 to 1,024 on a CPU."""
+    """Sequence lengths (decode: context lengths); by default 512 to 16,384 on a GPU and 64 to 1,024 on a CPU."""
     tokens: int = 0
     """Tokens a step; by default as many as the longest sequence has."""
     name: str = ""
@@ -39,39 +43,63 @@ class Command:
     """Kernel backend."""
 
 
-def run_speed(command: Command, device: torch.device) -> report.Result:
-    kinds: list[Kind] = [subject for subject in command.subjects if subject in get_args(Kind)]
-    gpu = device.type == "cuda"
-    preset = command.preset or ("standard" if gpu else "small")
+def kinds_of(command: Command) -> list[Kind]:
+    return [subject for subject in command.subjects if subject in get_args(Kind)]
+
+
+def shape(command: Command, device: torch.device) -> Config:
+    """The model to measure, but for its kind."""
+    preset = command.preset or ("standard" if device.type == "cuda" else "small")
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if gpu else range(6, 11))]
-    if min(lengths) < 1:
-        raise ConfigError(f"--lengths {min(lengths)}: must be at least 1")
-    config = replace(resolve(PRESETS[preset]()), kernels=command.kernels)
-    return speed.run(kinds, config, device, lengths, command.tokens or max(lengths))
+    if command.lengths and min(command.lengths) < 1:
+        raise ConfigError(f"--lengths {min(command.lengths)}: must be at least 1")
+    return replace(resolve(PRESETS[preset]()), kernels=command.kernels)
+
+
+def run_speed(command: Command, device: torch.device) -> report.Result:
+    lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if device.type == "cuda" else range(6, 11))]
+    return speed.run(kinds_of(command), shape(command, device), device, lengths, command.tokens or max(lengths))
+
+
+def run_decode(command: Command, device: torch.device) -> report.Result:
+    gpu = device.type == "cuda"
+    contexts = list(command.lengths) or ([1024, 16384, 131072] if gpu else [64, 1024])
+    return decode.run(kinds_of(command), shape(command, device), device, contexts, [1, 16, 256] if gpu else [1, 4])
 
 
 def run_quality(command: Command, device: torch.device) -> report.Result:
     return quality.run([Path(subject) for subject in command.subjects if subject not in get_args(Kind)], device, command.kernels)
 
 
-SUITES: dict[str, Callable[[Command, torch.device], report.Result]] = {"speed": run_speed, "quality": run_quality}
+def run_kernels(command: Command, device: torch.device) -> report.Result:
+    if device.type != "cuda" or not HAVE_TRITON:
+        raise cli.UsageError("--suite kernels needs a CUDA device and Triton; `python train.py --doctor` says what this machine has")
+    return kernel_suite.run(device)
+
+
+SUITES: dict[str, Callable[[Command, torch.device], report.Result]] = {
+    "speed": run_speed,
+    "decode": run_decode,
+    "quality": run_quality,
+    "kernels": run_kernels,
+}
+AUTO = ("speed", "quality")
 
 
 def main(argv: list[str]) -> int:
     command = cli.parse(Command, argv, description=__doc__)
-    if not command.subjects:
-        raise cli.UsageError("name what to measure: phase7, phase8, softmax or folders of runs")
-    kinds = [subject for subject in command.subjects if subject in get_args(Kind)]
+    kinds = kinds_of(command)
     folders = [subject for subject in command.subjects if subject not in get_args(Kind)]
     for folder in folders:
         if not Path(folder).is_dir():
             raise cli.UsageError(f"{folder}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")
-    fitting = {"speed": kinds, "quality": folders}
-    if command.suite != "auto" and not fitting[command.suite]:
-        raise cli.UsageError(f"--suite {command.suite} needs {'kinds' if command.suite == 'speed' else 'folders of runs'}, and none was named")
-    chosen = [name for name in SUITES if (command.suite in ("auto", name) and fitting[name])]
+    subjects = {"speed": kinds, "decode": kinds, "quality": folders, "kernels": ["all"]}
+    if command.suite == "auto" and not command.subjects:
+        raise cli.UsageError("name what to measure: phase7, phase8, softmax or folders of runs; or a --suite")
+    if command.suite != "auto" and not subjects[command.suite]:
+        raise cli.UsageError(f"--suite {command.suite} needs {'folders of runs' if command.suite == 'quality' else 'kinds'}, and none was named")
+    chosen = [name for name in AUTO if subjects[name]] if command.suite == "auto" else [command.suite]
 
     device = env.pick_device(command.device)
     env.prepare(device)

@@ -33,6 +33,15 @@ def test_speed_and_quality_are_measured_and_written(prose, capsys, monkeypatch):
     assert quality["rows"][0]["val_bpb"] == pytest.approx(trained["val_bpb"], rel=1e-9)
 
 
+def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(monkeypatch):
+    monkeypatch.setattr("hyperlm.bench.decode.run.__defaults__", (0.0,))
+    assert call("phase7", "phase8", "--suite", "decode", "--preset", "small", "--lengths", "16", "4096", "--name", "d", "--device", "cpu") == 0
+    rows = json.loads(Path("runs/d/results.json").read_text())["results"][0]["rows"]
+    size = {(row["model"], row["batch"], row["context"]): row["cache MiB"] for row in rows}
+    assert size["phase8", 1, 4096] == size["phase8", 1, 16] and size["phase7", 1, 4096] > 10 * size["phase7", 1, 16]
+    assert all(row["tok/s"] > 0 for row in rows) and Path("runs/d/decode_speed.png").stat().st_size > 500
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_exponent_is_that_of_the_time_of_a_sequence(power):
     rows = [{"length": n, "x": n / (1e-6 * n**power)} for n in (64, 128, 256, 512)]
@@ -50,6 +59,9 @@ def test_tables_align_and_show_what_is_missing():
         ([], "name what to measure"),
         (["phase9"], "neither a kind"),
         (["phase7", "--suite", "quality"], "needs folders of runs"),
+        (["runs", "--suite", "decode"], "neither a kind"),
+        (["--suite", "decode"], "needs kinds"),
+        (["--suite", "kernels", "--device", "cpu"], "needs a CUDA device"),
         (["phase7", "--preset", "huge"], "choose from"),
         (["phase7", "--lengths", "0"], "at least 1"),
         (["phase7", "--device", "cuda:99"], "not on this machine"),

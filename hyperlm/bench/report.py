@@ -16,13 +16,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plot:
-    """One line a series over a numeric column, both axes logarithmic unless `log` is off."""
+    """One line for each combination of the columns `series`, over a numeric column; both axes logarithmic unless `log` is off."""
 
     file: str
     title: str
     x: str
     y: str
-    series: str
+    series: tuple[str, ...]
     log: bool = True
 
 
@@ -57,10 +57,12 @@ def table(rows: list[Row]) -> str:
 
 def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in dict.fromkeys(row[plot.series] for row in rows):
-        points = [(row[plot.x], row[plot.y]) for row in rows if row[plot.series] == name and isinstance(row.get(plot.y), int | float)]
+    for key in dict.fromkeys(tuple(row[column] for column in plot.series) for row in rows):
+        own = [row for row in rows if tuple(row[column] for column in plot.series) == key]
+        points = [(row[plot.x], row[plot.y]) for row in own if isinstance(row.get(plot.y), int | float)]
+        label = ", ".join([str(key[0]), *(f"{column} {value}" for column, value in zip(plot.series[1:], key[1:], strict=True))])
         if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=str(name))
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     if plot.log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -99,8 +99,8 @@ def run(kinds: list[Kind], config: Config, device: torch.device, lengths: list[i
             "(fitted over the longer half of the lengths)"
         )
     plots = [
-        Plot("speed_training.png", "Training speed", "length", "training tok/s", "model"),
-        Plot("speed_forward.png", "Forward speed", "length", "forward tok/s", "model"),
-        Plot("speed_memory.png", "Peak memory of training", "length", "training GiB", "model"),
+        Plot("speed_training.png", "Training speed", "length", "training tok/s", ("model",)),
+        Plot("speed_forward.png", "Forward speed", "length", "forward tok/s", ("model",)),
+        Plot("speed_memory.png", "Peak memory of training", "length", "training GiB", ("model",)),
     ]
     return Result("speed", rows, notes, plots)

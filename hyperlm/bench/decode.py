@@ -1,0 +1,53 @@
+"""Suite `decode`: tokens/s and memory of generating one token after another, against batch size and length of what came before."""
+
+from dataclasses import replace
+
+import torch
+
+from configs import Config, Kind
+from hyperlm import env, model, tree
+from hyperlm.bench.report import Plot, Result, Row
+from hyperlm.bench.speed import OUT_OF_MEMORY, seconds
+from hyperlm.step import compute_copy
+
+GROWING = ("k", "v", "s_k", "t_k")  # entries of a cache that have a position axis, the third
+
+
+def filled_cache(config: Config, batch: int, context: int, device: torch.device) -> model.Cache:
+    """A cache that has read `context` tokens, with random numbers in it and room for more."""
+    cache = model.init_cache(config.model, batch, device=device, dtype=env.compute_dtype(device))
+
+    def fill(name: str, x: torch.Tensor) -> torch.Tensor:
+        shape = list(x.shape)
+        if name in GROWING:
+            shape[2] = context + 64
+        return torch.rand(shape, device=device, dtype=torch.float32).to(x.dtype)
+
+    return model.Cache(context, [{name: fill(name, x) for name, x in layer.items()} for layer in cache.layers])
+
+
+@torch.no_grad()
+def measure(config: Config, device: torch.device, batch: int, context: int, budget: float) -> Row:
+    row: Row = {"model": config.model.kind, "batch": batch, "context": context}
+    try:
+        params = compute_copy(model.init(config.model, 0, device=device), env.compute_dtype(device))
+        cache = filled_cache(config, batch, context, device)
+        row["cache MiB"] = sum(x.nbytes for layer in cache.layers for x in layer.values()) / (1 << 20)
+        token = torch.zeros(batch, dtype=torch.int64, device=device)
+        env.reset_peak_memory(device)
+        row["tok/s"] = batch / seconds(lambda: model.decode(params, token, cache, config.model, kernels=config.kernels), device, budget)
+        row["GiB"] = env.peak_memory(device) / env.GIB
+    except torch.OutOfMemoryError:
+        row |= {name: OUT_OF_MEMORY for name in ("cache MiB", "tok/s", "GiB") if name not in row}
+    return row
+
+
+def run(kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5) -> Result:
+    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for."""
+    cases = [(kind, batch, context) for kind in kinds for batch in batches for context in contexts]
+    rows = []
+    for kind, batch, context in env.progress(cases, "decode"):
+        rows.append(measure(replace(config, model=replace(config.model, kind=kind)), device, batch, context, budget))
+    count = {kind: tree.count(model.declaration(replace(config.model, kind=kind))) for kind in kinds}
+    notes = [f"{kind}: {n:,} parameters; caches hold random numbers, as if the context had been read" for kind, n in count.items()]
+    return Result("decode", rows, notes, [Plot("decode_speed.png", "Decoding speed", "context", "tok/s", ("model", "batch"))])
