@@ -269,3 +269,15 @@ def test_a_run_that_diverges_ends_with_a_clear_line(prose, capsys):
     assert code == 2
     error = capsys.readouterr().err.strip()
     assert "no finite loss or gradient for 5 steps" in error and "last good checkpoint" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_acts_at_once(ending):
+    script = "import time\nfrom hyperlm import env\nwith env.stop_signals():\n    print('in', flush=True)\n    time.sleep(60); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    child.stdout.readline()
+    child.send_signal(ending)
+    assert "once more to stop at once" in child.stderr.readline() + child.stderr.readline()
+    assert child.poll() is None
+    child.send_signal(ending)
+    assert child.wait(20) != 0
