@@ -7,8 +7,8 @@ With G the running sum of the log decays and w_ij = exp(-|G_i - G_j|), the outpu
     dk_j = sum_{i>=j} w_ij (v_j . do_i) q_i        backward in time
     dv_j = sum_{i>=j} w_ij (k_j . q_i)  do_i       backward
 
-so that `sweep` computes each: a walk over chunks of a sequence, with the sum over all earlier chunks in a state that stays in registers.
-The gradients run as one launch. Long sequences on few heads are cut into segments that are walked at the same time; `segment_sums` and
+so that one function, `walk`, computes each: chunk by chunk through a sequence, with the sum over all earlier chunks in a state that stays in
+registers. The gradients run as one launch of `sweep` (two where K and V differ). Long sequences on few heads are cut into segments that are walked at the same time; `segment_sums` and
 `carry` find the state at the start of each first, from one more reading of two of the inputs.
 
 The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i). So that rounding
