@@ -37,10 +37,12 @@ def poison() -> None:
         torch.full((1 << 28,), float("nan"), device=DEVICE)
 
 
-def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None = None) -> None:
+def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None = None, cancelling: bool = False) -> None:
     """The Triton kernel of `op` against its reference in float64, with random gradients of every differentiable output, or of the first few.
 
     The error is relative to the norm of the truth, or to that of a tensor of ones where it is smaller (a gradient may be exactly zero).
+    cancelling: where the decay forgets everything at once, its gradient is the tiny difference of large terms q . dq and k . dk; its error is then
+    relative to them.
     """
 
     def run(fn, arguments):
@@ -55,11 +57,13 @@ def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None 
     outputs, grads = run(OPS[op]["triton"], inputs)
     exact = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
     true_outputs, true_grads = run(OPS[op]["torch"], exact)
+    terms = float((exact[0].detach() * true_grads[0]).sum(-1).norm()) if cancelling else 0.0
     for kind, found, truth in (("output", outputs, true_outputs), ("gradient", grads, true_grads)):
         for i, (x, y) in enumerate(zip(found, truth, strict=True)):
             assert x.shape == y.shape
             y = y.detach()
-            error = float((x.detach().double() - y).norm() / y.norm().clamp(min=y.numel() ** 0.5))
+            scale = max(float(y.norm()), y.numel() ** 0.5, terms if (kind, i) == ("gradient", 3) else 0.0)
+            error = float((x.detach().double() - y).norm()) / scale
             assert error <= TOLERANCE[dtype], f"{kind} {i}: relative error {error:.1e}"
 
 
@@ -91,14 +95,14 @@ def test_linear_attention_of_keys_and_values_of_different_widths(dtype, k, v):
     compare("linear_attention", [q, k_, values, (-normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_(), None], dtype, 1)
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.3, 30.0])
+@pytest.mark.parametrize("rate", [1e-3, 0.3, 100.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatch):
     if not GPU:
         monkeypatch.setattr("hyperlm.kernels.linear_attention.MARK", 64)
     b, h, n, k = 1, 1, 4096 if GPU else 200, 32
     q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
-    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1)
+    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1, cancelling=rate > 10)
 
 
 def projected(b: int, n: int, h: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
