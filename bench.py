@@ -47,6 +47,10 @@ def kinds_of(command: Command) -> list[Kind]:
     return [subject for subject in command.subjects if subject in get_args(Kind)]
 
 
+def folders_of(command: Command) -> list[str]:
+    return [subject for subject in command.subjects if subject not in get_args(Kind)]
+
+
 def shape(command: Command, device: torch.device) -> Config:
     """The model to measure, but for its kind."""
     preset = command.preset or ("standard" if device.type == "cuda" else "small")
@@ -69,7 +73,7 @@ def run_decode(command: Command, device: torch.device) -> report.Result:
 
 
 def run_quality(command: Command, device: torch.device) -> report.Result:
-    return quality.run([Path(subject) for subject in command.subjects if subject not in get_args(Kind)], device, command.kernels)
+    return quality.run([Path(folder) for folder in folders_of(command)], device, command.kernels)
 
 
 def run_kernels(command: Command, device: torch.device) -> report.Result:
@@ -89,8 +93,7 @@ AUTO = ("speed", "quality")
 
 def main(argv: list[str]) -> int:
     command = cli.parse(Command, argv, description=__doc__)
-    kinds = kinds_of(command)
-    folders = [subject for subject in command.subjects if subject not in get_args(Kind)]
+    kinds, folders = kinds_of(command), folders_of(command)
     for folder in folders:
         if not Path(folder).is_dir():
             raise cli.UsageError(f"{folder}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")

@@ -84,12 +84,12 @@ def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, tot
     return run, state
 
 
-def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[Path, State]:
-    """A run that stopped, and the state of its newest checkpoint."""
+def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> State:
+    """The state of a run's newest checkpoint."""
     state, meta = checkpoint.restore(run, checkpoint.latest(run), config.model, device)
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
-    return run, state
+    return state
 
 
 def diverged(run: Path, step: int) -> cli.TrainingError:
@@ -187,7 +187,8 @@ def main(argv: list[str]) -> int:
     order = data.batches(corpus, config)
     total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
     if command.resume:
-        run, state = resume(Path(command.resume), config, corpus, device)
+        run = Path(command.resume)
+        state = resume(run, config, corpus, device)
         if state.step >= total:
             print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
             return 0

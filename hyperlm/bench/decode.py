@@ -1,6 +1,9 @@
 """Suite `decode`: tokens/s and memory of generating one token after another, against batch size and length of what came before."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import product
 
 import torch
 
@@ -27,15 +30,15 @@ def filled_cache(config: Config, batch: int, context: int, device: torch.device)
 
 
 @torch.no_grad()
-def measure(config: Config, device: torch.device, batch: int, context: int, budget: float) -> Row:
+def measure(weights: Callable[[], tree.Tree], config: Config, device: torch.device, batch: int, context: int, budget: float) -> Row:
     row: Row = {"model": config.model.kind, "batch": batch, "context": context}
     try:
-        params = compute_copy(model.init(config.model, 0, device=device), env.compute_dtype(device))
-        cache = filled_cache(config, batch, context, device)
-        row["cache MiB"] = sum(x.nbytes for layer in cache.layers for x in layer.values()) / (1 << 20)
+        params = weights()
+        memory = filled_cache(config, batch, context, device)
+        row["cache MiB"] = sum(x.nbytes for layer in memory.layers for x in layer.values()) / (1 << 20)
         token = torch.zeros(batch, dtype=torch.int64, device=device)
         env.reset_peak_memory(device)
-        row["tok/s"] = batch / seconds(lambda: model.decode(params, token, cache, config.model, kernels=config.kernels), device, budget)
+        row["tok/s"] = batch / seconds(lambda: model.decode(params, token, memory, config.model, kernels=config.kernels), device, budget)
         row["GiB"] = env.peak_memory(device) / env.GIB
     except torch.OutOfMemoryError:
         row |= {name: OUT_OF_MEMORY for name in ("cache MiB", "tok/s", "GiB") if name not in row}
@@ -44,10 +47,15 @@ def measure(config: Config, device: torch.device, batch: int, context: int, budg
 
 def run(kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5) -> Result:
     """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for."""
-    cases = [(kind, batch, context) for kind in kinds for batch in batches for context in contexts]
-    rows = []
-    for kind, batch, context in env.progress(cases, "decode"):
-        rows.append(measure(replace(config, model=replace(config.model, kind=kind)), device, batch, context, budget))
-    count = {kind: tree.count(model.declaration(replace(config.model, kind=kind))) for kind in kinds}
+    rows, count = [], {}
+    bar = env.progress(total=len(kinds) * len(batches) * len(contexts), desc="decode")
+    for kind in kinds:
+        own = replace(config, model=replace(config.model, kind=kind))
+        weights = cache(lambda own=own: compute_copy(model.init(own.model, 0, device=device), env.compute_dtype(device)))
+        count[kind] = tree.count(model.declaration(own.model))
+        for batch, context in product(batches, contexts):
+            rows.append(measure(weights, own, device, batch, context, budget))
+            bar.update()
+    bar.close()
     notes = [f"{kind}: {n:,} parameters; caches hold random numbers, as if the context had been read" for kind, n in count.items()]
     return Result("decode", rows, notes, [Plot("decode_speed.png", "Decoding speed", "context", "tok/s", ("model", "batch"))])

@@ -6,7 +6,6 @@ rate of a large copy on the same device. Times are medians in ms, the L2 cache e
 """
 
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,7 @@ def copy_rate(device: torch.device) -> float:
 def milliseconds(fn: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    return median(do_bench(fn, warmup=10, rep=60, return_mode="all"))
+    return do_bench(fn, warmup=10, rep=60, return_mode="median")
 
 
 def contestants(decayed: bool) -> dict[str, Callable[[Inputs], Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyperlm.geometry import TINY
 from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.linear_attention import token_major
+from hyperlm.kernels.layout import token_major
 
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
@@ -160,7 +160,6 @@ class Convolution(torch.autograd.Function):
         b, n, c = x.shape
         k = c // 3 // heads
         out = torch.empty(3, b, n, heads, k, device=x.device, dtype=x.dtype)
-        tail = None if tail is None else tail.contiguous()
         rows, warps = tile(k, x.dtype)
         convolve[(triton.cdiv(n, rows), 3 * heads, b)](
             x, weight, tail, r, beta, out, n, heads, out.stride(0), out.stride(2),
@@ -173,7 +172,7 @@ class Convolution(torch.autograd.Function):
         x, weight, tail, r, beta, ctx.heads = inputs
         if tail is not None and tail.requires_grad:
             raise NotImplementedError("no gradient reaches the tail of a convolution")
-        ctx.save_for_backward(x, weight, None if tail is None else tail.contiguous(), r, beta)
+        ctx.save_for_backward(x, weight, tail, r, beta)
 
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,12 +188,19 @@ def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
     return torch.cat([before[:, -missing:], x], 1)
 
 
+def convolved(
+    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, K) and the next tail."""
+    x, tail = x.contiguous(), None if tail is None else tail.contiguous()
+    q, k, v = Convolution.apply(x, weight.contiguous(), tail, r, beta, heads)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), next_tail(x, tail)
+
+
 @torch.compiler.disable  # compiled code calls it as it is
 def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.causal_conv`, in bf16 or fp32."""
-    x = x.contiguous()
-    q, k, v = Convolution.apply(x, weight.contiguous(), tail, None, None, heads)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), next_tail(x, tail)
+    return convolved(x, weight, tail, None, None, heads)
 
 
 @torch.compiler.disable  # compiled code calls it as it is
@@ -202,6 +208,4 @@ def tangent_features(
     x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.tangent_features`, in bf16 or fp32."""
-    x = x.contiguous()
-    q, k, v = Convolution.apply(x, weight.contiguous(), tail, r.mT.contiguous(), beta.contiguous(), beta.shape[0])
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), next_tail(x, tail)
+    return convolved(x, weight, tail, r.mT.contiguous(), beta.contiguous(), beta.shape[0])

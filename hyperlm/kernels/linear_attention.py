@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.layout import token_major
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MARK = 512
@@ -321,26 +322,22 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
     processors = multiprocessors(device)
     if heads >= 0.75 * processors:
         return n
-    parts = -(-2 * processors // heads)
-    return -(-n // parts // MARK) * MARK
+    parts = triton.cdiv(2 * processors, heads)
+    return triton.cdiv(triton.cdiv(n, parts), MARK) * MARK
+
+
+def even(n: int, segment: int, c: Config) -> bool:
+    """Whether no chunk reaches beyond the end of its segment."""
+    return n % c.C == segment % c.C == 0
 
 
 # -- differentiable --------------------------------------------------------------------------------------------------------------------
 
 
-def token_major(x: Tensor) -> Tensor:
-    """(B, H, N, K) -> (B, N, H, K) with a head's numbers contiguous and one stride a token; copies only if it must."""
-    x = x.transpose(1, 2)
-    b, n, h, k = x.shape
-    aligned = x.storage_offset() * x.element_size() % 16 == 0
-    ok = aligned and x.stride(3) == 1 and (h == 1 or x.stride(2) == k) and (b == 1 or x.stride(0) == n * x.stride(1))
-    return x if ok and n > 1 else x.contiguous().flatten().view(b, n, h, k)  # flatten: a single token may have any stride
-
-
 def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | None, segment: int, backward: bool) -> Tensor | None:
     """States at the borders of segments, (B, H, segments, K, V) fp32; None where all are zero."""
     (b, n, h, k), v = key.shape, value.shape[-1]
-    parts = -(-n // segment)
+    parts = triton.cdiv(n, segment)
     if parts == 1:
         return initial
     c = config(k, v, key.dtype, is_hopper(key.device))
@@ -348,7 +345,7 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     totals = torch.empty(b, h, parts, device=key.device)
     segment_sums[(b * h * parts * (k // c.KEYS) * (v // c.VALUES),)](
         key, value, decay, sums, totals, n, h, segment, key.stride(1), value.stride(1),
-        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, EVEN=n % c.C == segment % c.C == 0,
+        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, EVEN=even(n, segment, c),
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     carry[(b * h * (k * v // 512),)](
@@ -357,18 +354,13 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     return sums
 
 
-class Output(NamedTuple):
-    """Where a sweep writes a result of (B, N, H, D): parts of it that are still to be added up, or the result alone."""
+def parts_like(x: Tensor, width: int, parts: int) -> Tensor:
+    """Room for a result (B, N, H, width) in `parts` that are still to be added up, (parts, B, N, H, width)."""
+    return torch.empty(parts, *x.shape[:3], width, device=x.device, dtype=x.dtype if parts == 1 else torch.float32)
 
-    parts: Tensor
 
-    @staticmethod
-    def like(x: Tensor, width: int, parts: int) -> "Output":
-        b, n, h, _ = x.shape
-        return Output(torch.empty(parts, b, n, h, width, device=x.device, dtype=x.dtype if parts == 1 else torch.float32))
-
-    def sum(self, dtype: torch.dtype) -> Tensor:
-        return self.parts[0] if len(self.parts) == 1 else self.parts.sum(0).to(dtype)
+def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
 
 
 def backward(
@@ -381,8 +373,9 @@ def backward(
     segment = segment_length(b * h, n, q.device)
     ends = states(q, do, decay, d_last, segment, backward=True)
     first = torch.empty_like(last)
-    to_k, to_v = (config(*widths, q.dtype, is_hopper(q.device), backward=True) for widths in ((vd, kd), (kd, vd)))  # what compares values and sums keys; and the other way
-    dq, dk, dv = Output.like(q, kd, vd // to_k.KEYS), Output.like(q, kd, vd // to_k.KEYS), Output.like(q, vd, kd // to_v.KEYS)
+    # what compares values and sums keys (dq and dk), and the other way (dv)
+    to_k, to_v = (config(*widths, q.dtype, is_hopper(q.device), backward=True) for widths in ((vd, kd), (kd, vd)))
+    dq, dk, dv = parts_like(q, kd, vd // to_k.KEYS), parts_like(q, kd, vd // to_k.KEYS), parts_like(q, vd, kd // to_v.KEYS)
     rows = columns = marks = d_decay = None
     if decay is not None:
         parts = (vd // to_k.KEYS) * (kd // to_k.VALUES)
@@ -390,11 +383,11 @@ def backward(
         marks = torch.empty(2, b, h, (n - 1) // MARK, vd, kd, device=q.device)
     launches = [(1, 3, vd, kd, to_k)] if kd == vd else [(1, 2, vd, kd, to_k), (3, 1, kd, vd, to_v)]
     for role, roles, width, summed, c in launches:
-        sweep[(b * h * -(-n // segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
-            q, k, v, do, decay, starts, ends, None, dq.parts, dk.parts, dv.parts, rows, columns, marks, None, first,
+        sweep[(b * h * triton.cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
+            q, k, v, do, decay, starts, ends, None, dq, dk, dv, rows, columns, marks, None, first,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
             K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
-            STARTS=starts is not None, ENDS=ends is not None, EVEN=n % c.C == segment % c.C == 0, MARK=MARK,
+            STARTS=starts is not None, ENDS=ends is not None, EVEN=even(n, segment, c), MARK=MARK,
             num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     if decay is not None:
@@ -402,7 +395,7 @@ def backward(
         decay_gradient[(b * h * ((n - 1) // MARK + 1),)](
             rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, BLOCK=512, num_warps=4
         )
-    return dq.sum(q.dtype), dk.sum(k.dtype), dv.sum(v.dtype), d_decay, first if has_state else None
+    return add_up(dq, q.dtype), add_up(dk, k.dtype), add_up(dv, v.dtype), d_decay, first if has_state else None
 
 
 class LinearAttention(torch.autograd.Function):
@@ -414,15 +407,15 @@ class LinearAttention(torch.autograd.Function):
         segment = segment_length(b * h, n, q.device)
         starts = states(k, v, decay, state, segment, backward=False)
         c = config(kd, vd, q.dtype, is_hopper(q.device))
-        o = Output.like(q, vd, kd // c.KEYS)
+        o = parts_like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
-        sweep[(b * h * -(-n // segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
-            q, k, v, None, decay, starts, None, o.parts, None, None, None, None, None, None, last, None,
+        sweep[(b * h * triton.cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
+            q, k, v, None, decay, starts, None, o, None, None, None, None, None, None, last, None,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), 0,
             K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None,
-            STARTS=starts is not None, ENDS=False, EVEN=n % c.C == segment % c.C == 0, MARK=MARK, num_warps=c.warps, num_stages=c.stages,
+            STARTS=starts is not None, ENDS=False, EVEN=even(n, segment, c), MARK=MARK, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-        return o.sum(v.dtype), last, None if starts is state else starts
+        return add_up(o, v.dtype), last, None if starts is state else starts
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:

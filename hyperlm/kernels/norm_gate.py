@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.linear_attention import token_major
+from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import EPS
 
 SMALL = tl.constexpr(EPS)
