@@ -47,6 +47,7 @@ class Speaker(NamedTuple):
     """A loaded model, and what it needs to speak."""
 
     params: Tree
+    decode: sample.Decode
     config: Config
     tokenizer: Tokenizer
     chat: bool  # its data had conversations
@@ -68,7 +69,8 @@ def load(command: Command) -> Speaker:
     state, meta = checkpoint.restore(run, step, config.model, device, with_opt=False)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     params = compute_copy(state.params, env.compute_dtype(device))
-    return Speaker(params, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), meta["chat"])
+    decode = sample.decoder(params, config.model, kernels=command.kernels)
+    return Speaker(params, decode, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), meta["chat"])
 
 
 def begin(speaker: Speaker) -> Memory:
@@ -85,14 +87,12 @@ def reply(speaker: Speaker, memory: Memory, how: Sampling, generator: torch.Gene
     """Tokens of a reply of at most `limit`, each with the memory after it."""
     end_of_turn = speaker.tokenizer.token_to_id(tok.END_OF_TURN)
     tokens = sample.generate(
-        speaker.params,
         *memory,
-        speaker.config.model,
         how,
         generator,
         stop={tok.end_of_text(speaker.tokenizer), end_of_turn},
         usable=speaker.tokenizer.get_vocab_size(),
-        kernels=speaker.config.kernels,
+        decode=speaker.decode,
     )
     for _, (token, logits, cache) in zip(range(limit), tokens, strict=False):
         yield token, Memory(logits, cache)

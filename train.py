@@ -104,9 +104,8 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
     end = tok.end_of_text(tokenizer)
     logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
     generator = torch.Generator().manual_seed(seed)
-    drawn = sample.generate(
-        params, logits, cache, cfg, sample.Sampling(), generator, stop={end}, usable=tokenizer.get_vocab_size(), kernels=config.kernels
-    )
+    decode = sample.decoder(params, cfg, kernels=config.kernels)
+    drawn = sample.generate(logits, cache, sample.Sampling(), generator, stop={end}, usable=tokenizer.get_vocab_size(), decode=decode)
     ids = [token for (token, _, _), _ in zip(drawn, range(config.eval.sample_tokens), strict=False)]
     return config.eval.prompt + "".join(tok.stream(tokenizer, ids))
 

@@ -210,7 +210,7 @@ def hidden(
     for layer, (block, block_params) in enumerate(zip(s.blocks, params["blocks"], strict=True)):
         own = ctx._replace(key=None if key is None else key + 3 * layer)  # three branches a block draw from keys of their own
         if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
-            x = checkpoint(lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False)
+            x = checkpoint(lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False, preserve_rng_state=False)
         else:
             x, _ = run(block, block_params, x, None, own)
     return functional_call(s.head, params["head"], (x, ctx), strict=True)
@@ -241,6 +241,11 @@ def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str = "cp
         return {"tail": tail} | core | branch
 
     return Cache(0, [layer(cfg.layer_kind(i)) for i in range(cfg.n_layers)])
+
+
+def cache_grows(cfg: ModelConfig) -> bool:
+    """Whether a cache needs more memory for a longer text."""
+    return any(MIXERS[cfg.layer_kind(layer)].cache_grows for layer in range(cfg.n_layers))
 
 
 def extend(params: Params, tokens: Tensor, cache: Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, Cache]:

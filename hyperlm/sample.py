@@ -1,16 +1,19 @@
 """Text from a model: prefill, then one token at a time with a carried cache. Never a full forward pass per token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from configs import ModelConfig
-from hyperlm import model
+from hyperlm import model, tree
+from hyperlm.graph import replayed
 from hyperlm.tree import Tree
 
 PREFILL = 512  # tokens read at once
+
+Decode = Callable[[Tensor, model.Cache], tuple[Tensor, model.Cache]]
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,44 @@ def read(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfig, 
 
 
 @torch.no_grad()
+def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "auto") -> Decode:
+    """`model.decode` of these parameters: (token (B,), cache) -> (logits (B, V), next cache).
+
+    On a GPU, where no cache grows, it is replayed from a CUDA graph. The logits and the cache are then overwritten by the next call.
+    """
+    head = params["head"]["weight"]
+    if head.device.type != "cuda" or model.cache_grows(cfg):
+        return lambda token, cache: model.decode(params, token, cache, cfg, kernels=kernels)
+    own = model.init_cache(cfg, batch, device=head.device, dtype=head.dtype).layers
+
+    def advance(token: Tensor) -> Tensor:
+        logits, after = model.decode(params, token, model.Cache(0, own), cfg, kernels=kernels)
+        for x, y in zip(tree.leaves(own), tree.leaves(after.layers), strict=True):
+            x.copy_(y)
+        return logits
+
+    run = replayed(advance)
+    run(torch.zeros(batch, dtype=torch.int64, device=head.device))  # recorded now: what this leaves in `own` does not matter yet
+
+    @torch.no_grad()
+    def decode(token: Tensor, cache: model.Cache) -> tuple[Tensor, model.Cache]:
+        if cache.layers is not own:
+            torch._foreach_copy_(tree.leaves(own), tree.leaves(cache.layers))
+        return run(token), model.Cache(cache.position + 1, own)
+
+    return decode
+
+
+@torch.no_grad()
 def generate(
-    params: Tree,
     logits: Tensor,
     cache: model.Cache,
-    cfg: ModelConfig,
     how: Sampling,
     generator: torch.Generator,
     *,
     stop: set[int],
     usable: int,
-    kernels: str = "auto",
+    decode: Decode,
 ) -> Iterator[tuple[int, Tensor, model.Cache]]:
     """Draw tokens until one in `stop`, which is not read.
 
@@ -73,10 +103,12 @@ def generate(
         logits, cache: as `read` returns them.
         generator: on the CPU; the text is a function of it.
         usable: tokens that the tokenizer has; the model's vocabulary may be larger.
+        decode: of the same model, from `decoder`.
 
     Yields:
         Each token once it has been read, with the logits after it and the next cache.
     """
     while (token := int(torch.multinomial(probabilities(logits[:usable], how).cpu(), 1, generator=generator))) not in stop:
-        logits, cache = read(params, [token], cache, cfg, kernels=kernels)
+        logits, cache = decode(torch.tensor([token], device=logits.device), cache)
+        logits = logits[0]
         yield token, logits, cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from configs import Config
 from hyperlm import model, tree
 from hyperlm.env import compute_dtype
+from hyperlm.graph import replayed
 from hyperlm.loss import IGNORE, head_nats
 from hyperlm.optim import adamw, clip, schedule
 from hyperlm.tree import Tree
@@ -70,20 +71,40 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
         )
         return head_nats(features.flatten(0, 1), params["head"]["weight"], targets.flatten())[0]
 
+    weights: Tree = None  # what is computed with
+
+    def refresh(params: Tree) -> None:
+        """Bring `weights` up to date; on a GPU in place, where a recorded graph reads them."""
+        nonlocal weights
+        if device.type != "cuda":
+            weights = tree.map(lambda p: p.requires_grad_(), compute_copy(params, dtype))
+        elif weights is None:
+            weights = tree.map(lambda p: p.clone().requires_grad_(), compute_copy(params, dtype))
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(tree.leaves(weights), tree.leaves(params))
+
+    def gradients(tokens: Tensor, key: Tensor, count: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Nats of one micro-batch, and the gradients of nats / count."""
+        with torch.profiler.record_function("forward"):
+            nats = nats_of(weights, tokens, key)
+        with torch.profiler.record_function("backward"):
+            return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
+
+    if device.type == "cuda":
+        gradients = replayed(gradients)
+
     def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
-        params = tree.map(lambda p: p.requires_grad_(), compute_copy(state.params, dtype))
-        leaves = tree.leaves(params)
+        refresh(state.params)
         count = int((batch[:, :, 1:] != IGNORE).sum())
+        divisor = torch.tensor(float(count), device=device)
         batch = batch.to(device, non_blocking=True)
         total, sums = torch.zeros((), device=device), None
         for index, tokens in enumerate(batch):
-            with torch.profiler.record_function("forward"):
-                nats = nats_of(params, tokens, step_key(state, index, device))
-            with torch.profiler.record_function("backward"):
-                grads = torch.autograd.grad(nats / count, leaves)
-            total += nats.detach()
+            nats, grads = gradients(tokens, step_key(state, index, device), divisor)
+            total += nats
             if sums is None:
-                sums = [g.to(torch.float32) for g in grads]
+                sums = [g.to(torch.float32, copy=True) for g in grads]
             else:
                 torch._foreach_add_(sums, list(grads))
         with torch.no_grad(), torch.profiler.record_function("update"):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ INTS = "i32"
 
 
 def builds():
-    """(name, kernel, types and constants of its arguments, warps, stages, capability), the heaviest variant of each."""
+    """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
     from hyperlm.kernels import convolution, decoding, norm_gate, scan
@@ -31,16 +32,15 @@ def builds():
         for k in kernels.HEAD_DIMS:
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 x, f = f"*{name}", "*fp32"
-                sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v", "stride_do"), INTS)
-                tensors = dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "starts", "ends"), f)
-                for role, roles in ((1, 3), (0, 1)):
-                    c = la.config(k, k, dtype, capability == 90, backward=role > 0)
-                    shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=True, EVEN=False)
-                    outputs = dict(o=x, last=f) | dict.fromkeys(("do", "dq", "dk", "dv", "rows", "columns", "marks", "first"))
-                    if role:
-                        outputs = dict.fromkeys(("do", "dq", "dk", "dv"), x) | dict.fromkeys(("rows", "columns", "marks", "first"), f) | dict(o=None, last=None)
-                    variant = dict(ROLE=role, ROLES=roles, STARTS=True, ENDS=True, MARK=la.MARK)
-                    yield f"sweep {role}, {k}, {name}", la.sweep, tensors | outputs | sizes | shape | variant, c.warps, c.stages, capability
+                sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v"), INTS)
+                common = sizes | dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "factors", "totals", "starts"), f) | dict(STARTS=True, MARK=la.MARK)
+                gradients = dict.fromkeys(("do", "dq", "dk", "dv", "marks"), x) | dict.fromkeys(("ends", "rows", "columns", "first"), f)
+                gradients |= dict(stride_do=INTS, ROLE=0, ROLES=3, ENDS=True)
+                sweeps = (la.backward_sweep, gradients), (la.forward_sweep, dict(o=x, last=f))
+                for (kernel, more), decay, even in product(sweeps, (False, True), (True, False)):
+                    c = la.config(k, k, dtype, capability == 90, decay, even, backward=kernel is la.backward_sweep)
+                    shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay, EVEN=even)
+                    yield f"{kernel.__name__}, {k}, {name}{', decay' * decay}{', even' * even}", kernel, common | shape | more, c.warps, c.stages, capability, c.registers
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
                 rows, warps = convolution.tile(k, dtype)
@@ -54,8 +54,10 @@ def builds():
                 yield f"norm_gate_backward, {k}, {name}", norm_gate.norm_gate_backward, args | out, 4, 3, capability
                 args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(("r", "beta", "log_decay", "state"), f)
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
-            args = dict.fromkeys(("rows", "columns", "marks", "last", "d_last", "d_decay"), f) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
+            args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
+        args = dict.fromkeys(("decay", "factors", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
+        yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
         args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
         yield "carry", la.carry, args, 4, 3, capability
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
@@ -63,7 +65,7 @@ def builds():
         yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
 
 
-def build(name, kernel, arguments, warps, stages, capability):
+def build(name, kernel, arguments, warps, stages, capability, registers=None):
     """Compile one kernel: bytes of stack a thread (spilled registers) and of shared memory a program."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -76,7 +78,7 @@ def build(name, kernel, arguments, warps, stages, capability):
     constants = {(names.index(n),): a for n, a in arguments.items() if not isinstance(a, str)}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n].startswith("*") or "stride" in n}
     source = ASTSource(kernel, {n: types[n] for n in names}, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages, "maxnreg": registers})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

@@ -9,6 +9,7 @@ import torch
 
 import chat
 import train
+from configs import ModelConfig
 from conftest import SMALLEST, TINY, generator
 from hyperlm import cli, model, sample
 from hyperlm.sample import Sampling
@@ -35,17 +36,33 @@ def test_greedy_text_is_what_whole_forward_passes_would_choose(cfg):
     params = model.init(cfg, 5)
     ids = [3, 1, 4, 1, 5]
     logits, cache = sample.read(params, ids, sample.empty_cache(params, cfg), cfg)
-    tokens = sample.generate(params, logits, cache, cfg, Sampling(0.0), generator(), stop=set(), usable=cfg.vocab_size)
+    tokens = sample.generate(logits, cache, Sampling(0.0), generator(), stop=set(), usable=cfg.vocab_size, decode=sample.decoder(params, cfg))
     drawn = [token for (token, _, _), _ in zip(tokens, range(30), strict=False)]
     for token in drawn:
         assert token == model.apply(params, torch.tensor([ids]), cfg)[0, -1].argmax()
         ids.append(token)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_recorded_decoder_goes_on_from_any_cache():
+    cfg, device = ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64), torch.device("cuda", 0)
+    params = model.init(cfg, 5, device=device)
+    decode = sample.decoder(params, cfg)
+    for prompt in ([3, 1, 4], [2, 7]):
+        logits, cache = sample.read(params, prompt, sample.empty_cache(params, cfg), cfg)
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(logits.argmax()))
+            logits, cache = decode(torch.tensor(ids[-1:], device=device), cache)
+            logits = logits[0]
+            torch.testing.assert_close(logits, model.apply(params, torch.tensor([ids], device=device), cfg)[0, -1], rtol=1e-3, atol=1e-3)
+
+
 def test_tokens_that_the_tokenizer_lacks_are_never_drawn():
     params = model.init(TINY, 0)
     logits, cache = sample.read(params, [1], sample.empty_cache(params, TINY), TINY)
-    tokens = sample.generate(params, logits, cache, TINY, Sampling(5.0, 0, 1.0), generator(), stop=set(), usable=7)
+    tokens = sample.generate(logits, cache, Sampling(5.0, 0, 1.0), generator(), stop=set(), usable=7, decode=sample.decoder(params, TINY))
     assert all(token < 7 for (token, _, _), _ in zip(tokens, range(50), strict=False))
 
 

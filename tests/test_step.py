@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from configs import Config, ModelConfig, OptimConfig, TrainConfig
-from conftest import CASES, TINY, generator
+from conftest import CASES, TINY, generator, normal
 from hyperlm import model, tree
+from hyperlm.graph import replayed
 from hyperlm.loss import IGNORE
 from hyperlm.step import init_state, make_step
 
@@ -121,3 +122,14 @@ def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg):
 
     for on_gpu, on_cpu in zip(losses(torch.device("cuda", 0)), losses(CPU), strict=True):
         assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_recorded_function_gives_what_it_gives_unrecorded():
+    def fn(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x @ y, (x * 2).sum()
+
+    recorded = replayed(fn)
+    for seed, n in ((0, 16), (1, 16), (2, 32), (3, 16)):
+        x, y = (normal(n, n, seed=seed + i).cuda() for i in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(recorded(x, y), fn(x, y), strict=True))

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from configs import Config, Kind
-from hyperlm import env, model, tree
+from hyperlm import env, model, sample, tree
 from hyperlm.bench.report import Plot, Result, Row
 from hyperlm.bench.speed import OUT_OF_MEMORY, seconds
 from hyperlm.step import compute_copy
@@ -38,7 +38,9 @@ def measure(weights: Callable[[], tree.Tree], config: Config, device: torch.devi
         row["cache MiB"] = sum(x.nbytes for layer in memory.layers for x in layer.values()) / (1 << 20)
         token = torch.zeros(batch, dtype=torch.int64, device=device)
         env.reset_peak_memory(device)
-        row["tok/s"] = batch / seconds(lambda: model.decode(params, token, memory, config.model, kernels=config.kernels), device, budget)
+        decode = sample.decoder(params, config.model, batch=batch, kernels=config.kernels)
+        _, memory = decode(token, memory)
+        row["tok/s"] = batch / seconds(lambda: decode(token, memory), device, budget)
         row["GiB"] = env.peak_memory(device) / env.GIB
     except torch.OutOfMemoryError:
         row |= {name: OUT_OF_MEMORY for name in ("cache MiB", "tok/s", "GiB") if name not in row}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyperlm.geometry import TINY
 from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.launch import launch
 from hyperlm.kernels.layout import token_major
 
 W = tl.constexpr(4)
@@ -72,11 +73,6 @@ def convolve_backward(
     channel = tl.program_id(1) * K + ks
     a = tl.arange(0, ROWS)
     own = ROWS - (W - 1)  # rows of a tile whose gradient it knows
-    d_out = dq
-    if part == 1:
-        d_out = dk
-    elif part == 2:
-        d_out = dv
     dw0, dw1 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
     dw2, dw3 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
     db = 0.0
@@ -86,7 +82,13 @@ def convolve_backward(
         for tap in range(W):
             z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
         gate = tl.sigmoid(z)
-        d = tl.load(d_out + (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], mask=(n < N)[:, None], other=0.0).to(tl.float32)
+        at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
+        if part == 0:  # a pointer chosen at run time would be of unknown alignment
+            d = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
+        elif part == 1:
+            d = tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d = tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
         mine = (a < own) & (n < N)
         if LIFT:
             if part < 2:
@@ -145,9 +147,10 @@ def backward(
     d_r = d_beta = None
     if r is not None:
         d_r, d_beta = torch.empty_like(r), torch.empty(b * programs, 2, h, device=x.device)
-    convolve_backward[(programs, 3 * h, b)](
+    launch(
+        convolve_backward, (programs, 3 * h, b),
         x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, n, h, dq.stride(1),
-        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, num_warps=warps, num_stages=1,
+        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, warps=warps, stages=1,
     )  # fmt: skip
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if r is None else d_beta.sum((0, 1)), None
 
@@ -161,9 +164,10 @@ class Convolution(torch.autograd.Function):
         k = c // 3 // heads
         out = torch.empty(3, b, n, heads, k, device=x.device, dtype=x.dtype)
         rows, warps = tile(k, x.dtype)
-        convolve[(triton.cdiv(n, rows), 3 * heads, b)](
+        launch(
+            convolve, (triton.cdiv(n, rows), 3 * heads, b),
             x, weight, tail, r, beta, out, n, heads, out.stride(0), out.stride(2),
-            K=k, ROWS=rows, TAIL=tail is not None, LIFT=r is not None, num_warps=warps,
+            K=k, ROWS=rows, TAIL=tail is not None, LIFT=r is not None, warps=warps,
         )  # fmt: skip
         return out[0], out[1], out[2]
 

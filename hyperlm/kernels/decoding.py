@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.convolution import FLOOR, W
+from hyperlm.kernels.launch import launch
 from hyperlm.kernels.norm_gate import SMALL
 
 
@@ -73,8 +74,9 @@ def tangent_step(
     y = torch.empty(b, x.shape[1] // 3, device=x.device, dtype=x.dtype)
     state, tail = state.contiguous(), tail.contiguous()
     next_tail = torch.empty_like(tail)
-    step_kernel[(h, b)](
+    launch(
+        step_kernel, (h, b),
         x.contiguous(), weight.contiguous(), tail, next_tail, r.contiguous(), beta.contiguous(), log_decay.contiguous(), state, norm.contiguous(),
-        gate.contiguous(), y, h, K=norm.shape[1], KEYS=keys(norm.shape[1]), num_warps=4,
+        gate.contiguous(), y, h, K=norm.shape[1], KEYS=keys(norm.shape[1]),
     )  # fmt: skip
     return y, state, next_tail

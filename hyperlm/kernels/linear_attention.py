@@ -28,11 +28,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.launch import launch
 from hyperlm.kernels.layout import token_major
 
 LOG2E = tl.constexpr(math.log2(math.e))
 MARK = 512
-ROLE_O, ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(4))
+FAINTEST = tl.constexpr(2.0**-80)  # that a chunk may multiply a number with
+ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -52,27 +54,64 @@ def store(to, numbers, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def decay_in_chunk(decay, c, inside, H, BACKWARD: tl.constexpr, EVEN: tl.constexpr):
-    """Of a chunk: the running sum of log2 decays (C,), the factors that a position reads the state and writes to it with, and the total."""
-    steps = load(decay + c * H, inside, EVEN) * LOG2E
-    running = tl.cumsum(steps, 0)
-    total = tl.sum(steps, 0)
-    early, late = tl.exp2(running), tl.exp2(total - running)
-    if BACKWARD:
-        return -running, late, early, tl.exp2(total)
-    return running, early, late, tl.exp2(total)
+def scanned(decay, inside, EVEN: tl.constexpr):
+    """The running sum of a chunk's log2 decays, (C,), and their total."""
+    steps = load(decay, inside, EVEN) * LOG2E
+    return tl.cumsum(steps, 0), tl.sum(steps, 0)
 
 
 @triton.jit
-def walk(
-    query, key, value, out, partner, shares, decay, border, marks, left, head, here, part_k, part_v,
+def decay_factors(decay, factors, totals, B, N, H, segment, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """What the decays (B, H, N) multiply numbers with, chunk by chunk of each segment: w_ij = read_i write_j.
+
+    factors: read and write forward in time, read and write backward, (4, B, H, N).
+    totals: the decay over each chunk, between two ones, (B, H, segments, chunks of a segment + 2).
+    """
+    segments, chunks = tl.cdiv(N, segment), tl.cdiv(segment, C)
+    blocks = tl.cdiv(chunks, CHUNKS)
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    here, head = place % segments, (place // segments).to(tl.int64)
+    chunk = block * CHUNKS + tl.arange(0, CHUNKS)
+    at = chunk[:, None] * C + tl.arange(0, C)[None, :]
+    inside = at < min(segment, N - here * segment)
+    where = factors + head * N + here * segment + at
+    steps = tl.load(decay + head * N + here * segment + at, mask=inside, other=0.0) * LOG2E
+    since = tl.cumsum(steps, 1)  # the start of the chunk
+    total = tl.sum(steps, 1)
+    until = total[:, None] - since  # its end
+    array = tl.cast(B * H, tl.int64) * N
+    tl.store(where, tl.exp2(since), mask=inside)
+    tl.store(where + array, tl.exp2(tl.minimum(-since, 120.0)), mask=inside)  # larger ones are not used, thanks to `is_steep`
+    tl.store(where + 2 * array, tl.exp2(until), mask=inside)
+    tl.store(where + 3 * array, tl.exp2(tl.minimum(-until, 120.0)), mask=inside)
+    totals += (head * segments + here) * (chunks + 2)
+    tl.store(totals + 1 + chunk, tl.exp2(total), mask=chunk < chunks)
+    if block == 0:
+        tl.store(totals, 1.0)
+        tl.store(totals + chunks + 1, 1.0)
+
+
+@triton.jit
+def is_steep(totals, chunks):
+    """Whether a chunk of a segment forgets so much that a factor for each position would leave the range of bf16."""
+    least = 1.0
+    for block in range(tl.cdiv(chunks, 512)):
+        chunk = block * 512 + tl.arange(0, 512)
+        least = min(least, tl.min(tl.load(totals + 1 + chunk, mask=chunk < chunks, other=1.0), 0))
+    return least < FAINTEST
+
+
+@triton.jit
+def walk_chunks(
+    query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v,
     B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
-    DECAY: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
+    DECAY: tl.constexpr, STEEP: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """One of the four sums, over one segment of one head; see `sweep` for the arguments.
+    """One of the four sums, over one segment of one head; see `forward_sweep` and `backward_sweep` for the arguments.
 
+    Within a chunk w_ij = read_i write_j, which costs a multiplication a number; STEEP: from the difference of every pair, at any decay.
     SWAPPED: stored states (border) are (V, K), and the walk is one of those that leave marks and shares.
     LEFT: the state after the last step is wanted.
     """
@@ -86,103 +125,157 @@ def walk(
     out += ((part_k * B * N + origin) * H + h) * V
     in_query, in_key = c[:, None] * s_query + ks[None, :], c[:, None] * s_key + ks[None, :]  # from the first number of a chunk
     in_value, in_out = c[:, None] * s_value + vs[None, :], c[:, None] * (H * V) + vs[None, :]
-    in_state = ks[:, None] * V + vs[None, :]
-    n_marks = (N - 1) // MARK
+    in_state = ks[:, None] + vs[None, :] * K if SWAPPED else ks[:, None] * V + vs[None, :]
+    in_partner = c[:, None] * s_partner + vs[None, :]
+    same = tl.zeros((KEYS,), tl.int32)  # one number for every row of the state
     if DECAY:
-        decay += origin * H + h
+        decay += head.to(tl.int64) * N + start
+        factors += (tl.cast(B * H, tl.int64) * (2 if BACKWARD else 0) + head) * N + start
+        totals += (head.to(tl.int64) * segments + here) * (tl.cdiv(segment, C) + 2)
         if SWAPPED:
             partner += origin * s_partner + h * V
-            shares += ((part_k * (V // VALUES) + part_v) * B * N + origin) * H + h
-            marks += head.to(tl.int64) * n_marks * (K * V)
+            shares += ((part_k * (V // VALUES) + part_v) * tl.cast(B * H, tl.int64) + head) * N + start
+            marks += head.to(tl.int64) * ((N - 1) // MARK) * (K * V)
 
     state = tl.zeros((KEYS, VALUES), tl.float32)
     if STATES:
         border += (head.to(tl.int64) * segments + here) * (K * V)
-        state = tl.load(border + (ks[:, None] + vs[None, :] * K if SWAPPED else in_state))
+        state = tl.load(border + in_state)
 
     length = min(segment, N - start)
     chunks = tl.cdiv(length, C)
     reached = c[:, None] <= c[None, :] if BACKWARD else c[:, None] >= c[None, :]
     for step in range(chunks):
-        at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
+        chunk = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64)
+        at = chunk * C
         inside = c < length - at
         mask = inside[:, None]
-        if DECAY and SWAPPED:
-            position = (start + at + (C if BACKWARD else 0)).to(tl.int32)
-            if position % MARK == 0 and position > 0 and position < N:
-                tl.store(marks + (position // MARK - 1).to(tl.int64) * (K * V) + in_state, state)
         query_c = load(query + at * s_query + in_query, mask, EVEN)
         key_c = load(key + at * s_key + in_key, mask, EVEN)
         value_c = load(value + at * s_value + in_value, mask, EVEN)
+        if DECAY and not STEEP:
+            state *= tl.load(totals + chunk + (2 if BACKWARD else 0) + same)[:, None]  # over the chunk before this one; the first time, by one
+            on_y = load(factors + at + c, inside, EVEN)
+            on_value = load(factors + tl.cast(B * H, tl.int64) * N + at + c, inside, EVEN)
+            value_c = (value_c * on_value[:, None]).to(value_c.dtype)
+        read_state = state.to(query_c.dtype)
+        if DECAY and SWAPPED:
+            position = start + chunk.to(tl.int32) * C + (C if BACKWARD else 0)
+            if (position % MARK == 0) & (position > 0) & (position < N):
+                row = (position // MARK - 1) * K + ks  # addresses are computed here, so as not to occupy registers in the meantime
+                tl.store(marks + row[:, None] * V + vs[None, :], read_state)
         pairs = tl.dot(query_c, tl.trans(key_c), input_precision="tf32x3")
-        y = tl.dot(query_c, state.to(query_c.dtype), input_precision="tf32x3")
-        if DECAY:
-            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD, EVEN)
+        y = tl.dot(query_c, read_state, input_precision="tf32x3")
+        if DECAY and STEEP:
+            running, total = scanned(decay + at + c, inside, EVEN)
+            if BACKWARD:
+                running = total - running
             pairs *= tl.exp2(tl.where(reached, running[:, None] - running[None, :], -float("inf")))
-            y *= read[:, None]
-            state *= total
-            added = (value_c * write[:, None]).to(value_c.dtype)
+            y = tl.dot(pairs.to(value_c.dtype), value_c, y * tl.exp2(running)[:, None], input_precision="tf32x3")
+            value_c = (value_c * tl.exp2(total - running)[:, None]).to(value_c.dtype)
+            state = tl.dot(tl.trans(key_c), value_c, state * tl.exp2(total), input_precision="tf32x3")
         else:
-            pairs = tl.where(reached, pairs, 0.0)
-            added = value_c
-        y = tl.dot(pairs.to(value_c.dtype), value_c, y, input_precision="tf32x3")
-        state = tl.dot(tl.trans(key_c), added, state, input_precision="tf32x3")
+            y = tl.dot(tl.where(reached, pairs, 0.0).to(value_c.dtype), value_c, y, input_precision="tf32x3")
+            state = tl.dot(tl.trans(key_c), value_c, state, input_precision="tf32x3")
+            if DECAY:
+                y *= on_y[:, None]
         store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask, EVEN)
         if DECAY and SWAPPED:
-            partner_c = load(partner + at * s_partner + c[:, None] * s_partner + vs[None, :], mask, EVEN)
-            store(shares + (at + c) * H, tl.sum(y * partner_c, 1), inside, EVEN)
+            partner_c = load(partner + at * s_partner + in_partner, mask, EVEN)
+            store(shares + at + c, tl.sum(y * partner_c, 1), inside, EVEN)
 
     if LEFT:
+        if DECAY and not STEEP:
+            state *= tl.load(totals + (1 if BACKWARD else chunks) + same)[:, None]
         if here == (0 if BACKWARD else segments - 1):
             tl.store(left + head.to(tl.int64) * (K * V) + in_state, state)
 
+@triton.jit
+def walk(
+    query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v,
+    B, N, H, segment, s_query, s_key, s_value, s_partner,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
+    DECAY: tl.constexpr, STATES: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    """`walk_chunks`, in the way that the decays of this segment allow."""
+    steep = False
+    if DECAY:
+        chunks = tl.cdiv(segment, C)
+        steep = is_steep(totals + (head.to(tl.int64) * tl.cdiv(N, segment) + here) * (chunks + 2), chunks)
+    if steep:
+        walk_chunks(
+            query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            s_query, s_key, s_value, s_partner, K, V, 16, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, True, STATES, EVEN, MARK,
+        )  # fmt: skip
+    else:
+        walk_chunks(
+            query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            s_query, s_key, s_value, s_partner, K, V, C, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, False, STATES, EVEN, MARK,
+        )  # fmt: skip
+
 
 @triton.jit
-def sweep(
-    q, k, v, do, decay, starts, ends, o, dq, dk, dv, rows, columns, marks, last, first,
+def place(program, N, segment, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr):
+    """Which head, segment, part of K and part of V a program works on."""
+    part_v, program = program % (V // VALUES), program // (V // VALUES)
+    part_k, program = program % (K // KEYS), program // (K // KEYS)
+    segments = tl.cdiv(N, segment)
+    return program // segments, program % segments, part_k, part_v
+
+
+@triton.jit
+def forward_sweep(
+    q, k, v, decay, factors, totals, starts, o, last, B, N, H, segment, stride_q, stride_k, stride_v,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    DECAY: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    """The output, and where it leaves the state, last (B, H, K, V).
+
+    A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
+    are parts, (K/KEYS, B, N, H, V), to be added up. starts: the state before each segment, (B, H, segments, K, V), with STARTS.
+    """
+    head, here, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
+    walk(
+        q, k, v, o, None, None, decay, factors, totals, starts, None, last, head, here, part_k, part_v, B, N, H, segment,
+        stride_q, stride_k, stride_v, 0, K, V, C, KEYS, VALUES, False, False, True, DECAY, STARTS, EVEN, MARK,
+    )  # fmt: skip
+
+
+@triton.jit
+def backward_sweep(
+    q, k, v, do, decay, factors, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
     B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
-    """ROLES of the four sums, from ROLE on; K is the width of what is compared, V of what is summed.
+    """ROLES of the gradients, from ROLE on; K is the width of what is compared, V of what is summed; parts as in `forward_sweep`.
 
-    A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
-    are parts, (K/KEYS, B, N, H, V), to be added up.
     starts, ends: states (B, H, segments, K of q, V of v), with STARTS before each segment, with ENDS after it.
-    rows, columns: (parts, B, N, H), shares of q . dq and k . dk.
+    rows, columns: (parts, B, H, N), shares of q . dq and k . dk.
     marks: (2, B, H, marks, V of v, K of q), transposed states before (ROLE_DQ) and after (ROLE_DK) every MARK positions.
-    last, first: (B, H, K of q, V of v), where the state is left by ROLE_O and ROLE_DV.
+    first: (B, H, K of q, V of v), where ROLE_DV leaves the state.
     """
-    program = tl.program_id(0)
-    role = ROLE + program % ROLES
-    part_v = (program // ROLES) % (V // VALUES)
-    part_k = (program // ROLES // (V // VALUES)) % (K // KEYS)
-    segments = tl.cdiv(N, segment)
-    here = (program // ROLES // (V // VALUES) // (K // KEYS)) % segments
-    head = program // ROLES // (V // VALUES) // (K // KEYS) // segments
+    role = ROLE + tl.program_id(0) % ROLES
+    head, here, part_k, part_v = place(tl.program_id(0) // ROLES, N, segment, K, V, KEYS, VALUES)
     # The branches repeat the walk, each with pointers known when it is compiled: chosen at run time, their alignment would be unknown.
-    if ROLE == ROLE_O:
+    if role == ROLE_DQ:
         walk(
-            q, k, v, o, None, None, decay, starts, None, last, head, here, part_k, part_v, B, N, H, segment, stride_q, stride_k, stride_v, 0,
-            K, V, C, KEYS, VALUES, False, False, True, DECAY, STARTS, EVEN, MARK,
-        )  # fmt: skip
-    elif role == ROLE_DQ:
-        walk(
-            do, v, k, dq, q, rows, decay, starts, marks, None, head, here, part_k, part_v, B, N, H, segment, stride_do, stride_v, stride_k, stride_q,
-            K, V, C, KEYS, VALUES, False, True, False, DECAY, STARTS, EVEN, MARK,
+            do, v, k, dq, q, rows, decay, factors, totals, starts, marks, None, head, here, part_k, part_v, B, N, H, segment,
+            stride_do, stride_v, stride_k, stride_q, K, V, C, KEYS, VALUES, False, True, False, DECAY, STARTS, EVEN, MARK,
         )  # fmt: skip
     elif role == ROLE_DK:
         after = marks
         if DECAY:
             after += tl.cast(B * H, tl.int64) * ((N - 1) // MARK) * (K * V)
         walk(
-            v, do, q, dk, k, columns, decay, ends, after, None, head, here, part_k, part_v, B, N, H, segment, stride_v, stride_do, stride_q, stride_k,
-            K, V, C, KEYS, VALUES, True, True, False, DECAY, ENDS, EVEN, MARK,
+            v, do, q, dk, k, columns, decay, factors, totals, ends, after, None, head, here, part_k, part_v, B, N, H, segment,
+            stride_v, stride_do, stride_q, stride_k, K, V, C, KEYS, VALUES, True, True, False, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
     else:
         walk(
-            k, q, do, dv, None, None, decay, ends, None, first, head, here, part_k, part_v, B, N, H, segment, stride_k, stride_q, stride_do, 0,
-            K, V, C, KEYS, VALUES, True, False, True, DECAY, ENDS, EVEN, MARK,
+            k, q, do, dv, None, None, decay, factors, totals, ends, None, first, head, here, part_k, part_v, B, N, H, segment,
+            stride_k, stride_q, stride_do, 0, K, V, C, KEYS, VALUES, True, False, True, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
 
 
@@ -205,7 +298,7 @@ def segment_sums(
     value += origin * stride_value + h * V
     in_key, in_value = c[:, None] * stride_key + ks[None, :], c[:, None] * stride_value + vs[None, :]
     if DECAY:
-        decay += origin * H + h
+        decay += head.to(tl.int64) * N + here * segment
 
     state = tl.zeros((KEYS, VALUES), tl.float32)
     log_total = 0.0
@@ -218,10 +311,10 @@ def segment_sums(
         key_c = load(key + at * stride_key + in_key, mask, EVEN)
         value_c = load(value + at * stride_value + in_value, mask, EVEN)
         if DECAY:
-            running, read, write, total = decay_in_chunk(decay + at * H, c, inside, H, BACKWARD, EVEN)
-            state *= total
-            log_total += tl.log2(total)
-            value_c = (value_c * write[:, None]).to(value_c.dtype)
+            running, total = scanned(decay + at + c, inside, EVEN)
+            state *= tl.exp2(total)
+            log_total += total
+            value_c = (value_c * tl.exp2(running if BACKWARD else total - running)[:, None]).to(value_c.dtype)
         state = tl.dot(tl.trans(key_c), value_c, state, input_precision="tf32x3")
     slot = head.to(tl.int64) * segments + here
     tl.store(sums + (slot * K + ks[:, None]) * V + vs[None, :], state)
@@ -254,7 +347,7 @@ def inner(x, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for block in range(SIZE // BLOCK):
         at = block * BLOCK + tl.arange(0, BLOCK)
-        total += tl.load(x + at) * tl.load(y + at)
+        total += tl.load(x + at).to(tl.float32) * tl.load(y + at).to(tl.float32)
     return tl.sum(total, 0)
 
 
@@ -265,7 +358,6 @@ def decay_gradient(
     """d_decay_n = sum_{i>=n} (rows_i - columns_i) in each stretch of MARK positions, plus what lies beyond its end."""
     n_marks = (N - 1) // MARK
     head, stretch = tl.program_id(0) // (n_marks + 1), tl.program_id(0) % (n_marks + 1)
-    b, h = (head // H).to(tl.int64), head % H
     beyond = 0.0
     if stretch < n_marks:
         before = marks + (head.to(tl.int64) * n_marks + stretch) * SIZE
@@ -273,10 +365,10 @@ def decay_gradient(
     elif LAST:
         beyond = inner(last + head.to(tl.int64) * SIZE, d_last + head.to(tl.int64) * SIZE, SIZE, BLOCK)
     n = stretch * MARK + tl.arange(0, MARK)
-    where = (b * N + n) * H + h
+    where = head.to(tl.int64) * N + n
     x = tl.zeros((MARK,), tl.float32)
     for part in range(parts):
-        share = where + part * tl.cast(B, tl.int64) * N * H
+        share = where + part * tl.cast(B * H, tl.int64) * N
         x += tl.load(rows + share, mask=n < N, other=0.0) - tl.load(columns + share, mask=n < N, other=0.0)
     tl.store(d_decay + where, tl.cumsum(x, 0, reverse=True) + beyond, mask=n < N)
 
@@ -292,18 +384,27 @@ class Config(NamedTuple):
     VALUES: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def config(K: int, V: int, dtype: torch.dtype, hopper: bool, backward: bool = False) -> Config:
+def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: bool, backward: bool = False) -> Config:
     """The shipped configuration for keys of width K and values of width V: none spills registers.
+
+    even: no chunk reaches beyond the end of its segment.
 
     Measured on an H200, (B, H, N, K) = (8, 16, 4096, 64), forward: 0.077 ms with 3 stages, 0.119 with 2; without decay.
     """
     if dtype == torch.float32:
         return Config(16, 32, 32, 4, 1)
+    if not hopper:
+        return Config(32, K, min(V, 32 if decay else 64), 4, 2) if K <= 64 else Config(32, min(K, 128), 32, 8, 2)
     if K <= 64:
-        return Config(64, K, min(V, 32 if backward else 64), 4, 3) if hopper else Config(32, K, min(V, 64), 4, 2)
-    return Config(64 if hopper else 32, min(K, 128), 32, 8, 2)
+        return Config(64, K, min(V, 32), 4, 3, 168 if K == V == 64 and even else None) if backward else Config(64, K, min(V, 64), 4, 3)
+    return Config(64, 128, min(V, 64 if even and not decay else 32), 4, 2)
+
+
+def chunk_length(dtype: torch.dtype, hopper: bool) -> int:
+    return config(64, 64, dtype, hopper, False, False).C
 
 
 @lru_cache
@@ -326,9 +427,12 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
     return triton.cdiv(triton.cdiv(n, parts), MARK) * MARK
 
 
-def even(n: int, segment: int, c: Config) -> bool:
-    """Whether no chunk reaches beyond the end of its segment."""
-    return n % c.C == segment % c.C == 0
+def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backward: bool = False) -> tuple[Config, bool]:
+    """The configuration for inputs like x (B, N, H, any), and whether no chunk reaches beyond the end of its segment."""
+    hopper = is_hopper(x.device)
+    C = chunk_length(x.dtype, hopper)
+    even = x.shape[1] % C == segment % C == 0
+    return config(K, V, x.dtype, hopper, decay is not None, even, backward), even
 
 
 # -- differentiable --------------------------------------------------------------------------------------------------------------------
@@ -340,18 +444,31 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     parts = triton.cdiv(n, segment)
     if parts == 1:
         return initial
-    c = config(k, v, key.dtype, is_hopper(key.device))
+    c, even = choose(key, k, v, segment, decay)
     sums = torch.empty(b, h, parts, k, v, device=key.device)
     totals = torch.empty(b, h, parts, device=key.device)
-    segment_sums[(b * h * parts * (k // c.KEYS) * (v // c.VALUES),)](
+    launch(
+        segment_sums, (b * h * parts * (k // c.KEYS) * (v // c.VALUES),),
         key, value, decay, sums, totals, n, h, segment, key.stride(1), value.stride(1),
-        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, EVEN=even(n, segment, c),
-        num_warps=c.warps, num_stages=c.stages,
+        K=k, V=v, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, BACKWARD=backward, EVEN=even,
+        warps=c.warps, stages=c.stages, registers=c.registers,
     )  # fmt: skip
-    carry[(b * h * (k * v // 512),)](
-        sums, totals, initial, parts, SIZE=k * v, BLOCK=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward, num_warps=4
-    )
+    launch(
+        carry, (b * h * (k * v // 512),),
+        sums, totals, initial, parts, SIZE=k * v, BLOCK=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward,
+    )  # fmt: skip
     return sums
+
+
+def factors_of(decay: Tensor | None, segment: int, C: int) -> tuple[Tensor | None, Tensor | None]:
+    """`decay_factors` of decays (B, H, N): factors and totals."""
+    if decay is None:
+        return None, None
+    (b, h, n), segments, chunks = decay.shape, triton.cdiv(decay.shape[2], segment), triton.cdiv(segment, C)
+    factors = torch.empty(4, b, h, n, device=decay.device)
+    totals = torch.empty(b, h, segments, chunks + 2, device=decay.device)
+    launch(decay_factors, (b * h * segments * triton.cdiv(chunks, 32),), decay, factors, totals, b, n, h, segment, C=C, CHUNKS=32)
+    return factors, totals
 
 
 def parts_like(x: Tensor, width: int, parts: int) -> Tensor:
@@ -364,7 +481,8 @@ def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, last: Tensor, starts: Tensor | None, do: Tensor | None, d_last: Tensor | None, has_state: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, factors: Tensor | None, totals: Tensor | None,
+    last: Tensor, starts: Tensor | None, has_state: bool, do: Tensor | None, d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay and the initial state, token-major."""
     (b, n, h, kd), vd = q.shape, v.shape[-1]
@@ -374,68 +492,70 @@ def backward(
     ends = states(q, do, decay, d_last, segment, backward=True)
     first = torch.empty_like(last)
     # what compares values and sums keys (dq and dk), and the other way (dv)
-    to_k, to_v = (config(*widths, q.dtype, is_hopper(q.device), backward=True) for widths in ((vd, kd), (kd, vd)))
+    (to_k, even), (to_v, _) = (choose(q, *widths, segment, decay, backward=True) for widths in ((vd, kd), (kd, vd)))
     dq, dk, dv = parts_like(q, kd, vd // to_k.KEYS), parts_like(q, kd, vd // to_k.KEYS), parts_like(q, vd, kd // to_v.KEYS)
     rows = columns = marks = d_decay = None
     if decay is not None:
         parts = (vd // to_k.KEYS) * (kd // to_k.VALUES)
-        rows, columns = torch.empty(2, parts, b, n, h, device=q.device)
-        marks = torch.empty(2, b, h, (n - 1) // MARK, vd, kd, device=q.device)
-    launches = [(1, 3, vd, kd, to_k)] if kd == vd else [(1, 2, vd, kd, to_k), (3, 1, kd, vd, to_v)]
+        rows, columns = torch.empty(2, parts, b, h, n, device=q.device)
+        marks = torch.empty(2, b, h, (n - 1) // MARK, vd, kd, device=q.device, dtype=q.dtype)
+    launches = [(0, 3, vd, kd, to_k)] if kd == vd else [(0, 2, vd, kd, to_k), (2, 1, kd, vd, to_v)]
     for role, roles, width, summed, c in launches:
-        sweep[(b * h * triton.cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,)](
-            q, k, v, do, decay, starts, ends, None, dq, dk, dv, rows, columns, marks, None, first,
+        launch(
+            backward_sweep, (b * h * triton.cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,),
+            q, k, v, do, decay, factors, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
             K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
-            STARTS=starts is not None, ENDS=ends is not None, EVEN=even(n, segment, c), MARK=MARK,
-            num_warps=c.warps, num_stages=c.stages,
+            STARTS=starts is not None, ENDS=ends is not None, EVEN=even, MARK=MARK, warps=c.warps, stages=c.stages, registers=c.registers,
         )  # fmt: skip
     if decay is not None:
         d_decay = torch.empty_like(decay)
-        decay_gradient[(b * h * ((n - 1) // MARK + 1),)](
-            rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, BLOCK=512, num_warps=4
-        )
+        launch(
+            decay_gradient, (b * h * ((n - 1) // MARK + 1),),
+            rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, BLOCK=512,
+        )  # fmt: skip
     return add_up(dq, q.dtype), add_up(dk, k.dtype), add_up(dv, v.dtype), d_decay, first if has_state else None
 
 
 class LinearAttention(torch.autograd.Function):
-    """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), states at the starts of segments (None for one segment)."""
+    """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), and for the backward pass: states at the starts of
+    segments (None for one segment), factors of the decay."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, ...]:
         (b, n, h, kd), vd = q.shape, v.shape[-1]
         segment = segment_length(b * h, n, q.device)
         starts = states(k, v, decay, state, segment, backward=False)
-        c = config(kd, vd, q.dtype, is_hopper(q.device))
+        c, even = choose(q, kd, vd, segment, decay)
+        factors, totals = factors_of(decay, segment, c.C)
         o = parts_like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
-        sweep[(b * h * triton.cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),)](
-            q, k, v, None, decay, starts, None, o, None, None, None, None, None, None, last, None,
-            b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), 0,
-            K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=0, ROLES=1, DECAY=decay is not None,
-            STARTS=starts is not None, ENDS=False, EVEN=even(n, segment, c), MARK=MARK, num_warps=c.warps, num_stages=c.stages,
+        launch(
+            forward_sweep, (b * h * triton.cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),),
+            q, k, v, decay, factors, totals, starts, o, last, b, n, h, segment, q.stride(1), k.stride(1), v.stride(1),
+            K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, STARTS=starts is not None, EVEN=even, MARK=MARK,
+            warps=c.warps, stages=c.stages, registers=c.registers,
         )  # fmt: skip
-        return add_up(o, v.dtype), last, None if starts is state else starts
+        return add_up(o, v.dtype), last, None if starts is state else starts, factors, totals
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         q, k, v, decay, state = inputs
-        _, last, starts = output
-        if starts is not None:
-            ctx.mark_non_differentiable(starts)
-        ctx.save_for_backward(q, k, v, decay, last, state if starts is None else starts)
+        _, last, starts, *factors = output
+        ctx.mark_non_differentiable(*(x for x in (starts, *factors) if x is not None))
+        ctx.save_for_backward(q, k, v, decay, *factors, last, state if starts is None else starts)
         ctx.has_state = state is not None
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, do: Tensor | None, d_last: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients(backward, *ctx.saved_tensors, do, d_last, ctx.has_state)
+    def backward(ctx, do: Tensor | None, d_last: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return gradients(backward, *ctx.saved_tensors, ctx.has_state, do, d_last)
 
 
 @torch.compiler.disable  # compiled code calls it as it is
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.linear_attention`, in bf16 or fp32."""
-    decay = None if log_decay is None else log_decay.mT.contiguous()
+    decay = None if log_decay is None else log_decay.contiguous()
     state = None if state is None else state.contiguous()
-    o, last, _ = LinearAttention.apply(token_major(q), token_major(k), token_major(v), decay, state)
+    o, last, *_ = LinearAttention.apply(token_major(q), token_major(k), token_major(v), decay, state)
     return o.transpose(1, 2), last

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.launch import launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import EPS
 
@@ -61,9 +62,10 @@ def backward(o: Tensor, weight: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tenso
     do, d_gate = torch.empty(o.shape, device=o.device, dtype=o.dtype), torch.empty_like(gate)
     programs = triton.cdiv(b * n, rows(v) * TILES)
     d_weight = torch.empty(programs, h, v, device=o.device)
-    norm_gate_backward[(programs, h)](
-        o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, num_warps=4
-    )
+    launch(
+        norm_gate_backward, (programs, h),
+        o, weight, gate, dy.contiguous(), do, d_gate, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES,
+    )  # fmt: skip
     return do, d_weight.sum(0).to(weight.dtype), d_gate
 
 
@@ -74,7 +76,7 @@ class NormGate(torch.autograd.Function):
     def forward(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         b, n, h, v = o.shape
         y = torch.empty_like(gate)
-        norm_gate_forward[(triton.cdiv(b * n, rows(v)), h)](o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=rows(v), num_warps=4)
+        launch(norm_gate_forward, (triton.cdiv(b * n, rows(v)), h), o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=rows(v))
         return y
 
     @staticmethod

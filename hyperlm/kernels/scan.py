@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.launch import launch
 
 ROWS, CHANNELS = 64, 32  # of a tile
 
@@ -66,9 +67,10 @@ def scan_backward(log_a, start, h, dh, d_log_a, db, d_start, N, C, ROWS: tl.cons
 def backward(log_a: Tensor, start: Tensor | None, h: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
     batch, n, c = h.shape
     d_log_a, db, d_start = torch.empty_like(h), torch.empty_like(h), None if start is None else torch.empty_like(start)
-    scan_backward[(triton.cdiv(c, CHANNELS), batch)](
-        log_a, start, h, dh.contiguous(), d_log_a, db, d_start, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None, num_warps=4
-    )
+    launch(
+        scan_backward, (triton.cdiv(c, CHANNELS), batch),
+        log_a, start, h, dh.contiguous(), d_log_a, db, d_start, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None,
+    )  # fmt: skip
     return d_log_a, db, d_start
 
 
@@ -78,9 +80,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(log_a: Tensor, b: Tensor, start: Tensor | None) -> Tensor:
         (batch, n, c), h = b.shape, torch.empty_like(b)
-        scan_forward[(triton.cdiv(c, CHANNELS), batch)](
-            log_a, b, start, h, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None, num_warps=4
-        )
+        launch(scan_forward, (triton.cdiv(c, CHANNELS), batch), log_a, b, start, h, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None)
         return h
 
     @staticmethod

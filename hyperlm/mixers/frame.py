@@ -85,6 +85,7 @@ class Mixer(nn.Module):
     parts, where a kernel joins them closer."""
 
     ops: tuple[str, ...] = ("causal_conv", "norm_gate")  # that it needs
+    cache_grows = True  # with the length of the text
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()

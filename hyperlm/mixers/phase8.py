@@ -21,6 +21,7 @@ SLOWEST, FASTEST = 1e-3, 0.3  # initial decay rates per token, spread over the h
 
 class Phase8(Mixer):
     ops = ("tangent_features", "linear_attention", "norm_gate", "tangent_step")
+    cache_grows = False
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -34,7 +35,7 @@ class Phase8(Mixer):
         r = self.radius(x)
         if ctx.gauges is not None:
             ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
-        log_decay = -F.softplus(F.linear(x, self.decay) + self.decay_bias).mT  # (B, H, N), wide as the bias is
+        log_decay = -F.softplus(F.linear(x, self.decay) + self.decay_bias).mT.contiguous()  # (B, H, N), wide as the bias is
         tail, state = (None, None) if cache is None else (cache["tail"], cache["state"])
         if cache is not None and x.shape[1] == 1:
             token = (qkv[:, 0], self.conv, r[..., 0], self.beta, log_decay[..., 0])

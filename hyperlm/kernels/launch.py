@@ -1,0 +1,35 @@
+"""Launching a Triton kernel without finding out again what was found out before.
+
+Triton examines every argument at every launch, to choose among the variants of a kernel that it has compiled: 100 microseconds and more for
+the 40 arguments of a large one, during which a GPU has nothing to do. Here the choice is remembered.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kernel
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants), constants in the kernel's order and after all arguments.
+
+    Args:
+        warps, stages: of a program, and of its pipelined loops.
+        registers: the most that a thread may use, so that more programs fit on a multiprocessor.
+    """
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        kernel[grid](*arguments, **constants)
+        return
+    # Triton distinguishes dtypes, addresses that 16 divides, and integers by size and by divisibility: here, by value.
+    facts = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
+    key = (kernel, torch.cuda.current_device(), warps, stages, registers, *facts, *constants.values())
+    variant = variants.get(key)
+    if variant is None:
+        if kernel.arg_names[len(arguments) :] != list(constants):
+            raise TypeError(f"{kernel.__name__} takes {kernel.arg_names[len(arguments) :]}, not {list(constants)}")
+        variants[key] = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+    else:
+        variant[(*grid, 1, 1)[:3]](*arguments, *constants.values())
