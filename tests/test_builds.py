@@ -33,7 +33,7 @@ def builds():
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 x, f = f"*{name}", "*fp32"
                 sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v"), INTS)
-                common = sizes | dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "factors", "totals", "starts"), f) | dict(STARTS=True, MARK=la.MARK)
+                common = sizes | dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "write", "totals", "starts"), f) | dict(STARTS=True, MARK=la.MARK)
                 gradients = dict.fromkeys(("do", "dq", "dk", "dv", "marks"), x) | dict.fromkeys(("ends", "rows", "columns", "first"), f)
                 gradients |= dict(stride_do=INTS, ROLE=0, ROLES=3, ENDS=True)
                 sweeps = (la.backward_sweep, gradients), (la.forward_sweep, dict(o=x, last=f))
@@ -56,7 +56,7 @@ def builds():
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
             args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
-        args = dict.fromkeys(("decay", "factors", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
+        args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
         args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
         yield "carry", la.carry, args, 4, 3, capability

@@ -38,11 +38,11 @@ ROLE_DQ, ROLE_DK, ROLE_DV = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def load(numbers, mask, EVEN: tl.constexpr):
-    """Numbers of a chunk, zero where it reaches beyond the end; EVEN: it never does."""
+def load(numbers, mask, EVEN: tl.constexpr, beyond: tl.constexpr = 0.0):
+    """Numbers of a chunk, and `beyond` where it reaches beyond the end; EVEN: it never does."""
     if EVEN:
         return tl.load(numbers)
-    return tl.load(numbers, mask=mask, other=0.0)
+    return tl.load(numbers, mask=mask, other=beyond)
 
 
 @triton.jit
@@ -61,10 +61,10 @@ def scanned(decay, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def decay_factors(decay, factors, totals, B, N, H, segment, C: tl.constexpr, CHUNKS: tl.constexpr):
-    """What the decays (B, H, N) multiply numbers with, chunk by chunk of each segment: w_ij = read_i write_j.
+def decay_factors(decay, write, totals, B, N, H, segment, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """What the decays (B, H, N) multiply numbers with, chunk by chunk of each segment: w_ij = write_j / write_i.
 
-    factors: read and write forward in time, read and write backward, (4, B, H, N).
+    write: forward and backward in time, (2, B, H, N).
     totals: the decay over each chunk, between two ones, (B, H, segments, chunks of a segment + 2).
     """
     segments, chunks = tl.cdiv(N, segment), tl.cdiv(segment, C)
@@ -74,16 +74,13 @@ def decay_factors(decay, factors, totals, B, N, H, segment, C: tl.constexpr, CHU
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
     at = chunk[:, None] * C + tl.arange(0, C)[None, :]
     inside = at < min(segment, N - here * segment)
-    where = factors + head * N + here * segment + at
+    where = write + head * N + here * segment + at
     steps = tl.load(decay + head * N + here * segment + at, mask=inside, other=0.0) * LOG2E
     since = tl.cumsum(steps, 1)  # the start of the chunk
     total = tl.sum(steps, 1)
     until = total[:, None] - since  # its end
-    array = tl.cast(B * H, tl.int64) * N
-    tl.store(where, tl.exp2(since), mask=inside)
-    tl.store(where + array, tl.exp2(tl.minimum(-since, 120.0)), mask=inside)  # larger ones are not used, thanks to `is_steep`
-    tl.store(where + 2 * array, tl.exp2(until), mask=inside)
-    tl.store(where + 3 * array, tl.exp2(tl.minimum(-until, 120.0)), mask=inside)
+    tl.store(where, tl.exp2(tl.minimum(-since, 120.0)), mask=inside)  # larger ones are not used, thanks to `is_steep`
+    tl.store(where + tl.cast(B * H, tl.int64) * N, tl.exp2(tl.minimum(-until, 120.0)), mask=inside)
     totals += (head * segments + here) * (chunks + 2)
     tl.store(totals + 1 + chunk, tl.exp2(total), mask=chunk < chunks)
     if block == 0:
@@ -103,7 +100,7 @@ def is_steep(totals, chunks):
 
 @triton.jit
 def walk_chunks(
-    query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v,
+    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v,
     B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
@@ -111,7 +108,7 @@ def walk_chunks(
 ):  # fmt: skip
     """One of the four sums, over one segment of one head; see `forward_sweep` and `backward_sweep` for the arguments.
 
-    Within a chunk w_ij = read_i write_j, which costs a multiplication a number; STEEP: from the difference of every pair, at any decay.
+    Within a chunk w_ij = write_j / write_i, which costs a multiplication a number; STEEP: from the difference of every pair, at any decay.
     SWAPPED: stored states (border) are (V, K), and the walk is one of those that leave marks and shares.
     LEFT: the state after the last step is wanted.
     """
@@ -130,7 +127,7 @@ def walk_chunks(
     same = tl.zeros((KEYS,), tl.int32)  # one number for every row of the state
     if DECAY:
         decay += head.to(tl.int64) * N + start
-        factors += (tl.cast(B * H, tl.int64) * (2 if BACKWARD else 0) + head) * N + start
+        write += (tl.cast(B * H, tl.int64) * (1 if BACKWARD else 0) + head) * N + start
         totals += (head.to(tl.int64) * segments + here) * (tl.cdiv(segment, C) + 2)
         if SWAPPED:
             partner += origin * s_partner + h * V
@@ -150,14 +147,15 @@ def walk_chunks(
         at = chunk * C
         inside = c < length - at
         mask = inside[:, None]
+        if DECAY and SWAPPED:  # no product takes it, so that it is not loaded ahead; hence early
+            partner_c = load(partner + at * s_partner + in_partner, mask, EVEN)
         query_c = load(query + at * s_query + in_query, mask, EVEN)
         key_c = load(key + at * s_key + in_key, mask, EVEN)
         value_c = load(value + at * s_value + in_value, mask, EVEN)
         if DECAY and not STEEP:
             state *= tl.load(totals + chunk + (2 if BACKWARD else 0) + same)[:, None]  # over the chunk before this one; the first time, by one
-            on_y = load(factors + at + c, inside, EVEN)
-            on_value = load(factors + tl.cast(B * H, tl.int64) * N + at + c, inside, EVEN)
-            value_c = (value_c * on_value[:, None]).to(value_c.dtype)
+            write_c = load(write + at + c, inside, EVEN, 1.0)
+            value_c = (value_c * write_c[:, None]).to(value_c.dtype)
         read_state = state.to(query_c.dtype)
         if DECAY and SWAPPED:
             position = start + chunk.to(tl.int32) * C + (C if BACKWARD else 0)
@@ -178,10 +176,9 @@ def walk_chunks(
             y = tl.dot(tl.where(reached, pairs, 0.0).to(value_c.dtype), value_c, y, input_precision="tf32x3")
             state = tl.dot(tl.trans(key_c), value_c, state, input_precision="tf32x3")
             if DECAY:
-                y *= on_y[:, None]
+                y *= (1 / write_c)[:, None]
         store(out + at * (H * V) + in_out, y.to(out.dtype.element_ty), mask, EVEN)
         if DECAY and SWAPPED:
-            partner_c = load(partner + at * s_partner + in_partner, mask, EVEN)
             store(shares + at + c, tl.sum(y * partner_c, 1), inside, EVEN)
 
     if LEFT:
@@ -192,7 +189,7 @@ def walk_chunks(
 
 @triton.jit
 def walk(
-    query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v,
+    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v,
     B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
@@ -205,12 +202,12 @@ def walk(
         steep = is_steep(totals + (head.to(tl.int64) * tl.cdiv(N, segment) + here) * (chunks + 2), chunks)
     if steep:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
             s_query, s_key, s_value, s_partner, K, V, 16, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, True, STATES, EVEN, MARK,
         )  # fmt: skip
     else:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, factors, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
             s_query, s_key, s_value, s_partner, K, V, C, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, False, STATES, EVEN, MARK,
         )  # fmt: skip
 
@@ -226,7 +223,7 @@ def place(program, N, segment, K: tl.constexpr, V: tl.constexpr, KEYS: tl.conste
 
 @triton.jit
 def forward_sweep(
-    q, k, v, decay, factors, totals, starts, o, last, B, N, H, segment, stride_q, stride_k, stride_v,
+    q, k, v, decay, write, totals, starts, o, last, B, N, H, segment, stride_q, stride_k, stride_v,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     DECAY: tl.constexpr, STARTS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
 ):  # fmt: skip
@@ -237,14 +234,14 @@ def forward_sweep(
     """
     head, here, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
     walk(
-        q, k, v, o, None, None, decay, factors, totals, starts, None, last, head, here, part_k, part_v, B, N, H, segment,
+        q, k, v, o, None, None, decay, write, totals, starts, None, last, head, here, part_k, part_v, B, N, H, segment,
         stride_q, stride_k, stride_v, 0, K, V, C, KEYS, VALUES, False, False, True, DECAY, STARTS, EVEN, MARK,
     )  # fmt: skip
 
 
 @triton.jit
 def backward_sweep(
-    q, k, v, do, decay, factors, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
+    q, k, v, do, decay, write, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
     B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
@@ -261,7 +258,7 @@ def backward_sweep(
     # The branches repeat the walk, each with pointers known when it is compiled: chosen at run time, their alignment would be unknown.
     if role == ROLE_DQ:
         walk(
-            do, v, k, dq, q, rows, decay, factors, totals, starts, marks, None, head, here, part_k, part_v, B, N, H, segment,
+            do, v, k, dq, q, rows, decay, write, totals, starts, marks, None, head, here, part_k, part_v, B, N, H, segment,
             stride_do, stride_v, stride_k, stride_q, K, V, C, KEYS, VALUES, False, True, False, DECAY, STARTS, EVEN, MARK,
         )  # fmt: skip
     elif role == ROLE_DK:
@@ -269,12 +266,12 @@ def backward_sweep(
         if DECAY:
             after += tl.cast(B * H, tl.int64) * ((N - 1) // MARK) * (K * V)
         walk(
-            v, do, q, dk, k, columns, decay, factors, totals, ends, after, None, head, here, part_k, part_v, B, N, H, segment,
+            v, do, q, dk, k, columns, decay, write, totals, ends, after, None, head, here, part_k, part_v, B, N, H, segment,
             stride_v, stride_do, stride_q, stride_k, K, V, C, KEYS, VALUES, True, True, False, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
     else:
         walk(
-            k, q, do, dv, None, None, decay, factors, totals, ends, None, first, head, here, part_k, part_v, B, N, H, segment,
+            k, q, do, dv, None, None, decay, write, totals, ends, None, first, head, here, part_k, part_v, B, N, H, segment,
             stride_k, stride_q, stride_do, 0, K, V, C, KEYS, VALUES, True, False, True, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
 
@@ -395,7 +392,7 @@ def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: 
     Measured on an H200, (B, H, N, K) = (8, 16, 4096, 64), forward: 0.077 ms with 3 stages, 0.119 with 2; without decay.
     """
     if dtype == torch.float32:
-        return Config(16, 32, 32, 4, 1)
+        return Config(16, 32, 32, 8, 1)
     if not hopper:
         return Config(32, K, min(V, 32 if decay else 64), 4, 2) if K <= 64 else Config(32, min(K, 128), 32, 8, 2)
     if K <= 64:
@@ -425,6 +422,12 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
         return n
     parts = triton.cdiv(2 * processors, heads)
     return triton.cdiv(triton.cdiv(n, parts), MARK) * MARK
+
+
+def division(heads: int, n: int, device: torch.device) -> str:
+    """How sequences of length n are divided, in words, for `heads` heads x batch."""
+    segment = segment_length(heads, n, device)
+    return f"{heads} sweeps" if segment >= n else f"{heads} heads in {triton.cdiv(n, segment)} segments of {segment:,}"
 
 
 def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backward: bool = False) -> tuple[Config, bool]:
@@ -461,14 +464,14 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
 
 
 def factors_of(decay: Tensor | None, segment: int, C: int) -> tuple[Tensor | None, Tensor | None]:
-    """`decay_factors` of decays (B, H, N): factors and totals."""
+    """`decay_factors` of decays (B, H, N): write and totals."""
     if decay is None:
         return None, None
     (b, h, n), segments, chunks = decay.shape, triton.cdiv(decay.shape[2], segment), triton.cdiv(segment, C)
-    factors = torch.empty(4, b, h, n, device=decay.device)
+    write = torch.empty(2, b, h, n, device=decay.device)
     totals = torch.empty(b, h, segments, chunks + 2, device=decay.device)
-    launch(decay_factors, (b * h * segments * triton.cdiv(chunks, 32),), decay, factors, totals, b, n, h, segment, C=C, CHUNKS=32)
-    return factors, totals
+    launch(decay_factors, (b * h * segments * triton.cdiv(chunks, 32),), decay, write, totals, b, n, h, segment, C=C, CHUNKS=32)
+    return write, totals
 
 
 def parts_like(x: Tensor, width: int, parts: int) -> Tensor:
@@ -481,7 +484,7 @@ def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, factors: Tensor | None, totals: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, write: Tensor | None, totals: Tensor | None,
     last: Tensor, starts: Tensor | None, has_state: bool, do: Tensor | None, d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay and the initial state, token-major."""
@@ -503,7 +506,7 @@ def backward(
     for role, roles, width, summed, c in launches:
         launch(
             backward_sweep, (b * h * triton.cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,),
-            q, k, v, do, decay, factors, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
+            q, k, v, do, decay, write, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
             K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
             STARTS=starts is not None, ENDS=ends is not None, EVEN=even, MARK=MARK, warps=c.warps, stages=c.stages, registers=c.registers,
@@ -527,16 +530,16 @@ class LinearAttention(torch.autograd.Function):
         segment = segment_length(b * h, n, q.device)
         starts = states(k, v, decay, state, segment, backward=False)
         c, even = choose(q, kd, vd, segment, decay)
-        factors, totals = factors_of(decay, segment, c.C)
+        write, totals = factors_of(decay, segment, c.C)
         o = parts_like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
         launch(
             forward_sweep, (b * h * triton.cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),),
-            q, k, v, decay, factors, totals, starts, o, last, b, n, h, segment, q.stride(1), k.stride(1), v.stride(1),
+            q, k, v, decay, write, totals, starts, o, last, b, n, h, segment, q.stride(1), k.stride(1), v.stride(1),
             K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, STARTS=starts is not None, EVEN=even, MARK=MARK,
             warps=c.warps, stages=c.stages, registers=c.registers,
         )  # fmt: skip
-        return add_up(o, v.dtype), last, None if starts is state else starts, factors, totals
+        return add_up(o, v.dtype), last, None if starts is state else starts, write, totals
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
