@@ -392,7 +392,7 @@ def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: 
     Measured on an H200, (B, H, N, K) = (8, 16, 4096, 64), forward: 0.077 ms with 3 stages, 0.119 with 2; without decay.
     """
     if dtype == torch.float32:
-        return Config(16, 32, 32, 8, 1)
+        return Config(16, 32, 16, 8, 1)
     if not hopper:
         return Config(32, K, min(V, 32 if decay else 64), 4, 2) if K <= 64 else Config(32, min(K, 128), 32, 8, 2)
     if K <= 64:
