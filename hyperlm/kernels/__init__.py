@@ -25,9 +25,10 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import convolution, decoding, linear_attention, norm_gate, scan
+    from hyperlm.kernels import convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
 
     OPS["causal_conv"]["triton"] = convolution.causal_conv
+    OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
     OPS["norm_gate"]["triton"] = norm_gate.norm_gate
     OPS["scan"]["triton"] = scan.scan

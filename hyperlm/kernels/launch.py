@@ -4,6 +4,7 @@ Triton examines every argument at every launch, to choose among the variants of 
 the 40 arguments of a large one, during which a GPU has nothing to do. Here the choice is remembered.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kernel
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any) -> None:

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.launch import is_hopper, launch
 from hyperlm.kernels.layout import token_major
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -402,11 +402,6 @@ def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: 
 
 def chunk_length(dtype: torch.dtype, hopper: bool) -> int:
     return config(64, 64, dtype, hopper, False, False).C
-
-
-@lru_cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache

@@ -80,14 +80,16 @@ def hyperbolic_attention(
     Args:
         t_q, t_k: (B, H, N), (B, H, M), fp32; time coordinates. The queries are the last N of the M positions.
         s_q, s_k: (B, H, N, K), (B, H, M, K); space coordinates.
-        v: (B, H, M, V).
+        v: (B, H, M, V). Of t_k, s_k and v there may be fewer heads, each for H / heads neighbouring heads of queries.
         beta: (H,), positive, fp32.
         score: "logcosh" or "distance" (with a rounded tip, so that its gradient is finite where points coincide).
 
     Returns:
         (B, H, N, V) in the dtype of v.
     """
-    n, m = s_q.shape[-2], s_k.shape[-2]
+    n, m, group = s_q.shape[-2], s_k.shape[-2], s_q.shape[1] // s_k.shape[1]
+    if group > 1:
+        t_k, s_k, v = (x.repeat_interleave(group, 1) for x in (t_k, s_k, v))
     z = t_q[..., :, None] * t_k[..., None, :] - widen(s_q) @ widen(s_k).mT
     w = (z - 1).clamp(min=0)
     d = torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP)

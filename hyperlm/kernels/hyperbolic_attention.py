@@ -1,0 +1,402 @@
+"""Exact hyperbolic attention in Triton, in O(N) memory: forward, backward, and one query against a long cache.
+
+The weight of key j for query i is g_ij^-beta, normalised over j, where z = cosh d = t t' - s . s' and g is z itself ("logcosh") or
+e^d = (z + root) / (1 + TIP), root = sqrt(z^2 - 1 + TIP^2) ("distance", with its rounded tip). All in logarithms to base 2. The weights are
+at most 1, but where beta log z passes 87 all of a row could vanish; so each row is scaled by the largest weight seen so far, as in
+FlashAttention (Dao et al. 2022), which makes every beta exact.
+
+The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, d_beta and the row sums of dP), once a
+block of keys (ds_k, dt_k, dv), so that nothing is added up in memory and the result does not depend on the order of programs. A dz is
+rounded before it multiplies s as well as t: the two gradients nearly cancel along the radius, and only equal errors cancel too.
+
+B batch, H heads of queries, N queries, M keys, G heads of queries a head of keys, K and V head dims; queries are the last N of M positions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyperlm.kernels.differentiation import gradients
+from hyperlm.kernels.launch import is_hopper, launch
+from hyperlm.kernels.layout import token_major
+from hyperlm.kernels.reference import TIP
+from hyperlm.kernels.special import log2, reciprocal, sqrt
+
+EPS2 = tl.constexpr(TIP * TIP)
+SCALE = tl.constexpr(1 / (1 + TIP))
+LN2 = tl.constexpr(math.log(2))
+SPLIT = 512  # keys that a program reads when there is one query
+
+
+@triton.jit
+def log_weight(z, DISTANCE: tl.constexpr):
+    """log2 g of cosh d."""
+    z = tl.maximum(z, 1.0)
+    if DISTANCE:
+        z = (z + sqrt((z - 1) * (z + 1) + EPS2)) * SCALE
+    return log2(z)
+
+
+@triton.jit
+def log_weight_and_slope(z, DISTANCE: tl.constexpr):
+    """log2 g, and d ln g / dz."""
+    z = tl.maximum(z, 1.0)
+    if DISTANCE:
+        root = sqrt((z - 1) * (z + 1) + EPS2)
+        return log2((z + root) * SCALE), reciprocal(root)
+    return log2(z), reciprocal(z)
+
+
+@triton.jit
+def tile(base, rows, inside, stride, WIDTH: tl.constexpr):
+    """Rows of a matrix of which one row is `stride` from the next, zero where not inside."""
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def attend(
+    acc, total, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to its least log2 g so far."""
+    for first in range(start, end, BN):
+        j = first + tl.arange(0, BN)
+        there = j < M
+        z = t_q[:, None] * tl.load(t_k + j, mask=there, other=1.0)[None, :]
+        z -= tl.dot(s_q, tl.trans(tile(k, j, there, stride_k, K)), input_precision="ieee")
+        logs = log_weight(z, DISTANCE)
+        if MASK:
+            logs = tl.where(j[None, :] <= i[:, None], logs, float("inf"))
+        now = tl.minimum(least, tl.min(logs, 1))
+        p = tl.exp2(beta * (now[:, None] - logs))
+        shrink = tl.exp2(beta * (now - least))
+        total = total * shrink + tl.sum(p, 1)
+        values = tile(v, j, there, stride_v, V)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        least = now
+    return acc, total, least
+
+
+@triton.jit
+def forward(
+    t_q, s_q, t_k, s_k, v, beta, o, log_sums, N, M, H, G,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """o (B, N, H, V), and log2 of the sum of g^-beta of each row, (B, H, N)."""
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
+    b, h = (head // H).to(tl.int64), head % H
+    n = block * BM + tl.arange(0, BM)
+    inside = n < N
+    i = n + (M - N)  # position
+    rows = tile(s_q + b * q_b + h * q_h, n, inside, q_n, K)
+    times = tl.load(t_q + head.to(tl.int64) * N + n, mask=inside, other=1.0)
+    temperature = tl.load(beta + h)
+    s_k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    t_k += b * tk_b + (h // G) * tk_h
+    acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
+    least = tl.full((BM,), float("inf"), tl.float32)
+    all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
+    end = min(M, block * BM + M - N + BM)
+    acc, total, least = attend(
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False
+    )
+    acc, total, least = attend(
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True
+    )
+    tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - temperature * least, mask=inside)
+    to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
+    tl.store(to, (acc / total[:, None]).to(o.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def pull_queries(
+    d_s, d_t, d_beta, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Add what keys start .. end contribute to the gradients of a block of queries."""
+    for first in range(start, end, BN):
+        j = first + tl.arange(0, BN)
+        there = j < M
+        keys, times = tile(k, j, there, stride_k, K), tl.load(t_k + j, mask=there, other=1.0)
+        logs, slope = log_weight_and_slope(t_q[:, None] * times[None, :] - tl.dot(s_q, tl.trans(keys), input_precision="ieee"), DISTANCE)
+        p = tl.exp2(-beta * logs - log_sum[:, None])
+        if MASK:
+            p = tl.where(j[None, :] <= i[:, None], p, 0.0)
+        d_score = p * (tl.dot(d_o, tl.trans(tile(v, j, there, stride_v, V)), input_precision="ieee") - delta[:, None])
+        d_beta -= tl.sum(d_score * logs, 1)
+        d_z = (d_score * slope).to(keys.dtype)
+        d_s = tl.dot(d_z, keys, d_s, input_precision="ieee")
+        d_t += tl.sum(d_z.to(tl.float32) * times[None, :], 1)
+    return d_s, d_t, d_beta
+
+
+@triton.jit
+def backward_queries(
+    t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, N, M, H, G,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """d_sq (B, N, H, K), d_tq (B, H, N), each program's part of d_beta (B, H, blocks), and delta = do . o (B, H, N)."""
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    b, h = (head // H).to(tl.int64), head % H
+    n = block * BM + tl.arange(0, BM)
+    inside = n < N
+    i = n + (M - N)
+    rows = tile(s_q + b * q_b + h * q_h, n, inside, q_n, K)
+    at = head.to(tl.int64) * N + n
+    times, log_sum = tl.load(t_q + at, mask=inside, other=1.0), tl.load(log_sums + at, mask=inside, other=0.0)
+    d_out = tile(d_o + (b * N * do_n + h * V), n, inside, do_n, V)
+    out = tile(o + (b * N * H + h) * V, n, inside, H * V, V)
+    dots = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta + at, dots, mask=inside)
+    temperature = tl.load(beta + h)
+    s_k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    t_k += b * tk_b + (h // G) * tk_h
+    d_s, d_t, d_b = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    all_see = (block * BM + M - N + 1) // BN * BN
+    end = min(M, block * BM + M - N + BM)
+    d_s, d_t, d_b = pull_queries(
+        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False
+    )
+    d_s, d_t, d_b = pull_queries(
+        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True
+    )
+    tl.store(d_tq + at, -temperature * d_t, mask=inside)
+    to = d_sq + ((b * N + n.to(tl.int64)[:, None]) * H + h) * K + tl.arange(0, K)[None, :]
+    tl.store(to, (temperature * d_s).to(d_sq.dtype.element_ty), mask=inside[:, None])
+    tl.store(d_beta + head * tl.num_programs(0) + block, tl.sum(d_b, 0) * LN2)
+
+
+@triton.jit
+def pull_keys(
+    d_s, d_t, d_v, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Add what queries start .. end contribute to the gradients of a block of keys. All products are transposed: keys are rows."""
+    for first in range(start, end, BM):
+        n = first + tl.arange(0, BM)
+        there = n < N
+        queries, times = tile(q, n, there, stride_q, K), tl.load(t_q + n, mask=there, other=1.0)
+        logs, slope = log_weight_and_slope(t_k[:, None] * times[None, :] - tl.dot(s_k, tl.trans(queries), input_precision="ieee"), DISTANCE)
+        p = tl.exp2(-beta * logs - tl.load(log_sums + n, mask=there, other=0.0)[None, :])
+        if MASK:
+            p = tl.where(j[:, None] <= n[None, :] + offset, p, 0.0)
+        d_out = tile(d_o, n, there, stride_do, V)  # zero beyond the last query, and so is all that follows from it
+        d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="ieee")
+        d_score = p * (tl.dot(v, tl.trans(d_out), input_precision="ieee") - tl.load(delta + n, mask=there, other=0.0)[None, :])
+        d_z = (d_score * slope).to(queries.dtype)
+        d_s = tl.dot(d_z, queries, d_s, input_precision="ieee")
+        d_t += tl.sum(d_z.to(tl.float32) * times[None, :], 1)
+    return d_s, d_t, d_v
+
+
+@triton.jit
+def backward_keys(
+    t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, N, M, H, G,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """d_sk (B, M, H/G, K), d_tk (B, H/G, M) and d_v (B, M, H/G, V)."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    heads = H // G
+    b, h = (head // heads).to(tl.int64), head % heads
+    j = block * BN + tl.arange(0, BN)
+    inside = j < M
+    keys, values = tile(s_k + b * k_b + h * k_h, j, inside, k_n, K), tile(v + b * v_b + h * v_h, j, inside, v_n, V)
+    times = tl.load(t_k + b * tk_b + h * tk_h + j, mask=inside, other=1.0)
+    d_s, d_t, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN, V), tl.float32)
+    offset = M - N
+    start = max(0, block * BN - offset) // BM * BM
+    all_seen = min(tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM)  # queries from here on look at the whole block
+    for g in range(G):
+        own = h * G + g
+        at = (b * H + own) * N
+        temperature = tl.load(beta + own)
+        q, d_out = s_q + b * q_b + own * q_h, d_o + (b * N * do_n + own * V)
+        part_s, part_t = tl.zeros((BN, K), tl.float32), tl.zeros((BN,), tl.float32)
+        part_s, part_t, dv = pull_keys(
+            part_s, part_t, dv, times, keys, values, j, q, d_out, t_q + at, log_sums + at, delta + at, temperature, start, all_seen, N, offset,
+            q_n, do_n, K, V, BM, DISTANCE, True,
+        )  # fmt: skip
+        part_s, part_t, dv = pull_keys(
+            part_s, part_t, dv, times, keys, values, j, q, d_out, t_q + at, log_sums + at, delta + at, temperature, all_seen, N, N, offset,
+            q_n, do_n, K, V, BM, DISTANCE, False,
+        )  # fmt: skip
+        d_s += temperature * part_s
+        d_t -= temperature * part_t
+    row = b * M + j.to(tl.int64)[:, None]
+    tl.store(d_tk + head.to(tl.int64) * M + j, d_t, mask=inside)
+    tl.store(d_sk + (row * heads + h) * K + tl.arange(0, K)[None, :], d_s.to(d_sk.dtype.element_ty), mask=inside[:, None])
+    tl.store(d_v + (row * heads + h) * V + tl.arange(0, V)[None, :], dv.to(d_v.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def one_query(
+    t_q, s_q, t_k, s_k, v, beta, sums, totals, leasts, M, H, G, q_b, q_h, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """What SPLIT of the keys contribute to a single query: sums (B, H, splits, V), totals and leasts (B, H, splits)."""
+    split, head = tl.program_id(0), tl.program_id(1)
+    b, h = (head // H).to(tl.int64), head % H
+    query = tl.load(s_q + b * q_b + h * q_h + tl.arange(0, K)).to(tl.float32)
+    time, temperature = tl.load(t_q + head), tl.load(beta + h)
+    s_k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    t_k += b * tk_b + (h // G) * tk_h
+    acc, total, least = tl.zeros((V,), tl.float32), 0.0, float("inf")
+    for first in range(split * SPLIT, min(M, split * SPLIT + SPLIT), BN):
+        j = first + tl.arange(0, BN)
+        there = j < M
+        keys, values = tile(s_k, j, there, k_n, K).to(tl.float32), tile(v, j, there, v_n, V).to(tl.float32)
+        logs = log_weight(time * tl.load(t_k + j, mask=there, other=1.0) - tl.sum(keys * query[None, :], 1), DISTANCE)
+        logs = tl.where(there, logs, float("inf"))
+        now = tl.minimum(least, tl.min(logs, 0))
+        p = tl.exp2(temperature * (now - logs))
+        shrink = tl.exp2(temperature * (now - least))
+        acc = acc * shrink + tl.sum(p[:, None] * values, 0)
+        total = total * shrink + tl.sum(p, 0)
+        least = now
+    at = head.to(tl.int64) * tl.num_programs(0) + split
+    tl.store(sums + at * V + tl.arange(0, V), acc)
+    tl.store(totals + at, total)
+    tl.store(leasts + at, least)
+
+
+@triton.jit
+def join(sums, totals, leasts, beta, o, splits, H, V: tl.constexpr, BLOCK: tl.constexpr):
+    """o (B, H, V) from what each split found."""
+    head = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(beta + head % H)
+    acc, total, least = tl.zeros((V,), tl.float32), 0.0, float("inf")
+    for first in range(0, splits, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        there = split < splits
+        own = tl.load(leasts + head * splits + split, mask=there, other=float("inf"))
+        now = tl.minimum(least, tl.min(own, 0))
+        weight, shrink = tl.exp2(temperature * (now - own)), tl.exp2(temperature * (now - least))
+        part = tl.load(sums + (head * splits + split)[:, None] * V + tl.arange(0, V)[None, :], mask=there[:, None], other=0.0)
+        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
+        total = total * shrink + tl.sum(tl.load(totals + head * splits + split, mask=there, other=0.0) * weight, 0)
+        least = now
+    tl.store(o + head * V + tl.arange(0, V), (acc / total).to(o.dtype.element_ty))
+
+
+# -- configurations --------------------------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """Queries x keys of a tile, and how a program is run."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+def config(kernel: str, K: int, dtype: torch.dtype, hopper: bool) -> Config:
+    """The shipped configuration of `forward`, `backward_queries` or `backward_keys` for heads of width K: none spills registers."""
+    if dtype == torch.float32:
+        return Config(16, 16, 4, 1)
+    if kernel == "forward":
+        return Config(128, 64, 8, 3 if hopper else 2) if K <= 128 else Config(64, 32, 8, 2)
+    if K <= 64:
+        return Config(64, 64, 4, 2)
+    return Config(64, 64, 8, 2) if K == 128 else Config(32, 32, 8, 1)
+
+
+# -- differentiable --------------------------------------------------------------------------------------------------------------------
+
+
+def strided(x: Tensor) -> Tensor:
+    """x (B, H, N, K) such that a row's numbers are contiguous and start at addresses that 16 bytes divide; copies only if it must."""
+    aligned = x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in range(3))
+    return x if x.stride(3) == 1 and aligned else x.contiguous()
+
+
+def strides(s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor) -> tuple[int, ...]:
+    return *s_q.stride()[:3], *s_k.stride()[:3], *v.stride()[:3], *t_k.stride()[:2]
+
+
+def backward(
+    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, o: Tensor, log_sums: Tensor, distance: bool, d_o: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of t_q, s_q, t_k, s_k, v, beta, and of `distance` (None)."""
+    (b, h, n, k), (_, heads, m, width), device = s_q.shape, v.shape, s_q.device
+    d_o = token_major(d_o.transpose(1, 2))
+    delta, d_tq, d_tk = torch.empty_like(log_sums), torch.empty(b, h, n, device=device), torch.empty(b, heads, m, device=device)
+    d_sq, d_sk, d_v = (torch.empty(b, length, count, size, device=device, dtype=v.dtype) for length, count, size in ((n, h, k), (m, heads, k), (m, heads, width)))
+    common = (n, m, h, h // heads, *strides(s_q, t_k, s_k, v), d_o.stride(1))
+    c = config("backward_queries", max(k, width), v.dtype, is_hopper(device))
+    d_beta = torch.empty(b, h, triton.cdiv(n, c.BM), device=device)
+    launch(
+        backward_queries, (triton.cdiv(n, c.BM), b * h),
+        t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, *common,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+    )  # fmt: skip
+    c = config("backward_keys", max(k, width), v.dtype, is_hopper(device))
+    launch(
+        backward_keys, (triton.cdiv(m, c.BN), b * heads),
+        t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, *common,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+    )  # fmt: skip
+    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.transpose(1, 2), d_v.transpose(1, 2), d_beta.sum((0, 2)), None
+
+
+class HyperbolicAttention(torch.autograd.Function):
+    """(t_q, s_q, t_k, s_k, v, beta, distance) -> o (B, N, H, V), and the log2 sums of rows (B, H, N) for the backward pass."""
+
+    @staticmethod
+    def forward(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool) -> tuple[Tensor, Tensor]:
+        (b, h, n, k), (_, heads, m, width) = s_q.shape, v.shape
+        o, log_sums = torch.empty(b, n, h, width, device=v.device, dtype=v.dtype), torch.empty(b, h, n, device=v.device)
+        c = config("forward", max(k, width), v.dtype, is_hopper(v.device))
+        launch(
+            forward, (triton.cdiv(n, c.BM), b * h),
+            t_q, s_q, t_k, s_k, v, beta, o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
+            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+        )  # fmt: skip
+        return o, log_sums
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.distance = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, d_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return gradients(backward, *ctx.saved_tensors, ctx.distance, d_o)
+
+
+def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool) -> Tensor:
+    """o (B, 1, H, V) of one query, not differentiable. The keys are split, so that few heads fill a GPU too."""
+    (b, h, _, k), (_, heads, m, width), device = s_q.shape, v.shape, v.device
+    splits = triton.cdiv(m, SPLIT)
+    sums = torch.empty(b, h, splits, width, device=device)
+    totals, leasts = torch.empty(2, b, h, splits, device=device)
+    launch(
+        one_query, (splits, b * h),
+        t_q, s_q, t_k, s_k, v, beta, sums, totals, leasts, m, h, h // heads,
+        *s_q.stride()[:2], *s_k.stride()[:3], *v.stride()[:3], *t_k.stride()[:2],
+        K=k, V=width, BN=max(16, 2048 // max(k, width)), SPLIT=SPLIT, DISTANCE=distance,
+    )  # fmt: skip
+    o = torch.empty(b, 1, h, width, device=device, dtype=v.dtype)
+    launch(join, (b * h,), sums, totals, leasts, beta, o, splits, h, V=width, BLOCK=16)
+    return o
+
+
+@torch.compiler.disable  # compiled code calls it as it is
+def hyperbolic_attention(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str) -> Tensor:
+    """`reference.hyperbolic_attention`, in bf16 or fp32; also with fewer heads of keys than of queries."""
+    t_k = t_k if t_k.stride(-1) == 1 else t_k.contiguous()
+    inputs = (t_q.contiguous(), strided(s_q), t_k, strided(s_k), strided(v), beta.contiguous(), score == "distance")
+    if s_q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1])):
+        return decode(*inputs).transpose(1, 2)
+    return HyperbolicAttention.apply(*inputs)[0].transpose(1, 2)
