@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from configs import ModelConfig
 from conftest import normal
 from hyperlm import kernels, model, tree
+from hyperlm.geometry import direction, time_of
 from hyperlm.kernels import OPS
 from hyperlm.loss import head_nats
+from hyperlm.mixers.frame import R_MAX, R_MIN
 
 pytestmark = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
 
@@ -105,6 +107,71 @@ def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatc
     compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1, cancelling=rate > 10)
 
 
+def points(b: int, h: int, n: int, k: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(t, s) of points at radii from R_MIN to R_MAX, s rounded to `dtype` first; among them coincident and antipodal ones.
+
+    In fp32, where the tolerance is small, those coincide at radius 1: at R_MAX, fp32 itself knows cosh d - 1 to t^2 2^-24 only, 1 % of TIP^2.
+    """
+    far = R_MAX if dtype == torch.bfloat16 else 1.0
+    u = direction(normal(b, n, h, k, seed=seed, dtype=torch.float32))
+    r = R_MIN + (R_MAX - R_MIN) * torch.rand(b, n, h, generator=torch.Generator().manual_seed(seed))
+    if n >= 6:
+        u[:, 1], u[:, 2], u[:, 3], u[:, 5] = u[:, 0], u[:, 0], -u[:, 0], u[:, 4] * (1 + 1e-3)
+        r[:, 1], r[:, 2], r[:, 3], r[:, 0] = far, R_MIN, R_MAX, far
+    s = (torch.sinh(r)[..., None] * u).to(DEVICE, dtype).transpose(1, 2)
+    return time_of(s.double()).float().requires_grad_(), s.requires_grad_()
+
+
+@pytest.mark.parametrize("score", ["logcosh", "distance"])
+@pytest.mark.parametrize("n", [1, 17, *LENGTHS[2:]])
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hyperbolic_attention(dtype, k, n, score):
+    b, h = (2, 3) if GPU else (1, 1)
+    t_q, s_q = points(b, h, n, k, 1, dtype)
+    t_k, s_k = points(b, h, n, k, 1 if dtype == torch.bfloat16 else 2, dtype)
+    if n >= 64 or dtype == torch.bfloat16:  # some queries meet themselves: of 17, these would make up all of the norm, and of its rounding
+        with torch.no_grad():
+            t_k[:, :, :2], s_k[:, :, :2] = t_q[:, :, :2], s_q[:, :, :2]
+    beta = (torch.tensor([1.0, 0.1, 5.0])[:h] * k**0.5).to(DEVICE).requires_grad_()
+    compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, token_major(b, h, n, k, seed=3, dtype=dtype), beta, score], dtype)
+
+
+@pytest.mark.parametrize(("n", "m", "group"), [(1, 70, 1), (20, 70, 1), (40, 40, 3), (1, 1100, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hyperbolic_attention_of_the_last_queries_and_of_grouped_keys(dtype, n, m, group):
+    (t_q, s_q), (t_k, s_k), v = points(2, 2 * group, n, 32, 1, dtype), points(2, 2, m, 32, 2, dtype), spread(2, 2, m, 32, seed=3, dtype=dtype)
+    beta = torch.linspace(1, 9, 2 * group, device=DEVICE).requires_grad_()
+    inputs = [t_q, s_q, t_k, s_k, v, beta, "logcosh"]
+    compare("hyperbolic_attention", inputs, dtype)
+    compare("hyperbolic_attention", [x.detach() if torch.is_tensor(x) else x for x in inputs], dtype)  # for one query, the decoding kernels
+
+
+@pytest.mark.parametrize("score", ["logcosh", "distance"])
+@pytest.mark.parametrize("beta", [1e-3, 1.0, 12.0, 200.0, 1e4])
+@torch.no_grad()
+def test_hyperbolic_attention_holds_at_every_temperature(score, beta):
+    """Far keys alone: without scaling each row by its largest weight, every weight would vanish."""
+    n = 1000 if GPU else 70
+    (t_q, s_q), (t_k, s_k) = points(1, 1, n, 64, 1, torch.float32), points(1, 1, n, 64, 2, torch.float32)
+    inputs = [t_q, s_q, t_k, s_k, torch.ones(1, 1, n, 64, device=DEVICE), torch.tensor([beta], device=DEVICE), score]
+    torch.testing.assert_close(OPS["hyperbolic_attention"]["triton"](*inputs), inputs[4])  # a mean of ones
+
+
+def test_hyperbolic_attention_is_finite_for_a_million_adversarial_pairs():
+    n = 1000 if GPU else 100
+    radii = torch.tensor([R_MIN, R_MIN + 1e-6, 1.0, R_MAX - 1e-6, R_MAX])
+    u = direction(normal(1, 1, 1, 64, seed=1, dtype=torch.float32) + 1e-4 * normal(1, 1, n, 64, seed=2, dtype=torch.float32))
+    u[:, :, ::3] *= -1
+    s = (torch.sinh(radii[torch.arange(n) % 5])[:, None] * u).to(DEVICE, DTYPES[-1])
+    leaves = [time_of(s.float()), s, time_of(s.float()), s.clone(), normal(1, 1, n, 64, seed=3).to(DEVICE, DTYPES[-1]), torch.tensor([11.0], device=DEVICE)]
+    leaves = [x.requires_grad_() for x in leaves]
+    for score in ("logcosh", "distance"):
+        o = OPS["hyperbolic_attention"]["triton"](*leaves, score)
+        for x in (o, *torch.autograd.grad(o, leaves, torch.ones_like(o))):
+            assert torch.isfinite(x).all()
+
+
 def projected(b: int, n: int, h: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [spread(b, n, 3 * h * k, seed=1, dtype=dtype), spread(3 * h * k, 4, seed=2, dtype=dtype)]
 
@@ -188,6 +255,8 @@ def test_kernels_work_under_torch_func():
 
 
 MODELS = {
+    "phase7": ModelConfig(kind="phase7", d_model=64, n_layers=1, head_dim=32, vocab_size=64),
+    "phase7-distance": ModelConfig(kind="phase7", score="distance", d_model=64, n_layers=1, head_dim=32, vocab_size=64),
     "phase8": ModelConfig(kind="phase8", d_model=64, n_layers=1, head_dim=32, vocab_size=64),
     "phase8-ssm": ModelConfig(kind="phase8", d_model=64, n_layers=1, head_dim=32, vocab_size=64, ssm=True),
 }

@@ -52,22 +52,32 @@ def log_weight_and_slope(z, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def tile(base, rows, inside, stride, WIDTH: tl.constexpr):
-    """Rows of a matrix of which one row is `stride` from the next, zero where not inside."""
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, WIDTH)[None, :], mask=inside[:, None], other=0.0)
+def tile(base, first, inside, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Rows from `first` on of a matrix of which one row is `stride` from the next, zero where not inside; EVEN: all are."""
+    numbers = base + tl.cast(first, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :])
+    if EVEN:
+        return tl.load(numbers)
+    return tl.load(numbers, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def vector(numbers, inside, beyond: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(numbers)
+    return tl.load(numbers, mask=inside, other=beyond)
 
 
 @triton.jit
 def attend(
     acc, total, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to its least log2 g so far."""
     for first in range(start, end, BN):
         j = first + tl.arange(0, BN)
         there = j < M
-        z = t_q[:, None] * tl.load(t_k + j, mask=there, other=1.0)[None, :]
-        z -= tl.dot(s_q, tl.trans(tile(k, j, there, stride_k, K)), input_precision="ieee")
+        z = t_q[:, None] * vector(t_k + j, there, 1.0, EVEN)[None, :]
+        z -= tl.dot(s_q, tl.trans(tile(k, first, there, stride_k, BN, K, EVEN)), input_precision="tf32x3")
         logs = log_weight(z, DISTANCE)
         if MASK:
             logs = tl.where(j[None, :] <= i[:, None], logs, float("inf"))
@@ -75,8 +85,8 @@ def attend(
         p = tl.exp2(beta * (now[:, None] - logs))
         shrink = tl.exp2(beta * (now - least))
         total = total * shrink + tl.sum(p, 1)
-        values = tile(v, j, there, stride_v, V)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        values = tile(v, first, there, stride_v, BN, V, EVEN)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="tf32x3")
         least = now
     return acc, total, least
 
@@ -85,7 +95,7 @@ def attend(
 def forward(
     t_q, s_q, t_k, s_k, v, beta, o, log_sums, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """o (B, N, H, V), and log2 of the sum of g^-beta of each row, (B, H, N)."""
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
@@ -93,7 +103,7 @@ def forward(
     n = block * BM + tl.arange(0, BM)
     inside = n < N
     i = n + (M - N)  # position
-    rows = tile(s_q + b * q_b + h * q_h, n, inside, q_n, K)
+    rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     times = tl.load(t_q + head.to(tl.int64) * N + n, mask=inside, other=1.0)
     temperature = tl.load(beta + h)
     s_k += b * k_b + (h // G) * k_h
@@ -104,10 +114,10 @@ def forward(
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
     end = min(M, block * BM + M - N + BM)
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN
     )
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN
     )
     tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - temperature * least, mask=inside)
     to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
@@ -117,21 +127,21 @@ def forward(
 @triton.jit
 def pull_queries(
     d_s, d_t, d_beta, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start .. end contribute to the gradients of a block of queries."""
     for first in range(start, end, BN):
         j = first + tl.arange(0, BN)
         there = j < M
-        keys, times = tile(k, j, there, stride_k, K), tl.load(t_k + j, mask=there, other=1.0)
-        logs, slope = log_weight_and_slope(t_q[:, None] * times[None, :] - tl.dot(s_q, tl.trans(keys), input_precision="ieee"), DISTANCE)
+        keys, times = tile(k, first, there, stride_k, BN, K, EVEN), vector(t_k + j, there, 1.0, EVEN)
+        logs, slope = log_weight_and_slope(t_q[:, None] * times[None, :] - tl.dot(s_q, tl.trans(keys), input_precision="tf32x3"), DISTANCE)
         p = tl.exp2(-beta * logs - log_sum[:, None])
         if MASK:
             p = tl.where(j[None, :] <= i[:, None], p, 0.0)
-        d_score = p * (tl.dot(d_o, tl.trans(tile(v, j, there, stride_v, V)), input_precision="ieee") - delta[:, None])
+        d_score = p * (tl.dot(d_o, tl.trans(tile(v, first, there, stride_v, BN, V, EVEN)), input_precision="tf32x3") - delta[:, None])
         d_beta -= tl.sum(d_score * logs, 1)
         d_z = (d_score * slope).to(keys.dtype)
-        d_s = tl.dot(d_z, keys, d_s, input_precision="ieee")
+        d_s = tl.dot(d_z, keys, d_s, input_precision="tf32x3")
         d_t += tl.sum(d_z.to(tl.float32) * times[None, :], 1)
     return d_s, d_t, d_beta
 
@@ -140,7 +150,7 @@ def pull_queries(
 def backward_queries(
     t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """d_sq (B, N, H, K), d_tq (B, H, N), each program's part of d_beta (B, H, blocks), and delta = do . o (B, H, N)."""
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -148,11 +158,11 @@ def backward_queries(
     n = block * BM + tl.arange(0, BM)
     inside = n < N
     i = n + (M - N)
-    rows = tile(s_q + b * q_b + h * q_h, n, inside, q_n, K)
+    rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     at = head.to(tl.int64) * N + n
     times, log_sum = tl.load(t_q + at, mask=inside, other=1.0), tl.load(log_sums + at, mask=inside, other=0.0)
-    d_out = tile(d_o + (b * N * do_n + h * V), n, inside, do_n, V)
-    out = tile(o + (b * N * H + h) * V, n, inside, H * V, V)
+    d_out = tile(d_o + (b * N * do_n + h * V), block * BM, inside, do_n, BM, V, False)
+    out = tile(o + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False)
     dots = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + at, dots, mask=inside)
     temperature = tl.load(beta + h)
@@ -163,10 +173,10 @@ def backward_queries(
     all_see = (block * BM + M - N + 1) // BN * BN
     end = min(M, block * BM + M - N + BM)
     d_s, d_t, d_b = pull_queries(
-        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False
+        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN
     )
     d_s, d_t, d_b = pull_queries(
-        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True
+        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN
     )
     tl.store(d_tq + at, -temperature * d_t, mask=inside)
     to = d_sq + ((b * N + n.to(tl.int64)[:, None]) * H + h) * K + tl.arange(0, K)[None, :]
@@ -177,23 +187,23 @@ def backward_queries(
 @triton.jit
 def pull_keys(
     d_s, d_t, d_v, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. end contribute to the gradients of a block of keys. All products are transposed: keys are rows."""
     for first in range(start, end, BM):
         n = first + tl.arange(0, BM)
         there = n < N
-        queries, times = tile(q, n, there, stride_q, K), tl.load(t_q + n, mask=there, other=1.0)
-        logs, slope = log_weight_and_slope(t_k[:, None] * times[None, :] - tl.dot(s_k, tl.trans(queries), input_precision="ieee"), DISTANCE)
-        p = tl.exp2(-beta * logs - tl.load(log_sums + n, mask=there, other=0.0)[None, :])
+        queries, times = tile(q, first, there, stride_q, BM, K, EVEN), vector(t_q + n, there, 1.0, EVEN)
+        logs, slope = log_weight_and_slope(t_k[:, None] * times[None, :] - tl.dot(s_k, tl.trans(queries), input_precision="tf32x3"), DISTANCE)
+        p = tl.exp2(-beta * logs - vector(log_sums + n, there, 0.0, EVEN)[None, :])
         if MASK:
             p = tl.where(j[:, None] <= n[None, :] + offset, p, 0.0)
-        d_out = tile(d_o, n, there, stride_do, V)  # zero beyond the last query, and so is all that follows from it
-        d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="ieee")
-        d_score = p * (tl.dot(v, tl.trans(d_out), input_precision="ieee") - tl.load(delta + n, mask=there, other=0.0)[None, :])
-        d_z = (d_score * slope).to(queries.dtype)
-        d_s = tl.dot(d_z, queries, d_s, input_precision="ieee")
-        d_t += tl.sum(d_z.to(tl.float32) * times[None, :], 1)
+        d_out = tile(d_o, first, there, stride_do, BM, V, EVEN)  # zero beyond the last query, and so is all that follows from it
+        d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="tf32x3")
+        d_score = p * (tl.dot(v, tl.trans(d_out), input_precision="tf32x3") - vector(delta + n, there, 0.0, EVEN)[None, :])
+        d_z = (d_score * (beta * slope)).to(queries.dtype)
+        d_s = tl.dot(d_z, queries, d_s, input_precision="tf32x3")
+        d_t -= tl.sum(d_z.to(tl.float32) * times[None, :], 1)
     return d_s, d_t, d_v
 
 
@@ -201,40 +211,38 @@ def pull_keys(
 def backward_keys(
     t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d_sk (B, M, H/G, K), d_tk (B, H/G, M) and d_v (B, M, H/G, V)."""
+    """d_sk (B, M, H, K), d_tk (B, H, M) and d_v (B, M, H, V): what each head of queries contributes."""
     block, head = tl.program_id(0), tl.program_id(1)
-    heads = H // G
-    b, h = (head // heads).to(tl.int64), head % heads
+    b, h = (head // H).to(tl.int64), head % H
     j = block * BN + tl.arange(0, BN)
     inside = j < M
-    keys, values = tile(s_k + b * k_b + h * k_h, j, inside, k_n, K), tile(v + b * v_b + h * v_h, j, inside, v_n, V)
-    times = tl.load(t_k + b * tk_b + h * tk_h + j, mask=inside, other=1.0)
+    keys = tile(s_k + b * k_b + (h // G) * k_h, block * BN, inside, k_n, BN, K, False)
+    values = tile(v + b * v_b + (h // G) * v_h, block * BN, inside, v_n, BN, V, False)
+    times = tl.load(t_k + b * tk_b + (h // G) * tk_h + j, mask=inside, other=1.0)
     d_s, d_t, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN, V), tl.float32)
     offset = M - N
     start = max(0, block * BN - offset) // BM * BM
     all_seen = min(tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM)  # queries from here on look at the whole block
-    for g in range(G):
-        own = h * G + g
-        at = (b * H + own) * N
-        temperature = tl.load(beta + own)
-        q, d_out = s_q + b * q_b + own * q_h, d_o + (b * N * do_n + own * V)
-        part_s, part_t = tl.zeros((BN, K), tl.float32), tl.zeros((BN,), tl.float32)
-        part_s, part_t, dv = pull_keys(
-            part_s, part_t, dv, times, keys, values, j, q, d_out, t_q + at, log_sums + at, delta + at, temperature, start, all_seen, N, offset,
-            q_n, do_n, K, V, BM, DISTANCE, True,
-        )  # fmt: skip
-        part_s, part_t, dv = pull_keys(
-            part_s, part_t, dv, times, keys, values, j, q, d_out, t_q + at, log_sums + at, delta + at, temperature, all_seen, N, N, offset,
-            q_n, do_n, K, V, BM, DISTANCE, False,
-        )  # fmt: skip
-        d_s += temperature * part_s
-        d_t -= temperature * part_t
-    row = b * M + j.to(tl.int64)[:, None]
+    temperature = tl.load(beta + h)
+    s_q += b * q_b + h * q_h
+    d_o += b * N * do_n + h * V
+    t_q += head.to(tl.int64) * N
+    log_sums += head.to(tl.int64) * N
+    delta += head.to(tl.int64) * N
+    d_s, d_t, dv = pull_keys(
+        d_s, d_t, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, start, all_seen, N, offset,
+        q_n, do_n, K, V, BM, DISTANCE, True, EVEN,
+    )  # fmt: skip
+    d_s, d_t, dv = pull_keys(
+        d_s, d_t, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, all_seen, N, N, offset,
+        q_n, do_n, K, V, BM, DISTANCE, False, EVEN,
+    )  # fmt: skip
+    row = ((b * M + j.to(tl.int64)) * H + h)[:, None]
     tl.store(d_tk + head.to(tl.int64) * M + j, d_t, mask=inside)
-    tl.store(d_sk + (row * heads + h) * K + tl.arange(0, K)[None, :], d_s.to(d_sk.dtype.element_ty), mask=inside[:, None])
-    tl.store(d_v + (row * heads + h) * V + tl.arange(0, V)[None, :], dv.to(d_v.dtype.element_ty), mask=inside[:, None])
+    tl.store(d_sk + row * K + tl.arange(0, K)[None, :], d_s.to(d_sk.dtype.element_ty), mask=inside[:, None])
+    tl.store(d_v + row * V + tl.arange(0, V)[None, :], dv.to(d_v.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -254,7 +262,7 @@ def one_query(
     for first in range(split * SPLIT, min(M, split * SPLIT + SPLIT), BN):
         j = first + tl.arange(0, BN)
         there = j < M
-        keys, values = tile(s_k, j, there, k_n, K).to(tl.float32), tile(v, j, there, v_n, V).to(tl.float32)
+        keys, values = tile(s_k, first, there, k_n, BN, K, False).to(tl.float32), tile(v, first, there, v_n, BN, V, False).to(tl.float32)
         logs = log_weight(time * tl.load(t_k + j, mask=there, other=1.0) - tl.sum(keys * query[None, :], 1), DISTANCE)
         logs = tl.where(there, logs, float("inf"))
         now = tl.minimum(least, tl.min(logs, 0))
@@ -300,15 +308,24 @@ class Config(NamedTuple):
     stages: int
 
 
+HOPPER = {
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+}
+OTHERS = {
+    "forward": {64: Config(128, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
+    "backward_queries": {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 32, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+}
+
+
 def config(kernel: str, K: int, dtype: torch.dtype, hopper: bool) -> Config:
-    """The shipped configuration of `forward`, `backward_queries` or `backward_keys` for heads of width K: none spills registers."""
+    """The shipped configuration of `forward`, `backward_queries` or `backward_keys` for heads of width K. None spills registers, but those in
+    fp32 for heads wider than 64."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1)
-    if kernel == "forward":
-        return Config(128, 64, 8, 3 if hopper else 2) if K <= 128 else Config(64, 32, 8, 2)
-    if K <= 64:
-        return Config(64, 64, 4, 2)
-    return Config(64, 64, 8, 2) if K == 128 else Config(32, 32, 8, 1)
+        return Config(16, 16, 4 if kernel == "forward" and K == 64 else 8, 1)
+    return (HOPPER if hopper else OTHERS)[kernel][max(K, 64)]
 
 
 # -- differentiable --------------------------------------------------------------------------------------------------------------------
@@ -330,23 +347,28 @@ def backward(
     """Gradients of t_q, s_q, t_k, s_k, v, beta, and of `distance` (None)."""
     (b, h, n, k), (_, heads, m, width), device = s_q.shape, v.shape, s_q.device
     d_o = token_major(d_o.transpose(1, 2))
-    delta, d_tq, d_tk = torch.empty_like(log_sums), torch.empty(b, h, n, device=device), torch.empty(b, heads, m, device=device)
-    d_sq, d_sk, d_v = (torch.empty(b, length, count, size, device=device, dtype=v.dtype) for length, count, size in ((n, h, k), (m, heads, k), (m, heads, width)))
-    common = (n, m, h, h // heads, *strides(s_q, t_k, s_k, v), d_o.stride(1))
+    group = h // heads
+    delta, d_tq, d_tk = torch.empty_like(log_sums), torch.empty(b, h, n, device=device), torch.empty(b, h, m, device=device)
+    d_sq = torch.empty(b, n, h, k, device=device, dtype=v.dtype)
+    d_sk, d_v = (torch.empty(b, m, h, size, device=device, dtype=v.dtype if group == 1 else torch.float32) for size in (k, width))
+    common = (n, m, h, group, *strides(s_q, t_k, s_k, v), d_o.stride(1))
     c = config("backward_queries", max(k, width), v.dtype, is_hopper(device))
     d_beta = torch.empty(b, h, triton.cdiv(n, c.BM), device=device)
     launch(
         backward_queries, (triton.cdiv(n, c.BM), b * h),
         t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, *common,
-        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     c = config("backward_keys", max(k, width), v.dtype, is_hopper(device))
     launch(
-        backward_keys, (triton.cdiv(m, c.BN), b * heads),
+        backward_keys, (triton.cdiv(m, c.BN), b * h),
         t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, *common,
-        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
-    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.transpose(1, 2), d_v.transpose(1, 2), d_beta.sum((0, 2)), None
+    d_sk, d_v = d_sk.transpose(1, 2), d_v.transpose(1, 2)
+    if group > 1:
+        d_tk, d_sk, d_v = (x.unflatten(1, (heads, group)).sum(2) for x in (d_tk, d_sk, d_v))
+    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None
 
 
 class HyperbolicAttention(torch.autograd.Function):
@@ -360,7 +382,7 @@ class HyperbolicAttention(torch.autograd.Function):
         launch(
             forward, (triton.cdiv(n, c.BM), b * h),
             t_q, s_q, t_k, s_k, v, beta, o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
-            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, warps=c.warps, stages=c.stages,
+            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
         )  # fmt: skip
         return o, log_sums
 

@@ -91,7 +91,8 @@ def hyperbolic_attention(
     if group > 1:
         t_k, s_k, v = (x.repeat_interleave(group, 1) for x in (t_k, s_k, v))
     z = t_q[..., :, None] * t_k[..., None, :] - widen(s_q) @ widen(s_k).mT
-    w = (z - 1).clamp(min=0)
+    w = z - 1
+    w = w + (w.clamp(min=0) - w).detach()  # coincident points may come out closer than 0 by rounding: their gradient must not depend on it
     d = torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP)
     past = torch.ones(n, m, dtype=torch.bool, device=v.device).tril(m - n)
     p = torch.softmax((-beta[:, None, None] * d).masked_fill(~past, -torch.inf), -1)
