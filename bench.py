@@ -3,7 +3,8 @@
     python bench.py phase7 phase8 softmax     speed and memory of untrained models at several lengths
     python bench.py runs/x runs/y             validation perplexity and bits per byte of runs
     python bench.py phase8 --suite decode     speed and memory of generation, against batch size and context
-    python bench.py --suite kernels           Triton kernels beside their peers and the memory floor (needs a GPU)
+    python bench.py --suite linear            linear attention in Triton beside its peers and the memory's limit (needs a GPU)
+    python bench.py --suite hyperbolic        exact hyperbolic attention in Triton beside softmax attention (needs a GPU)
 """
 
 import sys
@@ -19,7 +20,7 @@ import tyro
 from configs import PRESETS, Config, ConfigError, Kind, resolve
 from hyperlm import cli, env, runs
 from hyperlm.bench import decode, quality, report, speed
-from hyperlm.bench import kernels as kernel_suite
+from hyperlm.bench import kernels as kernel_suites
 from hyperlm.kernels import HAVE_TRITON
 
 
@@ -27,8 +28,8 @@ from hyperlm.kernels import HAVE_TRITON
 class Command:
     subjects: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Kinds (phase7, phase8, softmax) and folders of runs."""
-    suite: Literal["auto", "speed", "quality", "decode", "kernels"] = "auto"
-    """speed and decode (of kinds), quality (of runs), kernels (of nothing else); auto takes speed for kinds and quality for runs."""
+    suite: Literal["auto", "speed", "quality", "decode", "linear", "hyperbolic"] = "auto"
+    """speed and decode (of kinds), quality (of runs), linear and hyperbolic (kernels); auto takes speed for kinds and quality for runs."""
     preset: str = ""
     """Shape of the models; by default standard on a GPU and small on a CPU."""
     lengths: tuple[int, ...] = ()
@@ -78,15 +79,16 @@ def run_quality(command: Command, device: torch.device) -> report.Result:
 
 def run_kernels(command: Command, device: torch.device) -> report.Result:
     if device.type != "cuda" or not HAVE_TRITON:
-        raise cli.UsageError("--suite kernels needs a CUDA device and Triton; `python train.py --doctor` says what this machine has")
-    return kernel_suite.run(device)
+        raise cli.UsageError(f"--suite {command.suite} needs a CUDA device and Triton; `python train.py --doctor` says what this machine has")
+    return {"linear": kernel_suites.linear, "hyperbolic": kernel_suites.hyperbolic}[command.suite](device)
 
 
 SUITES: dict[str, Callable[[Command, torch.device], report.Result]] = {
     "speed": run_speed,
     "decode": run_decode,
     "quality": run_quality,
-    "kernels": run_kernels,
+    "linear": run_kernels,
+    "hyperbolic": run_kernels,
 }
 AUTO = ("speed", "quality")
 
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> int:
     for folder in folders:
         if not Path(folder).is_dir():
             raise cli.UsageError(f"{folder}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")
-    subjects = {"speed": kinds, "decode": kinds, "quality": folders, "kernels": ["all"]}
+    subjects = {"speed": kinds, "decode": kinds, "quality": folders, "linear": ["all"], "hyperbolic": ["all"]}
     if command.suite == "auto" and not command.subjects:
         raise cli.UsageError("name what to measure: phase7, phase8, softmax or folders of runs; or a --suite")
     if command.suite != "auto" and not subjects[command.suite]:

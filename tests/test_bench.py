@@ -61,7 +61,7 @@ def test_tables_align_and_show_what_is_missing():
         (["phase7", "--suite", "quality"], "needs folders of runs"),
         (["runs", "--suite", "decode"], "neither a kind"),
         (["--suite", "decode"], "needs kinds"),
-        (["--suite", "kernels", "--device", "cpu"], "needs a CUDA device"),
+        (["--suite", "linear", "--device", "cpu"], "needs a CUDA device"),
         (["phase7", "--preset", "huge"], "choose from"),
         (["phase7", "--lengths", "0"], "at least 1"),
         (["phase7", "--device", "cuda:99"], "not on this machine"),

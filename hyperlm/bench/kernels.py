@@ -1,9 +1,10 @@
-"""Suite `kernels`: causal linear attention in Triton beside its peers and the memory floor, on random data, checked first.
+"""Suites `linear` and `hyperbolic`: the attention kernels beside their peers and the limits of the device, on random data, checked first.
 
-The peers are flash-linear-attention's (`pip install -e '.[peers]'`), where installed, and torch's softmax attention, which computes
-something else in O(N^2). Floor: the bytes of q, k, v and o once (forward), and of these and their gradients (forward and backward), at the
-rate of a large copy on the same device. Two times, in ms: "called", the median of calls from Python, each with an empty L2 cache; and
-"device", the mean of calls replayed from a CUDA graph, which the launching does not slow down.
+The peers of linear attention are flash-linear-attention's (`pip install -e '.[peers]'`), where installed; those of hyperbolic attention are
+torch's softmax attention, which also stands beside linear attention, computing something else. Two times, in ms: "called", the median of
+calls from Python, each with an empty L2 cache; and "device", the mean of calls replayed from a CUDA graph, which launching does not slow
+down. Limits are lower bounds of a time: bytes of inputs and outputs at the rate of a large copy, operations of the products at the rate of
+a large product, special functions at 16 a clock and multiprocessor, all of the same device.
 """
 
 from collections.abc import Callable
@@ -14,47 +15,113 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hyperlm import env, kernels
+from hyperlm import env, geometry, kernels
 from hyperlm.bench.report import Result, Row
+from hyperlm.mixers.frame import R_MAX, R_MIN
 
-SHAPES = ((8, 16, 2048, 64), (8, 16, 4096, 64), (4, 16, 8192, 64), (2, 16, 16384, 64), (1, 16, 65536, 64), (8, 16, 4096, 128), (4, 64, 4096, 128))
+Shape = tuple[int, int, int, int]  # B, H, N, K
+Inputs = dict[str, Tensor]  # bf16 (B, H, N, K), token-major in memory, and what else an op takes, fp32
+
+LINEAR: tuple[Shape, ...] = (
+    (8, 16, 2048, 64), (8, 16, 4096, 64), (4, 16, 8192, 64), (2, 16, 16384, 64), (1, 16, 65536, 64), (8, 16, 4096, 128), (4, 64, 4096, 128),
+)  # fmt: skip
+HYPERBOLIC: tuple[Shape, ...] = (
+    (8, 16, 2048, 64), (8, 16, 4096, 64), (4, 16, 8192, 64), (2, 16, 16384, 64), (1, 16, 65536, 64), (4, 32, 4096, 128),
+)  # fmt: skip
+CROSSING = (128, 256, 512, 1024, 2048, 4096)  # lengths between which linear attention becomes faster than softmax
 TOLERANCE = 1e-2  # relative error in bf16 that a kernel is timed with
-QUADRATIC_LIMIT = 16384  # longest sequence for softmax attention
+QUADRATIC_LIMIT = 16384  # longest sequence for softmax attention beside linear attention
 
 
-class Inputs(NamedTuple):
-    """bf16, token-major in memory: q, k, v, d_out (B, H, N, K), and log decays (B, H, N), head-major."""
+class Contestant(NamedTuple):
+    """A kernel, the inputs that it is differentiated for, its reference if it is ours or computes the same, and up to which N it is timed."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    d_out: Tensor
-    log_decay: Tensor
-
-
-def inputs(b: int, h: int, n: int, k: int, device: torch.device) -> Inputs:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
-
-    def leaf(x: Tensor) -> Tensor:
-        return x.to(torch.bfloat16).transpose(1, 2).requires_grad_()
-
-    q, key = (leaf(F.elu(normal(b, n, h, k)) + 1) for _ in range(2))
-    log_decay = (-F.softplus(0.5 * normal(b, h, n) - 3)).requires_grad_()
-    return Inputs(q, key, leaf(normal(b, n, h, k)), leaf(normal(b, n, h, k)).detach(), log_decay)
+    name: str
+    fn: Callable[[Inputs], Tensor]
+    leaves: tuple[str, ...]
+    reference: Callable[[Inputs], Tensor] | None = None
+    limit: int = 1 << 30
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a large copy."""
-    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x)) / 1e3)
+def normal(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(*shape, device=device)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """(B, N, H, K) as a differentiable bf16 (B, H, N, K)."""
+    return x.to(torch.bfloat16).transpose(1, 2).requires_grad_()
+
+
+def linear_inputs(shape: Shape, device: torch.device) -> Inputs:
+    """Features q and k, v, the gradient of the output, and log decays (B, H, N) as the model makes them."""
+    b, h, n, k = shape
+    q, key = (leaf(F.elu(normal(b, n, h, k, device=device)) + 1) for _ in range(2))
+    v, d_out = (leaf(normal(b, n, h, k, device=device)) for _ in range(2))
+    log_decay = (-F.softplus(0.5 * normal(b, h, n, device=device) - 3)).requires_grad_()
+    return {"q": q, "k": key, "v": v, "d_out": d_out.detach(), "log_decay": log_decay}
+
+
+def hyperbolic_inputs(shape: Shape, device: torch.device) -> Inputs:
+    """Points (t, s) at random radii, the same directions as q and k for softmax, v, beta, and the gradient of the output."""
+    b, h, n, k = shape
+    x: Inputs = {"beta": torch.full((h,), k**0.5, device=device).requires_grad_()}
+    for name in "qk":
+        u = geometry.direction(normal(b, n, h, k, device=device))
+        x[name] = leaf(u * k**0.25)
+        s = leaf(torch.sinh(R_MIN + (R_MAX - R_MIN) * torch.rand(b, n, h, 1, device=device)) * u)
+        x[f"s_{name}"], x[f"t_{name}"] = s, geometry.time_of(s.detach().float()).requires_grad_()
+    x["v"], d_out = (leaf(normal(b, n, h, k, device=device)) for _ in range(2))
+    return x | {"d_out": d_out.detach()}
+
+
+def softmax(backend: SDPBackend) -> Callable[[Inputs], Tensor]:
+    def attention(x: Inputs) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(x["q"], x["k"], x["v"], is_causal=True, scale=1.0)
+
+    return attention
+
+
+def softmaxes(limit: int) -> list[Contestant]:
+    backends = {"softmax, cuDNN": SDPBackend.CUDNN_ATTENTION, "softmax, FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+    return [Contestant(name, softmax(backend), ("q", "k", "v"), limit=limit) for name, backend in backends.items()]
+
+
+def linear_contestants() -> list[Contestant]:
+    """Those that are installed."""
+
+    def ours(backend: str, *decay: str) -> Callable[[Inputs], Tensor]:
+        return lambda x: kernels.OPS["linear_attention"][backend](x["q"], x["k"], x["v"], *(x[name] for name in decay))[0]
+
+    found = [Contestant("hyperlm", ours("triton"), ("q", "k", "v"), ours("torch"))]
+    found.append(Contestant("hyperlm, decay", ours("triton", "log_decay"), ("q", "k", "v", "log_decay"), ours("torch", "log_decay")))
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn
+    except ImportError:
+        return found + softmaxes(QUADRATIC_LIMIT)
+    for name, fn in (("fla chunk", chunk_linear_attn), ("fla fused chunk", fused_chunk_linear_attn)):
+
+        def peer(x: Inputs, fn: Callable = fn) -> Tensor:
+            return fn(*(x[y].transpose(1, 2) for y in "qkv"), scale=1.0, normalize=False)[0].transpose(1, 2)
+
+        found.append(Contestant(name, peer, ("q", "k", "v"), ours("torch")))
+    return found + softmaxes(QUADRATIC_LIMIT)
+
+
+def hyperbolic_contestants() -> list[Contestant]:
+    leaves = ("t_q", "s_q", "t_k", "s_k", "v", "beta")
+
+    def ours(backend: str, score: str) -> Callable[[Inputs], Tensor]:
+        return lambda x: kernels.OPS["hyperbolic_attention"][backend](*(x[name] for name in leaves), score)
+
+    found = [Contestant(f"hyperlm, {score}", ours("triton", score), leaves, ours("torch", score)) for score in ("logcosh", "distance")]
+    return found + softmaxes(1 << 30)
 
 
 def milliseconds(fn: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    return do_bench(fn, warmup=10, rep=60, return_mode="median")
+    return do_bench(fn, warmup=10, rep=40, return_mode="median")
 
 
 def device_milliseconds(fn: Callable[[], object]) -> float:
@@ -64,87 +131,109 @@ def device_milliseconds(fn: Callable[[], object]) -> float:
         return do_bench_cudagraph(fn, rep=15)
 
 
-def contestants(decayed: bool) -> dict[str, Callable[[Inputs], Tensor]]:
-    """{name: function of the inputs giving (B, H, N, K)}; those that are installed."""
-    linear = kernels.OPS["linear_attention"]["triton"]
-    found: dict[str, Callable[[Inputs], Tensor]] = {"hyperlm": lambda x: linear(x.q, x.k, x.v)[0]}
-    if decayed:
-        return {"hyperlm, decay": lambda x: linear(x.q, x.k, x.v, x.log_decay)[0]}
-    try:
-        from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn
-    except ImportError:
-        pass
-    else:
-        for name, fn in (("fla chunk", chunk_linear_attn), ("fla fused chunk", fused_chunk_linear_attn)):
-            found[name] = lambda x, fn=fn: fn(*(y.transpose(1, 2) for y in (x.q, x.k, x.v)), scale=1.0, normalize=False)[0].transpose(1, 2)
-    for name, backend in (("softmax, cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax, FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
+class Rates(NamedTuple):
+    """What the device does in a ms: bytes of a copy, read and written; operations of a bf16 product; special functions."""
 
-        def softmax(x: Inputs, backend: SDPBackend = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=True)
-
-        found[name] = softmax
-    return found
+    bytes: float
+    operations: float
+    special: float
 
 
-def error(fn: Callable[[Inputs], Tensor], decayed: bool, device: torch.device) -> float:
-    """Largest relative error of output and gradients against the float64 reference, on a small problem."""
-    x = inputs(1, 2, 500, 64, device)
-    exact = Inputs(*(y.detach().double().requires_grad_() for y in x))
-    leaves = ("q", "k", "v", "log_decay") if decayed else ("q", "k", "v")
-    out = fn(x)
-    truth = kernels.OPS["linear_attention"]["torch"](exact.q, exact.k, exact.v, exact.log_decay if decayed else None)[0]
-    found = [out, *torch.autograd.grad(out, [getattr(x, name) for name in leaves], x.d_out)]
-    expected = [truth, *torch.autograd.grad(truth, [getattr(exact, name) for name in leaves], exact.d_out)]
-    return max(float((a.double() - e).norm() / e.norm()) for a, e in zip(*([y.detach() for y in ys] for ys in (found, expected)), strict=True))
+def rates(device: torch.device) -> Rates:
+    from triton.runtime import driver
+
+    x, a = torch.empty(1 << 30, dtype=torch.uint8, device=device), torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    chip = driver.active.utils.get_device_properties(device.index)
+    copied, product = milliseconds(lambda: y.copy_(x)), milliseconds(lambda: a @ a)
+    return Rates(2 * x.nbytes / copied, 2 * 8192**3 / product, 16 * chip["multiprocessor_count"] * chip["sm_clock_rate"])
+
+
+def gradients(contestant: Contestant, x: Inputs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(contestant.fn(x), [x[name] for name in contestant.leaves], x["d_out"])
+
+
+def error(contestant: Contestant, x: Inputs) -> float:
+    """Largest relative error of output and gradients against the reference in float64."""
+    exact = {name: y.detach().double().requires_grad_() for name, y in x.items()}
+    true = contestant._replace(fn=contestant.reference)
+    found, expected = ([c.fn(y), *gradients(c, y)] for c, y in ((contestant, x), (true, exact)))
+    return max(float((a.detach().double() - e.detach()).norm() / e.detach().norm()) for a, e in zip(found, expected, strict=True))
+
+
+def check(contestants: list[Contestant], x: Inputs) -> list[str]:
+    """A line on the error of each that has a reference.
+
+    Raises:
+        RuntimeError: for a wrong result.
+    """
+    notes = []
+    for contestant in contestants:
+        if contestant.reference is not None:
+            off = error(contestant, x)
+            notes.append(f"{contestant.name}: largest relative error of output and gradients {off:.1e}")
+            if not off < TOLERANCE:
+                raise RuntimeError(f"{contestant.name} is wrong (relative error {off:.1e}), so its speed says nothing")
+    return notes
+
+
+def timed(contestants: list[Contestant], shape: Shape, x: Inputs, limits: dict[str, float]) -> list[Row]:
+    """A row for each contestant; `limits` are the shortest times that are possible, in ms, forward and forward+backward."""
+    rows: list[Row] = []
+    for contestant in contestants:
+        if shape[2] > contestant.limit:
+            continue
+        row: Row = {"B, H, N, K": ", ".join(map(str, shape)), "kernel": contestant.name}
+        for what, call in (("forward", torch.no_grad()(lambda c=contestant: c.fn(x))), ("forward+backward", lambda c=contestant: gradients(c, x))):
+            row[f"{what}, called"] = milliseconds(call)
+            row[f"{what}, device"] = device_milliseconds(call)
+            row[f"{what}, device / limit"] = row[f"{what}, device"] / limits[what]
+        print(f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float)), flush=True)
+        rows.append(row)
+    return rows
 
 
 def crossing(device: torch.device) -> str:
     """From which length linear attention with decay is faster than cuDNN's softmax attention, forward and backward, for 16 heads of 64."""
-    tried = []
-    for n in (128, 256, 512, 1024, 2048, 4096):
-        x = inputs(65536 // n, 16, n, 64, device)
-        times = []
-        for fn, leaves in ((contestants(True)["hyperlm, decay"], [x.q, x.k, x.v, x.log_decay]), (contestants(False)["softmax, cuDNN"], [x.q, x.k, x.v])):
-            times.append(device_milliseconds(lambda fn=fn, leaves=leaves, x=x: torch.autograd.grad(fn(x), leaves, x.d_out)))
-        tried.append((n, *times))
-    faster = [n for n, ours, theirs in tried if ours < theirs]
-    listed = ", ".join(f"{n}: {ours:.3f} against {theirs:.3f}" for n, ours, theirs in tried)
-    return f"65,536 tokens, 16 heads of 64, forward+backward with decay against cuDNN softmax, device ms: {listed}; faster from {min(faster, default='none')} on"
+    entrants = [c for c in linear_contestants() if c.name in ("hyperlm, decay", "softmax, cuDNN")]
+    times = {}
+    for n in CROSSING:
+        x = linear_inputs((65536 // n, 16, n, 64), device)
+        times[n] = [device_milliseconds(lambda c=c, x=x: gradients(c, x)) for c in entrants]
+    listed = ", ".join(f"{n}: {ours:.3f} against {theirs:.3f}" for n, (ours, theirs) in times.items())
+    first = min((n for n, (ours, theirs) in times.items() if ours < theirs), default="none")
+    return f"65,536 tokens, 16 heads of 64, forward+backward with decay against cuDNN softmax, device ms: {listed}; faster from {first} on"
 
 
-def run(device: torch.device) -> Result:
-    """Check, then time every contestant at every shape."""
-    everyone = [(name, fn, decayed) for decayed in (False, True) for name, fn in contestants(decayed).items()]
-    rate = copy_rate(device)
-    notes = [f"a copy moves {rate / 1e12:.2f} TB/s"]
-    for name, fn, decayed in everyone:
-        if not name.startswith("softmax"):
-            off = error(fn, decayed, device)
-            notes.append(f"{name}: largest relative error of output and gradients {off:.1e}")
-            if not off < TOLERANCE:
-                raise RuntimeError(f"{name} is wrong (relative error {off:.1e}), so its speed says nothing")
-    from hyperlm.kernels import linear_attention
+def linear(device: torch.device) -> Result:
+    """Check, then time causal linear attention and its peers."""
+    from hyperlm.kernels.linear_attention import division
 
+    contestants, rate = linear_contestants(), rates(device)
+    notes = [f"a copy moves {rate.bytes / 1e9:.2f} TB/s", *check(contestants, linear_inputs((1, 2, 500, 64), device))]
     rows: list[Row] = []
-    for b, h, n, k in env.progress(SHAPES, "kernels"):
-        x = inputs(b, h, n, k, device)
-        size = x.q.numel() * x.q.element_size()
-        floors = {"forward": 4 * size / rate * 1e3, "forward+backward": 11 * size / rate * 1e3}
-        for name, fn, decayed in everyone:
-            if name.startswith("softmax") and n > QUADRATIC_LIMIT:
-                continue
-            leaves = [x.q, x.k, x.v] + ([x.log_decay] if decayed else [])
-            calls = {
-                "forward": torch.no_grad()(lambda fn=fn: fn(x)),
-                "forward+backward": lambda fn=fn, leaves=leaves: torch.autograd.grad(fn(x), leaves, x.d_out),
-            }
-            row: Row = {"B, H, N, K": f"{b}, {h}, {n}, {k}", "kernel": name}
-            if name.startswith("hyperlm"):
-                row["divided into"] = linear_attention.division(b * h, n, device)
-            for what, call in calls.items():
-                row[f"{what}, called"] = milliseconds(call)
-                row[f"{what}, device"] = device_milliseconds(call)
-                row[f"{what}, device / floor"] = row[f"{what}, device"] / floors[what]
-            rows.append(row)
-    return Result("kernels", rows, [*notes, crossing(device)])
+    for shape in env.progress(LINEAR, "linear"):
+        x = linear_inputs(shape, device)
+        limits = {"forward": 4 * x["q"].nbytes / rate.bytes, "forward+backward": 11 * x["q"].nbytes / rate.bytes}
+        notes.append(f"{', '.join(map(str, shape))}: {division(shape[0] * shape[1], shape[2], device)}")
+        rows += timed(contestants, shape, x, limits)
+    return Result("linear", rows, [*notes, crossing(device)])
+
+
+def hyperbolic(device: torch.device) -> Result:
+    """Check, then time exact hyperbolic attention and softmax attention.
+
+    The limit is the larger of two: 2 products and 2 special functions a pair forward, 7 and 5 more backward (weights are computed twice).
+    """
+    contestants, rate = hyperbolic_contestants(), rates(device)
+    notes = [f"a product of 8192 x 8192 runs at {rate.operations / 1e9:.0f} TFLOP/s", *check(contestants, hyperbolic_inputs((1, 2, 500, 64), device))]
+    rows: list[Row] = []
+    for shape in env.progress(HYPERBOLIC, "hyperbolic"):
+        b, h, n, k = shape
+        pairs = b * h * n * (n + 1) / 2
+        products = {"forward": 2 * 2 * pairs * k / rate.operations, "forward+backward": 9 * 2 * pairs * k / rate.operations}
+        special = {"forward": 2 * pairs / rate.special, "forward+backward": 7 * pairs / rate.special}
+        listed = "; ".join(f"{what}: products {products[what]:.3f} ms, special functions {special[what]:.3f} ms" for what in products)
+        notes.append(f"{', '.join(map(str, shape))}: limits {listed}")
+        rows += timed(contestants, shape, hyperbolic_inputs(shape, device), {what: max(products[what], special[what]) for what in products})
+    return Result("hyperbolic", rows, notes)
