@@ -20,7 +20,7 @@ from configs import Config, ConfigError
 from hyperlm import checkpoint, cli, env, model, runs, sample
 from hyperlm import tokenizer as tok
 from hyperlm.sample import Sampling
-from hyperlm.step import compute_copy
+from hyperlm.precision import compute_copy
 from hyperlm.tree import Tree
 
 

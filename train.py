@@ -19,7 +19,8 @@ from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
 from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.kernels import select
-from hyperlm.step import State, compute_copy, init_state, make_step
+from hyperlm.precision import compute_copy
+from hyperlm.step import State, init_state, make_step
 from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run

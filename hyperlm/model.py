@@ -178,11 +178,25 @@ def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCa
     return functional_call(block, params, (x, cache, ctx), strict=True)
 
 
-def context(params: Params, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
-    """What all layers share when `tokens` (B, N) follow `position` earlier ones."""
+def context(dtype: torch.dtype, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
+    """What all layers share when `tokens` (B, N) follow `position` earlier ones and matrices are in `dtype`."""
     angles = rope_angles(position, tokens.shape[1], cfg.head_dim, tokens.device)
-    dtype = params["head"]["weight"].dtype
     return Context(table.table(ops(cfg), tokens.device, kernels, cfg.head_dim, dtype), dtype, *angles, position, **options)
+
+
+def embed(params: dict[str, Tensor], tokens: Tensor, cfg: ModelConfig, ctx: Context) -> Tensor:
+    """The first stage: tokens (B, N) -> x (B, N, D)."""
+    return functional_call(skeleton(cfg).embed, params, (tokens, ctx), strict=True)
+
+
+def layer_context(ctx: Context, layer: int) -> Context:
+    """The context of one layer: its three branches draw dropout from keys of their own."""
+    return ctx._replace(key=None if ctx.key is None else ctx.key + 3 * layer)
+
+
+def finish(params: dict[str, Tensor], x: Tensor, cfg: ModelConfig, ctx: Context) -> Tensor:
+    """The last stage without its projection: x (B, N, D) -> normalised features (B, N, D)."""
+    return functional_call(skeleton(cfg).head, params, (x, ctx), strict=True)
 
 
 def hidden(
@@ -204,16 +218,15 @@ def hidden(
         gauges: a list that receives {"q": (B, H, N), "k": ...} radii from each hyperbolic layer.
         run: how to run a block; `run_block` or a compiled version of it.
     """
-    s = skeleton(cfg)
-    ctx = context(params, tokens, cfg, kernels, key=key, gauges=gauges)
-    x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
-    for layer, (block, block_params) in enumerate(zip(s.blocks, params["blocks"], strict=True)):
-        own = ctx._replace(key=None if key is None else key + 3 * layer)  # three branches a block draw from keys of their own
+    ctx = context(params["head"]["weight"].dtype, tokens, cfg, kernels, key=key, gauges=gauges)
+    x = embed(params["embed"], tokens, cfg, ctx)
+    for layer, (block, block_params) in enumerate(zip(skeleton(cfg).blocks, params["blocks"], strict=True)):
+        own = layer_context(ctx, layer)
         if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
             x = checkpoint(lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False, preserve_rng_state=False)
         else:
             x, _ = run(block, block_params, x, None, own)
-    return functional_call(s.head, params["head"], (x, ctx), strict=True)
+    return finish(params["head"], x, cfg, ctx)
 
 
 def apply(params: Params, tokens: Tensor, cfg: ModelConfig, *, kernels: str = "auto") -> Tensor:
@@ -253,14 +266,13 @@ def extend(params: Params, tokens: Tensor, cache: Cache, cfg: ModelConfig, *, ke
 
     The cache given is consumed: key and value buffers are written in place.
     """
-    s = skeleton(cfg)
-    ctx = context(params, tokens, cfg, kernels, cache.position)
-    x = functional_call(s.embed, params["embed"], (tokens, ctx), strict=True)
+    ctx = context(params["head"]["weight"].dtype, tokens, cfg, kernels, cache.position)
+    x = embed(params["embed"], tokens, cfg, ctx)
     layers = []
-    for block, block_params, entries in zip(s.blocks, params["blocks"], cache.layers, strict=True):
+    for block, block_params, entries in zip(skeleton(cfg).blocks, params["blocks"], cache.layers, strict=True):
         x, entries = run_block(block, block_params, x, entries, ctx)
         layers.append(entries)
-    x = functional_call(s.head, params["head"], (x, ctx), strict=True)
+    x = finish(params["head"], x, cfg, ctx)
     return F.linear(x, params["head"]["weight"]), Cache(cache.position + tokens.shape[1], layers)
 
 

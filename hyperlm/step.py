@@ -13,10 +13,10 @@ from torch import Tensor
 
 from configs import Config
 from hyperlm import model, tree
-from hyperlm.env import compute_dtype
-from hyperlm.graph import replayed
-from hyperlm.loss import IGNORE, head_nats
+from hyperlm.loss import IGNORE
 from hyperlm.optim import adamw, clip, schedule
+from hyperlm.residence import device as on_device
+from hyperlm.residence import host
 from hyperlm.tree import Tree
 
 Metrics = dict[str, Any]
@@ -41,11 +41,6 @@ def init_state(cfg: Config, total_steps: int, device: torch.device) -> State:
     return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
 
 
-def compute_copy(params: Tree, dtype: torch.dtype) -> Tree:
-    """Parameters to compute with: matrices in `dtype`, vectors (norms, biases, temperatures) as they are."""
-    return tree.map(lambda p: p.detach().to(dtype) if p.dim() > 1 else p.detach(), params)
-
-
 def step_key(state: State, micro_batch: int, device: torch.device) -> Tensor:
     """The key that dropout of one micro-batch is a function of; layers add less than 1 << 20 to it."""
     return torch.tensor(((state.seed & 0xFFFF) << 46) + (state.step << 20) * 1024 + (micro_batch << 20), device=device)
@@ -61,55 +56,15 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
     lr = schedule(cfg.optim, total_steps)
     optimizer = adamw(cfg.optim, lr)
     decay = tree.map(lambda spec: spec.decay, model.declaration(cfg.model))
-    dtype = compute_dtype(device)
-    run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-
-    def nats_of(params: Tree, tokens: Tensor, key: Tensor) -> Tensor:
-        inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-        features = model.hidden(
-            params, inputs, cfg.model, kernels=cfg.kernels, key=key, recompute=cfg.train.recompute, run=run
-        )
-        return head_nats(features.flatten(0, 1), params["head"]["weight"], targets.flatten())[0]
-
-    weights: Tree = None  # what is computed with
-
-    def refresh(params: Tree) -> None:
-        """Bring `weights` up to date; on a GPU in place, where a recorded graph reads them."""
-        nonlocal weights
-        if device.type != "cuda":
-            weights = tree.map(lambda p: p.requires_grad_(), compute_copy(params, dtype))
-        elif weights is None:
-            weights = tree.map(lambda p: p.clone().requires_grad_(), compute_copy(params, dtype))
-        else:
-            with torch.no_grad():
-                torch._foreach_copy_(tree.leaves(weights), tree.leaves(params))
-
-    def gradients(tokens: Tensor, key: Tensor, count: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Nats of one micro-batch, and the gradients of nats / count."""
-        with torch.profiler.record_function("forward"):
-            nats = nats_of(weights, tokens, key)
-        with torch.profiler.record_function("backward"):
-            return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
-
-    if device.type == "cuda":
-        gradients = replayed(gradients)
+    gradients = (host if cfg.train.residence == "host" else on_device).make_gradients(cfg, device)
 
     def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
-        refresh(state.params)
         count = int((batch[:, :, 1:] != IGNORE).sum())
-        divisor = torch.tensor(float(count), device=device)
-        batch = batch.to(device, non_blocking=True)
-        total, sums = torch.zeros((), device=device), None
-        for index, tokens in enumerate(batch):
-            nats, grads = gradients(tokens, step_key(state, index, device), divisor)
-            total += nats
-            if sums is None:
-                sums = [g.to(torch.float32, copy=True) for g in grads]
-            else:
-                torch._foreach_add_(sums, list(grads))
+        keys = [step_key(state, index, device) for index in range(len(batch))]
+        nats, grads = gradients(state.params, batch.to(device, non_blocking=True), keys, count)
         with torch.no_grad(), torch.profiler.record_function("update"):
-            grads, norm = clip(tree.unflatten(sums, state.params), cfg.optim.clip, cfg.optim.clip_scope)
-            loss = total / count
+            grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope)
+            loss = nats / count
             finite = bool(torch.isfinite(norm + loss))
             new_params, opt_state = state.params, state.opt_state
             if finite:

@@ -19,7 +19,8 @@ from hyperlm import kernels
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes a program may have; those for 8.0 also run on 8.6 and 8.9, which have the least
 INTS = "i32"
-MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32"  # hyperbolic attention of wide heads in fp32, a path for checking
+# of the hyperbolic kernels, wide heads in fp32: a path for checking, not for speed
+MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|convolve_backward 2, 256, fp32"
 
 
 def builds():
@@ -61,11 +62,13 @@ def builds():
                 yield f"join, {k}, {name}", ha.join, args, 4, 3, capability
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
-                rows, warps = convolution.tile(k, dtype)
-                args = dict.fromkeys(("x", "weight", "tail"), x) | dict(r=f, beta=f, N=INTS, H=INTS, row_stride=INTS, K=k, ROWS=rows, TAIL=True, LIFT=True)
-                yield f"convolve, {k}, {name}", convolution.convolve, args | dict(out=x, part_stride=INTS), warps, 3, capability
-                out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_weight", "d_r", "d_beta"), f) | dict(TILES=convolution.TILES)
-                yield f"convolve_backward, {k}, {name}", convolution.convolve_backward, args | out, warps, 1, capability
+                for lift in (convolution.FEATURES.value, convolution.POINTS.value):
+                    rows, warps = convolution.tile(k, dtype, lift)
+                    args = dict.fromkeys(("x", "weight", "tail"), x) | dict.fromkeys(("r", "beta", "cos", "sin"), f)
+                    args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, ROWS=rows, TAIL=True, LIFT=lift)
+                    yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS), warps, 3, capability
+                    out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
+                    yield f"convolve_backward {lift}, {k}, {name}", convolution.convolve_backward, args | out | dict(TILES=convolution.TILES), warps, 1, capability
                 args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
                 yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
                 out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)

@@ -8,10 +8,9 @@ from torch.autograd import gradcheck
 
 from conftest import normal
 from hyperlm import kernels
-from hyperlm.geometry import direction, distance, lift
+from hyperlm.geometry import direction, distance, lift, lift_rounded
 from hyperlm.kernels import reference as ref
 from hyperlm.mixers.frame import R_MAX, R_MIN
-from hyperlm.mixers.phase7 import lift_rounded
 
 B, H, K, V = 2, 3, 4, 5
 LENGTHS = [1, 2, 63, 64, 65, 100, 200]

@@ -166,7 +166,7 @@ def test_the_largest_preset_has_three_billion_parameters_by_hand():
 def test_bf16_on_a_gpu_is_near_fp64(cfg):
     params, tokens = model.init(cfg, 0, dtype=torch.float64), tokens_of(cfg, 2, 100)
     truth = model.apply(params, tokens, cfg)
-    from hyperlm.step import compute_copy
+    from hyperlm.precision import compute_copy
 
     on_gpu = compute_copy(tree.map(lambda p: p.float().cuda(), params), torch.bfloat16)
     found = model.apply(on_gpu, tokens.cuda(), cfg).double().cpu()

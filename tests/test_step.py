@@ -110,6 +110,15 @@ def test_steps_with_dropout_repeat_exactly():
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_layer_major_accumulation_gives_the_same_bits(case):
+    cfg = config(replace(CASES[case], dropout=0.1), clip=0.5)
+    batches = [tokens_of(3, 2, 17, seed=i) for i in range(20)]
+    (a, last), (b, last_again) = after(cfg, batches), after(replace(cfg, train=replace(cfg.train, residence="host")), batches)
+    assert all(torch.equal(last[name], last_again[name]) for name in ("loss", "grad_norm"))
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True))
+
+
 @pytest.mark.gpu
 def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg):
     def losses(device: torch.device) -> list[float]:

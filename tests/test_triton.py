@@ -10,7 +10,7 @@ from hyperlm import kernels, model, tree
 from hyperlm.geometry import direction, time_of
 from hyperlm.kernels import OPS
 from hyperlm.loss import head_nats
-from hyperlm.mixers.frame import R_MAX, R_MIN
+from hyperlm.mixers.frame import R_MAX, R_MIN, rope_angles
 
 pytestmark = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
 
@@ -191,6 +191,15 @@ def test_tangent_features(dtype, k, n):
     r = (0.05 + 4 * torch.rand(b, n, 2 * h, generator=torch.Generator().manual_seed(3))).to(DEVICE).mT.requires_grad_()
     beta = (k**0.5 * (0.5 + torch.rand(h, generator=torch.Generator().manual_seed(4)))).to(DEVICE).requires_grad_()
     compare("tangent_features", [*projected(b, n, h, k, dtype), r, beta], dtype)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("k", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hyperbolic_points(dtype, k, n):
+    b, h = 2, 2
+    r = (R_MIN + (R_MAX - R_MIN) * torch.rand(b, n, 2 * h, generator=torch.Generator().manual_seed(3))).to(DEVICE).mT.requires_grad_()
+    compare("hyperbolic_points", [*projected(b, n, h, k, dtype), r, *rope_angles(5, n, k, DEVICE)], dtype)
 
 
 @pytest.mark.parametrize("op", ["causal_conv", "tangent_features"])

@@ -7,7 +7,7 @@ import torch
 
 from hyperlm import checkpoint, data, env, evals, runs, tree
 from hyperlm.bench.report import Result
-from hyperlm.step import compute_copy
+from hyperlm.precision import compute_copy
 
 
 def run(folders: list[Path], device: torch.device, kernels: str) -> Result:

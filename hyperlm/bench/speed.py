@@ -16,7 +16,8 @@ from torch import Tensor
 from configs import Config, Kind
 from hyperlm import env, model, tree
 from hyperlm.bench.report import Plot, Result, Row
-from hyperlm.step import compute_copy, init_state, make_step
+from hyperlm.precision import compute_copy
+from hyperlm.step import init_state, make_step
 
 OUT_OF_MEMORY = "out of memory"
 

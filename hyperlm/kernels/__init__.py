@@ -11,6 +11,7 @@ from hyperlm.kernels import reference
 OPS: dict[str, dict[str, Callable]] = {
     "causal_conv": {"torch": reference.causal_conv},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
+    "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
     "norm_gate": {"torch": reference.norm_gate},
     "scan": {"torch": reference.scan},
@@ -29,6 +30,7 @@ else:
 
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
+    OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
     OPS["norm_gate"]["triton"] = norm_gate.norm_gate
     OPS["scan"]["triton"] = scan.scan

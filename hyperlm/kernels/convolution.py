@@ -1,11 +1,13 @@
-"""The short causal convolution with SiLU in Triton, and in the same pass the polar lift and feature map of Phase 8, forward and backward.
+"""The short causal convolution with SiLU in Triton, and in the same pass the features of Phase 8 or the points of Phase 7, forward and backward.
 
-A program works on one head of one of q, k, v, so that it holds the whole vector that the lift normalises: features cost no more traffic
-than the convolution alone. Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input, and row n of a gradient
+A program works on one head of one of q, k, v, so that it holds the whole vector that the lift normalises: features and points cost no more
+traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache. Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input, and row n of a gradient
 rows n .. n+3 of the gradient after it, which come from their tile by products with shift matrices.
 
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +21,7 @@ from hyperlm.kernels.layout import token_major
 
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
+PLAIN, FEATURES, POINTS = (tl.constexpr(i) for i in range(3))  # what becomes of q and k
 TILES = 4  # of a program, in the backward pass
 
 
@@ -32,20 +35,56 @@ def inputs_at(x, tail, b, n, channel, N, C, TAIL: tl.constexpr):
 
 
 @triton.jit
+def convolved_at(x, weight, tail, b, n, channel, N, C, K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, UNROLL: tl.constexpr):
+    """The convolution (ROWS, K) at rows n and these channels, before SiLU. UNROLL: all taps are loaded at once, into more registers."""
+    z = tl.zeros((ROWS, K), tl.float32)
+    if UNROLL:
+        for tap in tl.static_range(W):
+            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+    else:
+        for tap in range(W):
+            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def angles_at(cos, sin, n, N, K: tl.constexpr):
+    """Of coordinates i at rows n, what the rotary embedding multiplies y_i and y_(i +- K/2) with."""
+    ks = tl.arange(0, K)
+    at = n[:, None] * (K // 2) + (ks % (K // 2))[None, :]
+    mask = ((n >= 0) & (n < N))[:, None]
+    return tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0) * tl.where(ks < K // 2, -1.0, 1.0)[None, :]
+
+
+@triton.jit
+def sinh_cosh(r):
+    up, down = tl.exp(r), tl.exp(-r)
+    return 0.5 * (up - down), 0.5 * (up + down)
+
+
+@triton.jit
 def convolve(
-    x, weight, tail, r, beta, out, N, H, part_stride, row_stride,
+    x, weight, tail, r, beta, cos, sin, out, times, B, N, H, part_stride, row_stride,
     K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """out = SiLU(convolution); with LIFT, elu(beta r u) + 1 of it for q and k, u its direction."""
+    """out = SiLU(convolution). Of q and k, u its direction: FEATURES elu(beta r u) + 1; POINTS sinh(r) times u rotated, and times (2, B, H, N)."""
     part, h, b = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
     C = 3 * H * K
     channel = tl.program_id(1) * K + tl.arange(0, K)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    z = tl.zeros((ROWS, K), tl.float32)
-    for tap in tl.static_range(W):
-        z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+    z = convolved_at(x, weight, tail, b, n, channel, N, C, K, ROWS, TAIL, True)
     y = z * tl.sigmoid(z)
-    if LIFT:
+    if LIFT == POINTS:
+        if part < 2:
+            z = convolved_at(x, weight, tail, b, n, tl.program_id(1) * K + (tl.arange(0, K) + K // 2) % K, N, C, K, ROWS, TAIL, True)
+            same, other = angles_at(cos, sin, n, N, K)
+            radius, _ = sinh_cosh(tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0))
+            scale = tl.rsqrt(tl.sum(y * y, 1) + FLOOR) * radius
+            s = ((y * same + z * tl.sigmoid(z) * other) * scale[:, None]).to(out.dtype.element_ty)
+            y = s.to(tl.float32)
+            at = ((part.to(tl.int64) * B + b) * H + h) * N + n
+            tl.store(times + at, tl.sqrt_rn(1 + tl.sum(y * y, 1)), mask=n < N)
+    if LIFT == FEATURES:
         if part < 2:
             radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0) * tl.load(beta + h)
             tangent = y * (tl.rsqrt(tl.sum(y * y, 1) + FLOOR) * radius)[:, None]
@@ -62,8 +101,37 @@ def later(rows, by):
 
 
 @triton.jit
+def points_backward(
+    y, d, x, weight, tail, r, cos, sin, dq, dk, d_times, d_r, b, n, h, part, row_stride, B, N, H, mine,
+    K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of y from that of its point, d (ROWS, K) of s and d_times of t; and d_r."""
+    ks = (tl.arange(0, K) + K // 2) % K  # the other coordinate of each plane
+    z = convolved_at(x, weight, tail, b, n, (part * H + h) * K + ks, N, 3 * H * K, K, ROWS, TAIL, False)
+    y_other = z * tl.sigmoid(z)
+    at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
+    if part == 0:
+        d_other = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        d_other = tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
+    same, other = angles_at(cos, sin, n, N, K)
+    radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0)
+    sinh, cosh = sinh_cosh(radius)
+    inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
+    u, u_other = (y * same + y_other * other) * inverse[:, None], (y_other * same - y * other) * inverse[:, None]  # rotated
+    s, s_other = (u * sinh[:, None]).to(DTYPE).to(tl.float32), (u_other * sinh[:, None]).to(DTYPE).to(tl.float32)
+    d_time = tl.load(d_times + ((part.to(tl.int64) * B + b) * H + h) * N + n, mask=n < N, other=0.0)
+    pull = (d_time * tl.rsqrt(1 + tl.sum(s * s, 1)))[:, None]
+    d, d_other = d + pull * s, d_other + pull * s_other
+    along = tl.sum(d * u, 1)
+    tl.store(d_r + (b * N + n) * (2 * H) + part * H + h, along * cosh, mask=mine)
+    d, d_other = d - u * along[:, None], d_other - u_other * along[:, None]
+    return (d * same - d_other * other) * (sinh * inverse)[:, None]  # rotated back
+
+
+@triton.jit
 def convolve_backward(
-    x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, N, H, row_stride,
+    x, weight, tail, r, beta, cos, sin, dq, dk, dv, d_times, dx, d_weight, d_r, d_beta, B, N, H, row_stride,
     K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """dx, d_r, and of each program its part of d_weight (programs of a head, C, W) and d_beta (programs of a head, 2 H)."""
@@ -78,9 +146,7 @@ def convolve_backward(
     db = 0.0
     for tile in range(TILES):
         n = (tl.program_id(0) * TILES + tile) * own + a
-        z = tl.zeros((ROWS, K), tl.float32)
-        for tap in range(W):
-            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+        z = convolved_at(x, weight, tail, b, n, channel, N, C, K, ROWS, TAIL, False)
         gate = tl.sigmoid(z)
         at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
         if part == 0:  # a pointer chosen at run time would be of unknown alignment
@@ -90,7 +156,13 @@ def convolve_backward(
         else:
             d = tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
         mine = (a < own) & (n < N)
-        if LIFT:
+        if LIFT == POINTS:
+            if part < 2:
+                d = points_backward(
+                    z * gate, d, x, weight, tail, r, cos, sin, dq, dk, d_times, d_r, b, n, h, part, row_stride, B, N, H, mine, K, ROWS, TAIL,
+                    dx.dtype.element_ty,
+                )  # fmt: skip
+        if LIFT == FEATURES:
             if part < 2:
                 y = z * gate
                 radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0)
@@ -119,68 +191,86 @@ def convolve_backward(
     tl.store(d_weight + (program * C + channel) * W + 1, dw1)
     tl.store(d_weight + (program * C + channel) * W + 2, dw2)
     tl.store(d_weight + (program * C + channel) * W + 3, dw3)
-    if LIFT:
+    if LIFT == FEATURES:
         if part < 2:
             tl.store(d_beta + program * (2 * H) + part * H + h, db)
 
 
-def tile(K: int, dtype: torch.dtype) -> tuple[int, int]:
+def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
     """Rows of a tile, and the warps that work on it, for heads of width K."""
+    if lift == POINTS.value:
+        return {32: 32, 64: 32, 128: 16, 256: 16}[K], 8
     if dtype == torch.float32:
         return (16, 8) if K != 128 else (32, 8)
     return {32: 64, 64: 64, 128: 32, 256: 16}[K], 8
 
 
+class Lift(NamedTuple):
+    """What becomes of q and k: nothing (no radii), features (beta), or points (cos and sin)."""
+
+    r: Tensor | None = None  # (B, N, 2 H)
+    beta: Tensor | None = None  # (H,)
+    cos: Tensor | None = None  # (N, K/2)
+    sin: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        return PLAIN.value if self.r is None else FEATURES.value if self.cos is None else POINTS.value
+
+
 def backward(
-    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, heads: int, dq: Tensor, dk: Tensor, dv: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, tail (None), r, beta and heads (None)."""
-    (b, n, c), h = x.shape, heads
+    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int,
+    dq: Tensor, dk: Tensor, dv: Tensor, d_times: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of all inputs of `Convolution`, None for those that have none."""
+    (b, n, c), h, lift = x.shape, heads, Lift(r, beta, cos, sin)
     k = c // 3 // h
     dq, dk, dv = (token_major(d.transpose(1, 2)) for d in (dq, dk, dv))
     if not dq.stride(1) == dk.stride(1) == dv.stride(1):
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    rows, warps = tile(k, x.dtype)
+    rows, warps = tile(k, x.dtype, lift.kind)
     programs = triton.cdiv(n, (rows - 3) * TILES)
     dx = torch.empty_like(x)
     d_weight = torch.empty(b * programs, c, 4, device=x.device)
-    d_r = d_beta = None
-    if r is not None:
-        d_r, d_beta = torch.empty_like(r), torch.empty(b * programs, 2, h, device=x.device)
+    d_r = None if r is None else torch.empty_like(r)
+    d_beta = None if beta is None else torch.empty(b * programs, 2, h, device=x.device)
     launch(
         convolve_backward, (programs, 3 * h, b),
-        x, weight, tail, r, beta, dq, dk, dv, dx, d_weight, d_r, d_beta, n, h, dq.stride(1),
-        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=r is not None, warps=warps, stages=1,
+        x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dx, d_weight, d_r, d_beta, b, n, h, dq.stride(1),
+        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=lift.kind, warps=warps, stages=1,
     )  # fmt: skip
-    return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if r is None else d_beta.sum((0, 1)), None
+    return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 
 
 class Convolution(torch.autograd.Function):
-    """(x (B, N, C), weight (C, W), tail, radii (B, N, 2 H) or None, beta (H,), heads) -> SiLU(convolution) of q, k and v, (B, N, H, K) each."""
+    """(x (B, N, C), weight (C, W), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or None."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        b, n, c = x.shape
+    def forward(
+        x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int
+    ) -> tuple[Tensor | None, ...]:
+        (b, n, c), lift = x.shape, Lift(r, beta, cos, sin)
         k = c // 3 // heads
         out = torch.empty(3, b, n, heads, k, device=x.device, dtype=x.dtype)
-        rows, warps = tile(k, x.dtype)
+        times = None if cos is None else torch.empty(2, b, heads, n, device=x.device)
+        rows, warps = tile(k, x.dtype, lift.kind)
         launch(
             convolve, (triton.cdiv(n, rows), 3 * heads, b),
-            x, weight, tail, r, beta, out, n, heads, out.stride(0), out.stride(2),
-            K=k, ROWS=rows, TAIL=tail is not None, LIFT=r is not None, warps=warps,
+            x, weight, tail, *lift, out, times, b, n, heads, out.stride(0), out.stride(2),
+            K=k, ROWS=rows, TAIL=tail is not None, LIFT=lift.kind, warps=warps,
         )  # fmt: skip
-        return out[0], out[1], out[2]
+        return out[0], out[1], out[2], times
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        x, weight, tail, r, beta, ctx.heads = inputs
-        if tail is not None and tail.requires_grad:
+        *tensors, ctx.heads = inputs
+        if tensors[2] is not None and tensors[2].requires_grad:
             raise NotImplementedError("no gradient reaches the tail of a convolution")
-        ctx.save_for_backward(x, weight, tail, r, beta)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients(backward, *ctx.saved_tensors, ctx.heads, dq, dk, dv)
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, d_times: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients(backward, *ctx.saved_tensors, ctx.heads, dq, dk, dv, d_times)
 
 
 def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
@@ -192,19 +282,18 @@ def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
     return torch.cat([before[:, -missing:], x], 1)
 
 
-def convolved(
-    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, N, K) and the next tail."""
+def convolved(x: Tensor, weight: Tensor, tail: Tensor | None, lift: Lift, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """q, k, v (B, H, N, K), times of points, and the next tail."""
     x, tail = x.contiguous(), None if tail is None else tail.contiguous()
-    q, k, v = Convolution.apply(x, weight.contiguous(), tail, r, beta, heads)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), next_tail(x, tail)
+    q, k, v, times = Convolution.apply(x, weight.contiguous(), tail, *lift, heads)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), times, next_tail(x, tail)
 
 
 @torch.compiler.disable  # compiled code calls it as it is
 def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.causal_conv`, in bf16 or fp32."""
-    return convolved(x, weight, tail, None, None, heads)
+    q, k, v, _, tail = convolved(x, weight, tail, Lift(), heads)
+    return q, k, v, tail
 
 
 @torch.compiler.disable  # compiled code calls it as it is
@@ -212,4 +301,15 @@ def tangent_features(
     x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.tangent_features`, in bf16 or fp32."""
-    return convolved(x, weight, tail, r.mT.contiguous(), beta.contiguous(), beta.shape[0])
+    q, k, v, _, tail = convolved(x, weight, tail, Lift(r.mT.contiguous(), beta.contiguous()), beta.shape[0])
+    return q, k, v, tail
+
+
+@torch.compiler.disable  # compiled code calls it as it is
+def hyperbolic_points(
+    x: Tensor, weight: Tensor, r: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.hyperbolic_points`, in bf16 or fp32."""
+    lift = Lift(r.mT.contiguous(), None, cos.contiguous(), sin.contiguous())
+    s_q, s_k, v, times, tail = convolved(x, weight, tail, lift, r.shape[1] // 2)
+    return times[0], s_q, times[1], s_k, v, tail

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperlm.geometry import arcosh1p, direction
+from hyperlm.geometry import arcosh1p, direction, lift_rounded, rotate
 
 CHUNK = 64  # positions handled as one small quadratic problem in linear attention
 EPS = 1e-6  # of every RMSNorm
@@ -61,6 +61,24 @@ def tangent_features(
         return (F.elu(direction(widen(y)) * (beta[:, None] * r)[..., None]) + 1).to(y.dtype)
 
     return features(q, r_q), features(k, r_k), v, tail
+
+
+def hyperbolic_points(
+    x: Tensor, weight: Tensor, r: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`causal_conv`, and its queries and keys lifted to the hyperboloid: their directions, rotated, at radii r.
+
+    Args:
+        r: (B, 2 H, N), wide; radii of the queries of each head, then of its keys.
+        cos, sin: (N, K/2) of the rotary embedding, fp32.
+
+    Returns:
+        t_q (B, H, N), wide, and s_q (B, H, N, K), rounded to the dtype of x before t is computed; t_k, s_k, v; and the next tail.
+    """
+    q, k, v, tail = causal_conv(x, weight, r.shape[1] // 2, tail)
+    points = (lift_rounded(rotate(direction(widen(y)), cos, sin), radius, y.dtype) for y, radius in zip((q, k), r.chunk(2, 1), strict=True))
+    (t_q, s_q), (t_k, s_k) = points
+    return t_q, s_q, t_k, s_k, v, tail
 
 
 def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:

@@ -42,13 +42,6 @@ def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Te
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, ctx: Context) -> Tensor:
-    """Rotary embedding of x (B, H, N, K): rotates the plane of coordinates (i, i + K/2); keeps lengths."""
-    a, b = x.chunk(2, -1)
-    cos, sin = ctx.cos.to(x.dtype), ctx.sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
 def append(buffer: Tensor, new: Tensor, position: int) -> Tensor:
     """Write `new` (B, H, n, ...) into `buffer` (B, H, capacity, ...) at `position`, doubling the buffer when it is full.
 
@@ -81,10 +74,9 @@ class Radius(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers. A kind declares its own parameters and defines `core` and `init_cache`; or `mix`, which joins the frame's
-    parts, where a kernel joins them closer."""
+    """Base of all mixers: what comes before and after. A kind declares its own parameters and defines `mix` and `init_cache`."""
 
-    ops: tuple[str, ...] = ("causal_conv", "norm_gate")  # that it needs
+    ops: tuple[str, ...]  # that it needs
     cache_grows = True  # with the length of the text
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -104,15 +96,9 @@ class Mixer(nn.Module):
         """Inverse temperature of each head, (H,)."""
         return self.head_dim**0.5 * torch.exp(self.log_beta)
 
-    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        """x (B, N, D); q, k, v (B, H, N, K) -> o (B, H, N, K), and the entries of the next cache."""
-        raise NotImplementedError
-
     def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        """Convolution, core, norm and gate: x (B, N, D), qkv (B, N, 3 D), gate (B, N, D) -> (B, N, D) and the next cache."""
-        q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
-        o, entries = self.core(x, q, k, v, cache, ctx)
-        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, **entries}
+        """Convolution, the kind's core, norm and gate: x (B, N, D), qkv (B, N, 3 D), gate (B, N, D) -> (B, N, D) and the next cache."""
+        raise NotImplementedError
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, **options: Any) -> LayerCache:

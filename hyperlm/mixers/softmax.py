@@ -5,23 +5,25 @@ import torch
 from torch import Tensor
 
 from configs import ModelConfig
-from hyperlm.geometry import direction
+from hyperlm.geometry import direction, rotate
 from hyperlm.kernels.reference import widen
-from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append, rotate
+from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
 
 
 class Softmax(Mixer):
-    ops = (*Mixer.ops, "softmax_attention")
+    ops = ("causal_conv", "softmax_attention", "norm_gate")
 
-    def core(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, dict]:
-        q = (rotate(direction(widen(q)), ctx) * self.beta[:, None, None]).to(v.dtype)
-        k = rotate(direction(widen(k)), ctx).to(v.dtype)
+    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
+        q = (rotate(direction(widen(q)), ctx.cos, ctx.sin) * self.beta[:, None, None]).to(v.dtype)
+        k = rotate(direction(widen(k)), ctx.cos, ctx.sin).to(v.dtype)
         entries = {}
         if cache is not None:
             end = ctx.position + x.shape[1]
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("k", k), ("v", v))}
             k, v = (entries[name][:, :, :end] for name in ("k", "v"))
-        return ctx.ops["softmax_attention"](q, k, v), entries
+        o = ctx.ops["softmax_attention"](q, k, v)
+        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, **entries}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

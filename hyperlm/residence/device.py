@@ -1,0 +1,57 @@
+"""Everything on the device that computes: the fast residence, for models that fit."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from configs import Config
+from hyperlm import model, tree
+from hyperlm.env import compute_dtype
+from hyperlm.graph import replayed
+from hyperlm.loss import head_nats
+from hyperlm.precision import compute_copy
+from hyperlm.tree import Tree
+
+
+def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor, Sequence[Tensor], int], tuple[Tensor, Tree]]:
+    """Micro-batch after micro-batch through the whole model; on a GPU replayed from a CUDA graph."""
+    dtype = compute_dtype(device)
+    run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
+    weights: Tree = None  # what is computed with
+
+    def refresh(params: Tree) -> None:
+        """Bring `weights` up to date; on a GPU in place, where a recorded graph reads them."""
+        nonlocal weights
+        if device.type != "cuda":
+            weights = tree.map(lambda p: p.requires_grad_(), compute_copy(params, dtype))
+        elif weights is None:
+            weights = tree.map(lambda p: p.clone().requires_grad_(), compute_copy(params, dtype))
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(tree.leaves(weights), tree.leaves(params))
+
+    def of_micro_batch(tokens: Tensor, key: Tensor, count: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.profiler.record_function("forward"):
+            inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+            features = model.hidden(weights, inputs, cfg.model, kernels=cfg.kernels, key=key, recompute=cfg.train.recompute, run=run)
+            nats, _ = head_nats(features.flatten(0, 1), weights["head"]["weight"], targets.flatten())
+        with torch.profiler.record_function("backward"):
+            return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
+
+    if device.type == "cuda":
+        of_micro_batch = replayed(of_micro_batch)
+
+    def gradients(params: Tree, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
+        refresh(params)
+        divisor, total, sums = torch.tensor(float(count), device=device), torch.zeros((), device=device), None
+        for tokens, key in zip(batch, keys, strict=True):
+            nats, grads = of_micro_batch(tokens, key, divisor)
+            total += nats
+            if sums is None:
+                sums = [g.to(torch.float32, copy=True) for g in grads]
+            else:
+                torch._foreach_add_(sums, list(grads))
+        return total, tree.unflatten(sums, params)
+
+    return gradients
