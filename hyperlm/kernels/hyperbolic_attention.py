@@ -310,13 +310,13 @@ class Config(NamedTuple):
 
 HOPPER = {
     "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_queries": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
     "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 OTHERS = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
-    "backward_queries": {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    "backward_keys": {64: Config(32, 32, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_queries": {64: Config(64, 32, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 64, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 
 

@@ -373,6 +373,9 @@ def decay_gradient(
 # -- which shape of work ---------------------------------------------------------------------------------------------------------------
 
 
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # Triton that gives the same program more registers and buffers
+
+
 class Config(NamedTuple):
     """C positions a chunk, KEYS x VALUES of the state a program, and how a program is run."""
 
@@ -394,10 +397,11 @@ def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: 
     if dtype == torch.float32:
         return Config(16, 32, 16, 8, 1)
     if not hopper:
-        return Config(32, K, min(V, 32 if decay else 64), 4, 2) if K <= 64 else Config(32, min(K, 128), 32, 8, 2)
+        return Config(32, K, min(V, K // 2 if decay else 64), 4, 2) if K <= 64 else Config(32, min(K, 128), 32, 8, 2)
     if K <= 64:
-        return Config(64, K, min(V, 32), 4, 3, 168 if K == V == 64 and even else None) if backward else Config(64, K, min(V, 64), 4, 3)
-    return Config(64, 128, min(V, 64 if even and not decay else 32), 4, 2)
+        crowded = K == V == 64 and even and not NEWER  # three programs on a multiprocessor rather than two
+        return Config(64, K, min(V, 32), 4, 3, 168 if crowded else None) if backward else Config(64, K, min(V, 64), 4, 3)
+    return Config(64, 64 if NEWER and decay and backward else 128, min(V, 64 if even and not decay and not NEWER else 32), 4, 2)
 
 
 def chunk_length(dtype: torch.dtype, hopper: bool) -> int:
