@@ -1,4 +1,4 @@
-"""Causal linear attention with a scalar decay per head, in Triton: one kernel for the output and all three gradients.
+"""Causal linear attention with a scalar decay per head, in Triton: one function for the output and all three gradients.
 
 With G the running sum of the log decays and w_ij = exp(-|G_i - G_j|), the output and the gradients are four sums of one form:
 
@@ -7,9 +7,13 @@ With G the running sum of the log decays and w_ij = exp(-|G_i - G_j|), the outpu
     dk_j = sum_{i>=j} w_ij (v_j . do_i) q_i        backward in time
     dv_j = sum_{i>=j} w_ij (k_j . q_i)  do_i       backward
 
-so that one function, `walk`, computes each: chunk by chunk through a sequence, with the sum over all earlier chunks in a state that stays in
-registers. The gradients run as one launch of `sweep` (two where K and V differ). Long sequences on few heads are cut into segments that are walked at the same time; `segment_sums` and
-`carry` find the state at the start of each first, from one more reading of two of the inputs.
+so that `walk` computes each: chunk by chunk through a sequence, with the sum over all earlier chunks in a state that stays in registers. The
+gradients run as one launch of `backward_sweep` (two where K and V differ). Long sequences on few heads are cut into segments that are walked
+at the same time; `segment_sums` and `carry` find the state at the start of each first, from one more reading of two of the inputs.
+
+Within a chunk w_ij = write_j / write_i (i >= j, forward in time), so that a decay costs a multiplication a number and not one a pair. Where a
+chunk forgets more than the range of bf16 holds, which `decay_factors` finds out first, its whole segment is walked in shorter chunks from the
+difference of every pair.
 
 The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i). So that rounding
 errors do not pile up along the sequence, that sum starts anew every MARK positions, from <S, R>: the state S of all that came before there
