@@ -120,9 +120,11 @@ def test_layer_major_accumulation_gives_the_same_bits(case):
 
 
 @pytest.mark.gpu
-def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, recompute):
     def losses(device: torch.device) -> list[float]:
         settings = config(cfg)
+        settings = replace(settings, train=replace(settings.train, recompute=recompute))
         state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
         for i in range(10):
             state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
