@@ -18,7 +18,7 @@ import torch
 from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
 from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
-from hyperlm.kernels import select
+from hyperlm.kernels import division, select
 from hyperlm.precision import compute_copy
 from hyperlm.step import State, init_state, make_step
 from hyperlm.tree import Tree
@@ -73,7 +73,8 @@ def announce(config: Config, device: torch.device) -> None:
     print(f"model      {cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
     print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
     for choice in (select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)):
-        print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})")
+        divided = division(choice, config.train.batch_size * cfg.n_heads, config.data.seq_len, device)
+        print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))
 
 
 def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, total: int, device: torch.device) -> tuple[Path, State]:

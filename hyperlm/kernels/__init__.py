@@ -95,6 +95,13 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
     return Choice(op, kernels, "asked for")
 
 
+def division(choice: Choice, heads: int, n: int, device: torch.device) -> str:
+    """How `heads` (heads x batch) sequences of length n are divided among programs, where that depends on them; else empty."""
+    if (choice.op, choice.backend) == ("linear_attention", "triton"):
+        return linear_attention.division(heads, n, device)
+    return ""
+
+
 @lru_cache
 def table(
     ops: tuple[str, ...], device: torch.device, kernels: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float32

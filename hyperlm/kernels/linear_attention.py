@@ -430,7 +430,7 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
 def division(heads: int, n: int, device: torch.device) -> str:
     """How sequences of length n are divided, in words, for `heads` heads x batch."""
     segment = segment_length(heads, n, device)
-    return f"{heads} sweeps" if segment >= n else f"{heads} heads in {triton.cdiv(n, segment)} segments of {segment:,}"
+    return f"a sweep for each of {heads} heads x batch" if segment >= n else f"{heads} heads x batch in {triton.cdiv(n, segment)} segments of {segment:,}"
 
 
 def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backward: bool = False) -> tuple[Config, bool]:
