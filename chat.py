@@ -19,8 +19,8 @@ from torch import Tensor
 from configs import Config, ConfigError
 from hyperlm import checkpoint, cli, env, model, runs, sample
 from hyperlm import tokenizer as tok
-from hyperlm.sample import Sampling
 from hyperlm.precision import compute_copy
+from hyperlm.sample import Sampling
 from hyperlm.tree import Tree
 
 

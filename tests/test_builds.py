@@ -56,7 +56,7 @@ def builds():
                     for distance in (False, True):
                         c = ha.config(kernel.__name__, k, dtype, capability == 90)
                         yield f"{kernel.__name__}, {k}, {name}{', distance' * distance}", kernel, more | dict(BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=False), *c[2:], capability
-                args = common | dict.fromkeys(("sums", "totals", "leasts"), f) | dict(BN=max(16, 2048 // k), SPLIT=ha.SPLIT, DISTANCE=True)
+                args = common | dict.fromkeys(("sums", "totals", "leasts"), f) | dict(BN=ha.keys_at_once(k), SPLIT=ha.SPLIT, DISTANCE=True)
                 yield f"one_query, {k}, {name}", ha.one_query, args, 4, 3, capability
                 args = dict.fromkeys(("sums", "totals", "leasts", "beta"), f) | dict(o=x, splits=INTS, H=INTS, V=k, BLOCK=16)
                 yield f"join, {k}, {name}", ha.join, args, 4, 3, capability

@@ -1,8 +1,9 @@
 """The short causal convolution with SiLU in Triton, and in the same pass the features of Phase 8 or the points of Phase 7, forward and backward.
 
 A program works on one head of one of q, k, v, so that it holds the whole vector that the lift normalises: features and points cost no more
-traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache. Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input, and row n of a gradient
-rows n .. n+3 of the gradient after it, which come from their tile by products with shift matrices.
+traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache.
+Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input, and row n of a gradient rows n .. n+3 of the gradient
+after it, which come from their tile by products with shift matrices.
 
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """

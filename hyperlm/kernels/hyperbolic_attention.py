@@ -106,9 +106,7 @@ def forward(
     rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     times = tl.load(t_q + head.to(tl.int64) * N + n, mask=inside, other=1.0)
     temperature = tl.load(beta + h)
-    s_k += b * k_b + (h // G) * k_h
-    v += b * v_b + (h // G) * v_h
-    t_k += b * tk_b + (h // G) * tk_h
+    s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
     acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
     least = tl.full((BM,), float("inf"), tl.float32)
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
@@ -166,9 +164,7 @@ def backward_queries(
     dots = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + at, dots, mask=inside)
     temperature = tl.load(beta + h)
-    s_k += b * k_b + (h // G) * k_h
-    v += b * v_b + (h // G) * v_h
-    t_k += b * tk_b + (h // G) * tk_h
+    s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
     d_s, d_t, d_b = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     all_see = (block * BM + M - N + 1) // BN * BN
     end = min(M, block * BM + M - N + BM)
@@ -255,9 +251,7 @@ def one_query(
     b, h = (head // H).to(tl.int64), head % H
     query = tl.load(s_q + b * q_b + h * q_h + tl.arange(0, K)).to(tl.float32)
     time, temperature = tl.load(t_q + head), tl.load(beta + h)
-    s_k += b * k_b + (h // G) * k_h
-    v += b * v_b + (h // G) * v_h
-    t_k += b * tk_b + (h // G) * tk_h
+    s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
     acc, total, least = tl.zeros((V,), tl.float32), 0.0, float("inf")
     for first in range(split * SPLIT, min(M, split * SPLIT + SPLIT), BN):
         j = first + tl.arange(0, BN)
@@ -326,6 +320,11 @@ def config(kernel: str, K: int, dtype: torch.dtype, hopper: bool) -> Config:
     if dtype == torch.float32:
         return Config(16, 16, 4 if kernel == "forward" and K == 64 else 8, 1)
     return (HOPPER if hopper else OTHERS)[kernel][max(K, 64)]
+
+
+def keys_at_once(K: int) -> int:
+    """Keys that `one_query` reads at a time."""
+    return max(16, 2048 // K)
 
 
 # -- differentiable --------------------------------------------------------------------------------------------------------------------
@@ -407,7 +406,7 @@ def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: 
         one_query, (splits, b * h),
         t_q, s_q, t_k, s_k, v, beta, sums, totals, leasts, m, h, h // heads,
         *s_q.stride()[:2], *s_k.stride()[:3], *v.stride()[:3], *t_k.stride()[:2],
-        K=k, V=width, BN=max(16, 2048 // max(k, width)), SPLIT=SPLIT, DISTANCE=distance,
+        K=k, V=width, BN=keys_at_once(max(k, width)), SPLIT=SPLIT, DISTANCE=distance,
     )  # fmt: skip
     o = torch.empty(b, 1, h, width, device=device, dtype=v.dtype)
     launch(join, (b * h,), sums, totals, leasts, beta, o, splits, h, V=width, BLOCK=16)

@@ -191,6 +191,7 @@ def walk_chunks(
         if here == (0 if BACKWARD else segments - 1):
             tl.store(left + head.to(tl.int64) * (K * V) + in_state, state)
 
+
 @triton.jit
 def walk(
     query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v,
@@ -286,12 +287,8 @@ def segment_sums(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state, (B, H, segments, K, V), and its log2 decay, (B, H, segments)."""
-    program = tl.program_id(0)
-    part_v = program % (V // VALUES)
-    part_k = (program // (V // VALUES)) % (K // KEYS)
     segments = tl.cdiv(N, segment)
-    here = (program // (V // VALUES) // (K // KEYS)) % segments
-    head = program // (V // VALUES) // (K // KEYS) // segments
+    head, here, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
     b, h = (head // H).to(tl.int64), head % H
     c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
     origin = b * N + here * segment

@@ -10,7 +10,7 @@ from hyperlm import model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
-from hyperlm.precision import compute_copy
+from hyperlm.precision import accumulate, compute_copy
 from hyperlm.tree import Tree
 
 
@@ -48,10 +48,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
         for tokens, key in zip(batch, keys, strict=True):
             nats, grads = of_micro_batch(tokens, key, divisor)
             total += nats
-            if sums is None:
-                sums = [g.to(torch.float32, copy=True) for g in grads]
-            else:
-                torch._foreach_add_(sums, list(grads))
+            sums = accumulate(sums, grads)
         return total, tree.unflatten(sums, params)
 
     return gradients

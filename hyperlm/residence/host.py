@@ -14,7 +14,7 @@ from configs import Config
 from hyperlm import model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.loss import head_nats
-from hyperlm.precision import compute_copy
+from hyperlm.precision import accumulate, compute_copy
 from hyperlm.tree import Tree
 
 
@@ -33,11 +33,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
         for output, x, d in zip(outputs, into, pull, strict=True):
             grads = torch.autograd.grad(output(), leaves if x is None else [*leaves, x], d)
             inputs.append(None if x is None else grads[-1])
-            own = grads[: len(leaves)]
-            if sums is None:
-                sums = [g.to(torch.float32, copy=True) for g in own]
-            else:
-                torch._foreach_add_(sums, list(own))
+            sums = accumulate(sums, grads[: len(leaves)])
         return tree.unflatten([g.cpu() for g in sums], weights), inputs
 
     def gradients(params: Tree, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
