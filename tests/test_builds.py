@@ -19,8 +19,8 @@ from hyperlm import kernels
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes a program may have; those for 8.0 also run on 8.6 and 8.9, which have the least
 INTS = "i32"
-# of the hyperbolic kernels, wide heads in fp32: a path for checking, not for speed
-MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|convolve_backward 2, 256, fp32"
+# of the hyperbolic kernels, the widest heads in fp32: a path for checking, not for speed
+MAY_SPILL = r"(forward|backward_queries|backward_keys), 256, fp32|convolve_backward 2, 256, fp32"
 
 
 def builds():
@@ -49,8 +49,8 @@ def builds():
                 many = common | dict(log_sums=f, N=INTS, q_n=INTS)
                 pulled = many | dict(d_o=x, delta=f, do_n=INTS)
                 for kernel, more in (
-                    (ha.forward, many | dict(o=x)),
-                    (ha.backward_queries, pulled | dict(o=x, d_sq=x, d_tq=f, d_beta=f)),
+                    (ha.forward, many | dict(o=x, rest=x, REST=dtype == torch.bfloat16)),
+                    (ha.backward_queries, pulled | dict(o=x, rest=x, REST=dtype == torch.bfloat16, d_sq=x, d_tq=f, d_beta=f)),
                     (ha.backward_keys, pulled | dict(d_sk=x, d_v=x, d_tk=f)),
                 ):
                     for distance in (False, True):
@@ -58,7 +58,7 @@ def builds():
                         yield f"{kernel.__name__}, {k}, {name}{', distance' * distance}", kernel, more | dict(BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=False), *c[2:], capability
                 args = common | dict.fromkeys(("sums", "totals", "leasts"), f) | dict(BN=ha.keys_at_once(k), SPLIT=ha.SPLIT, DISTANCE=True)
                 yield f"one_query, {k}, {name}", ha.one_query, args, 4, 3, capability
-                args = dict.fromkeys(("sums", "totals", "leasts", "beta"), f) | dict(o=x, splits=INTS, H=INTS, V=k, BLOCK=16)
+                args = dict.fromkeys(("sums", "totals", "leasts"), f) | dict(o=x, splits=INTS, V=k, BLOCK=16)
                 yield f"join, {k}, {name}", ha.join, args, 4, 3, capability
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability

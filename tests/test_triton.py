@@ -1,5 +1,7 @@
 """Triton kernels against their float64 references: outputs and every gradient. In Triton's interpreter in fp32 where there is no GPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from conftest import normal
 from hyperlm import kernels, model, tree
 from hyperlm.geometry import direction, time_of
 from hyperlm.kernels import OPS
+from hyperlm.kernels.reference import TIP
 from hyperlm.loss import head_nats
 from hyperlm.mixers.frame import R_MAX, R_MIN, rope_angles
 
@@ -39,12 +42,12 @@ def poison() -> None:
         torch.full((1 << 28,), float("nan"), device=DEVICE)
 
 
-def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None = None, cancelling: bool = False) -> None:
+def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None = None, terms: Callable | None = None) -> None:
     """The Triton kernel of `op` against its reference in float64, with random gradients of every differentiable output, or of the first few.
 
     The error is relative to the norm of the truth, or to that of a tensor of ones where it is smaller (a gradient may be exactly zero).
-    cancelling: where there is only one position, or the decay forgets everything at once, its gradient is the tiny or vanishing difference of
-    large terms q . dq and k . dk; its error is then relative to them.
+    terms: from inputs and gradients in float64, the size of what a gradient is the tiny or vanishing difference of, by the gradient's number;
+    its error is then relative to that.
     """
 
     def run(fn, arguments):
@@ -59,14 +62,26 @@ def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None 
     outputs, grads = run(OPS[op]["triton"], inputs)
     exact = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
     true_outputs, true_grads = run(OPS[op]["torch"], exact)
-    terms = float((exact[0].detach() * true_grads[0]).sum(-1).norm()) if cancelling else 0.0
+    sizes = terms(exact, true_grads) if terms else {}
     for kind, found, truth in (("output", outputs, true_outputs), ("gradient", grads, true_grads)):
         for i, (x, y) in enumerate(zip(found, truth, strict=True)):
             assert x.shape == y.shape
             y = y.detach()
-            scale = max(float(y.norm()), y.numel() ** 0.5, terms if (kind, i) == ("gradient", 3) else 0.0)
+            scale = max(float(y.norm()), y.numel() ** 0.5, float(sizes.get(i, 0.0)) if kind == "gradient" else 0.0)
             error = float((x.detach().double() - y).norm()) / scale
             assert error <= TOLERANCE[dtype], f"{kind} {i}: relative error {error:.1e}"
+
+
+def of_forgetting(inputs: list, grads: tuple) -> dict:
+    """Terms of the decay's gradient, q . dq and k . dk, where there is only one position or the decay forgets everything at once."""
+    return {3: (inputs[0].detach() * grads[0]).sum(-1).norm()}
+
+
+def of_a_single_key(inputs: list, grads: tuple) -> dict:
+    """Terms of every gradient but that of v, dP and do . o, times the largest slope of a score: where there is one key, all weight is its own."""
+    t_q, _, _, _, v, beta, _ = inputs
+    size = ((v * grads[4]).sum(-1) * beta[:, None] * t_q).norm() / TIP
+    return dict.fromkeys((0, 1, 2, 3, 5), size.detach())
 
 
 def features(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -85,7 +100,7 @@ def test_linear_attention(dtype, k, n, decay, state, segment, monkeypatch):
     q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
     log_decay = (-0.2 * normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_() if decay else None
     initial = spread(b, h, k, k, seed=5, dtype=torch.float32) if state else None
-    compare("linear_attention", [q, k_, v, log_decay, initial], dtype, None if state else 1, cancelling=n == 1)
+    compare("linear_attention", [q, k_, v, log_decay, initial], dtype, None if state else 1, terms=of_forgetting if n == 1 else None)
 
 
 @pytest.mark.parametrize(("k", "v"), [(32, 64), (64, 32)])
@@ -104,7 +119,7 @@ def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatc
         monkeypatch.setattr("hyperlm.kernels.linear_attention.MARK", 64)
     b, h, n, k = 1, 1, 4096 if GPU else 200, 32
     q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
-    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1, cancelling=rate > 10)
+    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1, terms=of_forgetting if rate > 10 else None)
 
 
 def points(b: int, h: int, n: int, k: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +149,7 @@ def test_hyperbolic_attention(dtype, k, n, score):
         with torch.no_grad():
             t_k[:, :, :2], s_k[:, :, :2] = t_q[:, :, :2], s_q[:, :, :2]
     beta = (torch.tensor([1.0, 0.1, 5.0])[:h] * k**0.5).to(DEVICE).requires_grad_()
-    compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, token_major(b, h, n, k, seed=3, dtype=dtype), beta, score], dtype)
+    compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, token_major(b, h, n, k, seed=3, dtype=dtype), beta, score], dtype, terms=of_a_single_key if n == 1 else None)
 
 
 @pytest.mark.parametrize(("n", "m", "group"), [(1, 70, 1), (20, 70, 1), (40, 40, 3), (1, 1100, 2)])

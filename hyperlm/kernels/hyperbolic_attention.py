@@ -7,7 +7,8 @@ FlashAttention (Dao et al. 2022), which makes every beta exact.
 
 The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, d_beta and the row sums of dP), once a
 block of keys (ds_k, dt_k, dv), so that nothing is added up in memory and the result does not depend on the order of programs. A dz is
-rounded before it multiplies s as well as t: the two gradients nearly cancel along the radius, and only equal errors cancel too.
+rounded before it multiplies s as well as t: the two gradients nearly cancel along the radius, and only equal errors cancel too. What
+rounding took from o is kept for the backward pass: dP - do . o sums to zero over a row, and an error of o would be all of a small dt_q.
 
 B batch, H heads of queries, N queries, M keys, G heads of queries a head of keys, K and V head dims; queries are the last N of M positions.
 """
@@ -24,31 +25,50 @@ from hyperlm.kernels.differentiation import gradients
 from hyperlm.kernels.launch import is_hopper, launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import TIP
-from hyperlm.kernels.special import log2, reciprocal, sqrt
+from hyperlm.kernels.special import exp2, log2, rsqrt
 
 EPS2 = tl.constexpr(TIP * TIP)
-SCALE = tl.constexpr(1 / (1 + TIP))
 LN2 = tl.constexpr(math.log(2))
 SPLIT = 512  # keys that a program reads when there is one query
 
 
 @triton.jit
-def log_weight(z, DISTANCE: tl.constexpr):
-    """log2 g of cosh d."""
-    z = tl.maximum(z, 1.0)
+def log_weight(z, DISTANCE: tl.constexpr, EXACT: tl.constexpr):
+    """log2 g of z = cosh d, but for a constant factor of g, which cancels."""
     if DISTANCE:
-        z = (z + sqrt((z - 1) * (z + 1) + EPS2)) * SCALE
-    return log2(z)
+        w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
+        return log2(tl.fma(w, rsqrt(w, EXACT), z), EXACT)
+    return log2(z, EXACT)
 
 
 @triton.jit
-def log_weight_and_slope(z, DISTANCE: tl.constexpr):
-    """log2 g, and d ln g / dz."""
-    z = tl.maximum(z, 1.0)
+def pull(z, d_p, beta, log_sums, seen, DISTANCE: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """log2 g, the weight p, the score's gradient p d_p, and -1/beta of that of z: the former times d ln g / dz, 1 / z or 1 / root.
+
+    For logcosh, p / z is what is computed, and p follows from it without a division.
+    """
     if DISTANCE:
-        root = sqrt((z - 1) * (z + 1) + EPS2)
-        return log2((z + root) * SCALE), reciprocal(root)
-    return log2(z), reciprocal(z)
+        w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
+        slope = rsqrt(w, EXACT)
+        logs = log2(tl.fma(w, slope, z), EXACT)
+        p = exp2(-beta * logs - log_sums, EXACT)
+        if MASK:
+            p = tl.where(seen, p, 0.0)
+        d_score = p * d_p
+        return logs, p, d_score, d_score * slope
+    logs = log2(z, EXACT)
+    p_slope = exp2(-(beta + 1) * logs - log_sums, EXACT)
+    if MASK:
+        p_slope = tl.where(seen, p_slope, 0.0)
+    d_z = p_slope * d_p
+    return logs, p_slope * z, d_z * z, d_z
+
+
+@triton.jit
+def along(d_s, s, amount):
+    """d_s, with `amount` as its product with s: what it was by rounded numbers is taken out."""
+    s = s.to(tl.float32)
+    return d_s + ((amount - tl.sum(d_s * s, 1)) / tl.maximum(tl.sum(s * s, 1), 1e-12))[:, None] * s
 
 
 @triton.jit
@@ -70,20 +90,20 @@ def vector(numbers, inside, beyond: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def attend(
     acc, total, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to its least log2 g so far."""
+    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to its least beta log2 g so far."""
     for first in range(start, end, BN):
         j = first + tl.arange(0, BN)
         there = j < M
-        z = t_q[:, None] * vector(t_k + j, there, 1.0, EVEN)[None, :]
-        z -= tl.dot(s_q, tl.trans(tile(k, first, there, stride_k, BN, K, EVEN)), input_precision="tf32x3")
-        logs = log_weight(z, DISTANCE)
+        minus = tl.dot(s_q, tl.trans(tile(k, first, there, stride_k, BN, K, EVEN)), input_precision="ieee")
+        z = tl.fma(t_q[:, None], vector(t_k + j, there, 1.0, EVEN)[None, :], minus)
+        logs = log_weight(z, DISTANCE, EXACT)
         if MASK:
             logs = tl.where(j[None, :] <= i[:, None], logs, float("inf"))
-        now = tl.minimum(least, tl.min(logs, 1))
-        p = tl.exp2(beta * (now[:, None] - logs))
-        shrink = tl.exp2(beta * (now - least))
+        now = tl.minimum(least, beta * tl.min(logs, 1))
+        p = exp2(now[:, None] - beta * logs, EXACT)
+        shrink = exp2(now - least, EXACT)
         total = total * shrink + tl.sum(p, 1)
         values = tile(v, first, there, stride_v, BN, V, EVEN)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="tf32x3")
@@ -93,17 +113,18 @@ def attend(
 
 @triton.jit
 def forward(
-    t_q, s_q, t_k, s_k, v, beta, o, log_sums, N, M, H, G,
+    t_q, s_q, t_k, s_k, v, beta, o, rest, log_sums, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """o (B, N, H, V), and log2 of the sum of g^-beta of each row, (B, H, N)."""
+    """o (B, N, H, V), what rounding took from it (the same, if REST), and log2 of the sum of g^-beta of each row, (B, H, N)."""
+    EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
     b, h = (head // H).to(tl.int64), head % H
     n = block * BM + tl.arange(0, BM)
     inside = n < N
     i = n + (M - N)  # position
-    rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
+    rows = -tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     times = tl.load(t_q + head.to(tl.int64) * N + n, mask=inside, other=1.0)
     temperature = tl.load(beta + h)
     s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
@@ -112,68 +133,76 @@ def forward(
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
     end = min(M, block * BM + M - N + BM)
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN, EXACT
     )
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN, EXACT
     )
-    tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - temperature * least, mask=inside)
-    to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
-    tl.store(to, (acc / total[:, None]).to(o.dtype.element_ty), mask=inside[:, None])
+    tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - least, mask=inside)
+    to = ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
+    mean = acc / total[:, None]
+    rounded = mean.to(o.dtype.element_ty)
+    tl.store(o + to, rounded, mask=inside[:, None])
+    if REST:
+        tl.store(rest + to, (mean - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def pull_queries(
-    d_s, d_t, d_beta, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    d_s, d_t, radial, d_beta, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add what keys start .. end contribute to the gradients of a block of queries."""
     for first in range(start, end, BN):
         j = first + tl.arange(0, BN)
         there = j < M
         keys, times = tile(k, first, there, stride_k, BN, K, EVEN), vector(t_k + j, there, 1.0, EVEN)
-        logs, slope = log_weight_and_slope(t_q[:, None] * times[None, :] - tl.dot(s_q, tl.trans(keys), input_precision="tf32x3"), DISTANCE)
-        p = tl.exp2(-beta * logs - log_sum[:, None])
-        if MASK:
-            p = tl.where(j[None, :] <= i[:, None], p, 0.0)
-        d_score = p * (tl.dot(d_o, tl.trans(tile(v, first, there, stride_v, BN, V, EVEN)), input_precision="tf32x3") - delta[:, None])
+        z = tl.fma(t_q[:, None], times[None, :], tl.dot(s_q, tl.trans(keys), input_precision="ieee"))
+        d_p = tl.dot(d_o, tl.trans(tile(v, first, there, stride_v, BN, V, EVEN)), input_precision="tf32x3") - delta[:, None]
+        logs, _, d_score, d_z = pull(z, d_p, beta, log_sum[:, None], j[None, :] <= i[:, None], DISTANCE, MASK, EXACT)
+        d_s = tl.dot(d_z.to(keys.dtype), keys, d_s, input_precision="tf32x3")
+        d_t += tl.sum(d_z * times[None, :], 1)
         d_beta -= tl.sum(d_score * logs, 1)
-        d_z = (d_score * slope).to(keys.dtype)
-        d_s = tl.dot(d_z, keys, d_s, input_precision="tf32x3")
-        d_t += tl.sum(d_z.to(tl.float32) * times[None, :], 1)
-    return d_s, d_t, d_beta
+        if DISTANCE:  # otherwise, d_z z is d_score, which sums to zero over a row
+            radial += tl.sum(d_z * z, 1)
+    return d_s, d_t, radial, d_beta
 
 
 @triton.jit
 def backward_queries(
-    t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, N, M, H, G,
+    t_q, s_q, t_k, s_k, v, beta, o, rest, d_o, log_sums, delta, d_tq, d_sq, d_beta, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """d_sq (B, N, H, K), d_tq (B, H, N), each program's part of d_beta (B, H, blocks), and delta = do . o (B, H, N)."""
+    EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     n = block * BM + tl.arange(0, BM)
     inside = n < N
     i = n + (M - N)
-    rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
+    rows = -tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     at = head.to(tl.int64) * N + n
     times, log_sum = tl.load(t_q + at, mask=inside, other=1.0), tl.load(log_sums + at, mask=inside, other=0.0)
     d_out = tile(d_o + (b * N * do_n + h * V), block * BM, inside, do_n, BM, V, False)
-    out = tile(o + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False)
-    dots = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+    out = tile(o + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False).to(tl.float32)
+    if REST:
+        out += tile(rest + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False).to(tl.float32)
+    dots = tl.sum(d_out.to(tl.float32) * out, 1)
     tl.store(delta + at, dots, mask=inside)
     temperature = tl.load(beta + h)
     s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
-    d_s, d_t, d_b = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    d_s, d_t = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32)
+    radial, d_b = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     all_see = (block * BM + M - N + 1) // BN * BN
     end = min(M, block * BM + M - N + BM)
-    d_s, d_t, d_b = pull_queries(
-        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN
+    d_s, d_t, radial, d_b = pull_queries(
+        d_s, d_t, radial, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN, EXACT
     )
-    d_s, d_t, d_b = pull_queries(
-        d_s, d_t, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN
+    d_s, d_t, radial, d_b = pull_queries(
+        d_s, d_t, radial, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN, EXACT
     )
+    d_s = along(d_s, rows, radial - times * d_t)
     tl.store(d_tq + at, -temperature * d_t, mask=inside)
     to = d_sq + ((b * N + n.to(tl.int64)[:, None]) * H + h) * K + tl.arange(0, K)[None, :]
     tl.store(to, (temperature * d_s).to(d_sq.dtype.element_ty), mask=inside[:, None])
@@ -182,25 +211,24 @@ def backward_queries(
 
 @triton.jit
 def pull_keys(
-    d_s, d_t, d_v, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    d_s, d_t, radial, d_v, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. end contribute to the gradients of a block of keys. All products are transposed: keys are rows."""
     for first in range(start, end, BM):
         n = first + tl.arange(0, BM)
         there = n < N
         queries, times = tile(q, first, there, stride_q, BM, K, EVEN), vector(t_q + n, there, 1.0, EVEN)
-        logs, slope = log_weight_and_slope(t_k[:, None] * times[None, :] - tl.dot(s_k, tl.trans(queries), input_precision="tf32x3"), DISTANCE)
-        p = tl.exp2(-beta * logs - vector(log_sums + n, there, 0.0, EVEN)[None, :])
-        if MASK:
-            p = tl.where(j[:, None] <= n[None, :] + offset, p, 0.0)
+        z = tl.fma(t_k[:, None], times[None, :], tl.dot(s_k, tl.trans(queries), input_precision="ieee"))
         d_out = tile(d_o, first, there, stride_do, BM, V, EVEN)  # zero beyond the last query, and so is all that follows from it
+        d_p = tl.dot(v, tl.trans(d_out), input_precision="tf32x3") - vector(delta + n, there, 0.0, EVEN)[None, :]
+        log_sum = vector(log_sums + n, there, 0.0, EVEN)
+        _, p, _, d_z = pull(z, d_p, beta, log_sum[None, :], j[:, None] <= n[None, :] + offset, DISTANCE, MASK, EXACT)
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="tf32x3")
-        d_score = p * (tl.dot(v, tl.trans(d_out), input_precision="tf32x3") - vector(delta + n, there, 0.0, EVEN)[None, :])
-        d_z = (d_score * (beta * slope)).to(queries.dtype)
-        d_s = tl.dot(d_z, queries, d_s, input_precision="tf32x3")
-        d_t -= tl.sum(d_z.to(tl.float32) * times[None, :], 1)
-    return d_s, d_t, d_v
+        d_s = tl.dot(d_z.to(queries.dtype), queries, d_s, input_precision="tf32x3")
+        d_t += tl.sum(d_z * times[None, :], 1)
+        radial += tl.sum(d_z * z, 1)
+    return d_s, d_t, radial, d_v
 
 
 @triton.jit
@@ -210,14 +238,16 @@ def backward_keys(
     K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """d_sk (B, M, H, K), d_tk (B, H, M) and d_v (B, M, H, V): what each head of queries contributes."""
+    EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     j = block * BN + tl.arange(0, BN)
     inside = j < M
-    keys = tile(s_k + b * k_b + (h // G) * k_h, block * BN, inside, k_n, BN, K, False)
+    keys = -tile(s_k + b * k_b + (h // G) * k_h, block * BN, inside, k_n, BN, K, False)
     values = tile(v + b * v_b + (h // G) * v_h, block * BN, inside, v_n, BN, V, False)
     times = tl.load(t_k + b * tk_b + (h // G) * tk_h + j, mask=inside, other=1.0)
-    d_s, d_t, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN,), tl.float32), tl.zeros((BN, V), tl.float32)
+    d_s, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN, V), tl.float32)
+    d_t, radial = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     offset = M - N
     start = max(0, block * BN - offset) // BM * BM
     all_seen = min(tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM)  # queries from here on look at the whole block
@@ -227,17 +257,18 @@ def backward_keys(
     t_q += head.to(tl.int64) * N
     log_sums += head.to(tl.int64) * N
     delta += head.to(tl.int64) * N
-    d_s, d_t, dv = pull_keys(
-        d_s, d_t, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, start, all_seen, N, offset,
-        q_n, do_n, K, V, BM, DISTANCE, True, EVEN,
+    d_s, d_t, radial, dv = pull_keys(
+        d_s, d_t, radial, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, start, all_seen, N, offset,
+        q_n, do_n, K, V, BM, DISTANCE, True, EVEN, EXACT,
     )  # fmt: skip
-    d_s, d_t, dv = pull_keys(
-        d_s, d_t, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, all_seen, N, N, offset,
-        q_n, do_n, K, V, BM, DISTANCE, False, EVEN,
+    d_s, d_t, radial, dv = pull_keys(
+        d_s, d_t, radial, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, all_seen, N, N, offset,
+        q_n, do_n, K, V, BM, DISTANCE, False, EVEN, EXACT,
     )  # fmt: skip
     row = ((b * M + j.to(tl.int64)) * H + h)[:, None]
-    tl.store(d_tk + head.to(tl.int64) * M + j, d_t, mask=inside)
-    tl.store(d_sk + row * K + tl.arange(0, K)[None, :], d_s.to(d_sk.dtype.element_ty), mask=inside[:, None])
+    d_s = along(d_s, keys, radial - times * d_t)
+    tl.store(d_tk + head.to(tl.int64) * M + j, -temperature * d_t, mask=inside)
+    tl.store(d_sk + row * K + tl.arange(0, K)[None, :], (temperature * d_s).to(d_sk.dtype.element_ty), mask=inside[:, None])
     tl.store(d_v + row * V + tl.arange(0, V)[None, :], dv.to(d_v.dtype.element_ty), mask=inside[:, None])
 
 
@@ -247,6 +278,7 @@ def one_query(
     K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, DISTANCE: tl.constexpr,
 ):  # fmt: skip
     """What SPLIT of the keys contribute to a single query: sums (B, H, splits, V), totals and leasts (B, H, splits)."""
+    EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     split, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     query = tl.load(s_q + b * q_b + h * q_h + tl.arange(0, K)).to(tl.float32)
@@ -257,11 +289,11 @@ def one_query(
         j = first + tl.arange(0, BN)
         there = j < M
         keys, values = tile(s_k, first, there, k_n, BN, K, False).to(tl.float32), tile(v, first, there, v_n, BN, V, False).to(tl.float32)
-        logs = log_weight(time * tl.load(t_k + j, mask=there, other=1.0) - tl.sum(keys * query[None, :], 1), DISTANCE)
+        logs = log_weight(time * tl.load(t_k + j, mask=there, other=1.0) - tl.sum(keys * query[None, :], 1), DISTANCE, EXACT)
         logs = tl.where(there, logs, float("inf"))
-        now = tl.minimum(least, tl.min(logs, 0))
-        p = tl.exp2(temperature * (now - logs))
-        shrink = tl.exp2(temperature * (now - least))
+        now = tl.minimum(least, temperature * tl.min(logs, 0))
+        p = exp2(now - temperature * logs, EXACT)
+        shrink = exp2(now - least, EXACT)
         acc = acc * shrink + tl.sum(p[:, None] * values, 0)
         total = total * shrink + tl.sum(p, 0)
         least = now
@@ -272,17 +304,16 @@ def one_query(
 
 
 @triton.jit
-def join(sums, totals, leasts, beta, o, splits, H, V: tl.constexpr, BLOCK: tl.constexpr):
+def join(sums, totals, leasts, o, splits, V: tl.constexpr, BLOCK: tl.constexpr):
     """o (B, H, V) from what each split found."""
     head = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(beta + head % H)
     acc, total, least = tl.zeros((V,), tl.float32), 0.0, float("inf")
     for first in range(0, splits, BLOCK):
         split = first + tl.arange(0, BLOCK)
         there = split < splits
         own = tl.load(leasts + head * splits + split, mask=there, other=float("inf"))
         now = tl.minimum(least, tl.min(own, 0))
-        weight, shrink = tl.exp2(temperature * (now - own)), tl.exp2(temperature * (now - least))
+        weight, shrink = exp2(now - own, True), exp2(now - least, True)
         part = tl.load(sums + (head * splits + split)[:, None] * V + tl.arange(0, V)[None, :], mask=there[:, None], other=0.0)
         acc = acc * shrink + tl.sum(part * weight[:, None], 0)
         total = total * shrink + tl.sum(tl.load(totals + head * splits + split, mask=there, other=0.0) * weight, 0)
@@ -341,9 +372,10 @@ def strides(s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor) -> tuple[int, ...]
 
 
 def backward(
-    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, o: Tensor, log_sums: Tensor, distance: bool, d_o: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of t_q, s_q, t_k, s_k, v, beta, and of `distance` (None)."""
+    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, o: Tensor, rest: Tensor | None, log_sums: Tensor, distance: bool,
+    d_o: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of t_q, s_q, t_k, s_k, v, beta, and of the two flags (None)."""
     (b, h, n, k), (_, heads, m, width), device = s_q.shape, v.shape, s_q.device
     d_o = token_major(d_o.transpose(1, 2))
     group = h // heads
@@ -355,8 +387,8 @@ def backward(
     d_beta = torch.empty(b, h, triton.cdiv(n, c.BM), device=device)
     launch(
         backward_queries, (triton.cdiv(n, c.BM), b * h),
-        t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, d_beta, *common,
-        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
+        t_q, s_q, t_k, s_k, v, beta, o, o if rest is None else rest, d_o, log_sums, delta, d_tq, d_sq, d_beta, *common,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, REST=rest is not None, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
     )  # fmt: skip
     c = config("backward_keys", max(k, width), v.dtype, is_hopper(device))
     launch(
@@ -367,32 +399,35 @@ def backward(
     d_sk, d_v = d_sk.transpose(1, 2), d_v.transpose(1, 2)
     if group > 1:
         d_tk, d_sk, d_v = (x.unflatten(1, (heads, group)).sum(2) for x in (d_tk, d_sk, d_v))
-    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None
+    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None, None
 
 
 class HyperbolicAttention(torch.autograd.Function):
-    """(t_q, s_q, t_k, s_k, v, beta, distance) -> o (B, N, H, V), and the log2 sums of rows (B, H, N) for the backward pass."""
+    """(t_q, s_q, t_k, s_k, v, beta, distance, keep) -> o (B, N, H, V); if `keep`, what rounding took from it; and the log2 sums of rows (B, H, N)."""
 
     @staticmethod
-    def forward(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         (b, h, n, k), (_, heads, m, width) = s_q.shape, v.shape
         o, log_sums = torch.empty(b, n, h, width, device=v.device, dtype=v.dtype), torch.empty(b, h, n, device=v.device)
+        rest = torch.empty_like(o) if keep else None
         c = config("forward", max(k, width), v.dtype, is_hopper(v.device))
         launch(
             forward, (triton.cdiv(n, c.BM), b * h),
-            t_q, s_q, t_k, s_k, v, beta, o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
-            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
+            t_q, s_q, t_k, s_k, v, beta, o, rest if keep else o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
+            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, REST=keep, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
         )  # fmt: skip
-        return o, log_sums
+        return o, rest, log_sums
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.distance = inputs
-        ctx.mark_non_differentiable(output[1])
+        *tensors, ctx.distance, _ = inputs
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, d_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         return gradients(backward, *ctx.saved_tensors, ctx.distance, d_o)
 
 
@@ -409,7 +444,7 @@ def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: 
         K=k, V=width, BN=keys_at_once(max(k, width)), SPLIT=SPLIT, DISTANCE=distance,
     )  # fmt: skip
     o = torch.empty(b, 1, h, width, device=device, dtype=v.dtype)
-    launch(join, (b * h,), sums, totals, leasts, beta, o, splits, h, V=width, BLOCK=16)
+    launch(join, (b * h,), sums, totals, leasts, o, splits, V=width, BLOCK=16)
     return o
 
 
@@ -418,6 +453,7 @@ def hyperbolic_attention(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: 
     """`reference.hyperbolic_attention`, in bf16 or fp32; also with fewer heads of keys than of queries."""
     t_k = t_k if t_k.stride(-1) == 1 else t_k.contiguous()
     inputs = (t_q.contiguous(), strided(s_q), t_k, strided(s_k), strided(v), beta.contiguous(), score == "distance")
-    if s_q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1])):
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1])
+    if s_q.shape[2] == 1 and not differentiable:
         return decode(*inputs).transpose(1, 2)
-    return HyperbolicAttention.apply(*inputs)[0].transpose(1, 2)
+    return HyperbolicAttention.apply(*inputs, differentiable and v.dtype != torch.float32)[0].transpose(1, 2)

@@ -1,7 +1,8 @@
-"""Special functions by the GPU's approximate instructions; in the interpreter, which has none, by ordinary ones.
+"""Special functions by the GPU's approximate instructions; if EXACT, and in the interpreter, which has none, by ordinary ones.
 
-Triton's own log2 is a polynomial of 13 instructions, its division a sequence of several. Errors (PTX manual): lg2.approx 2^-22 absolute
-for arguments between 1/2 and 2 and relative elsewhere, rcp.approx 1 ulp, sqrt.approx 2^-23 relative.
+Triton's own log2 is a polynomial of 13 instructions, its division a sequence of several, and an instruction that minds denormal numbers is
+followed by three that do: these take and give zero for them. Errors (PTX manual): lg2.approx 2^-22 absolute for arguments between 1/2 and
+2 and relative elsewhere, ex2.approx 2^-22 relative, rsqrt.approx 2^-22.9 relative.
 """
 
 import triton
@@ -11,21 +12,21 @@ APPROXIMATE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def log2(x):
-    if APPROXIMATE:
-        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+def log2(x, EXACT: tl.constexpr):
+    if APPROXIMATE and not EXACT:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
 
 
 @triton.jit
-def reciprocal(x):
-    if APPROXIMATE:
-        return tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return 1 / x
+def exp2(x, EXACT: tl.constexpr):
+    if APPROXIMATE and not EXACT:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
 
 
 @triton.jit
-def sqrt(x):
-    if APPROXIMATE:
-        return tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.sqrt(x)
+def rsqrt(x, EXACT: tl.constexpr):
+    if APPROXIMATE and not EXACT:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.rsqrt(x)
