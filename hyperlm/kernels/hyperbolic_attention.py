@@ -2,13 +2,16 @@
 
 The weight of key j for query i is g_ij^-beta, normalised over j, where z = cosh d = t t' - s . s' and g is z itself ("logcosh") or
 e^d = (z + root) / (1 + TIP), root = sqrt(z^2 - 1 + TIP^2) ("distance", with its rounded tip). All in logarithms to base 2. The weights are
-at most 1, but where beta log z passes 87 all of a row could vanish; so each row is scaled by the largest weight seen so far, as in
-FlashAttention (Dao et al. 2022), which makes every beta exact.
+at most 1, but where beta log z passes 87 all of a row could vanish, so each row is scaled: by t^beta, with which all is well while the weights
+of a row are within 2^80 of that, as they are up to R_MAX for beta below 13; a block of rows of which one is not starts again, each row
+scaled by the largest weight seen so far, as in FlashAttention (Dao et al. 2022). So every beta is exact.
 
-The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, d_beta and the row sums of dP), once a
-block of keys (ds_k, dt_k, dv), so that nothing is added up in memory and the result does not depend on the order of programs. A dz is
-rounded before it multiplies s as well as t: the two gradients nearly cancel along the radius, and only equal errors cancel too. What
-rounding took from o is kept for the backward pass: dP - do . o sums to zero over a row, and an error of o would be all of a small dt_q.
+The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, and the exact mean of dP over each
+row), once a block of keys (ds_k, dt_k, dv, d_beta), so that nothing is added up in memory and the result does not depend on the order of
+programs. Two differences of large terms are guarded. The score's gradients p (dP - mean) sum to zero over a row; the mean do . o that the
+pass begins with is off by what rounding did to o and to the weights that it is a sum of, so what the sum is instead of zero is taken out at
+the end. And along the radius the gradients of s and t nearly cancel; dz is rounded for the product that gives ds, not for dt, so ds is
+given the radial part sum dz (t t' - z) that follows from fp32 numbers.
 
 B batch, H heads of queries, N queries, M keys, G heads of queries a head of keys, K and V head dims; queries are the last N of M positions.
 """
@@ -29,6 +32,7 @@ from hyperlm.kernels.special import exp2, log2, rsqrt
 
 EPS2 = tl.constexpr(TIP * TIP)
 LN2 = tl.constexpr(math.log(2))
+LARGEST = tl.constexpr(2.0**80)  # sum of weights; or its inverse, the smallest: no weight that matters then left the range of fp32
 SPLIT = 512  # keys that a program reads when there is one query
 
 
@@ -42,26 +46,23 @@ def log_weight(z, DISTANCE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def pull(z, d_p, beta, log_sums, seen, DISTANCE: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
-    """log2 g, the weight p, the score's gradient p d_p, and -1/beta of that of z: the former times d ln g / dz, 1 / z or 1 / root.
-
-    For logcosh, p / z is what is computed, and p follows from it without a division.
-    """
+def weights(z, beta, log_sums, seen, DISTANCE: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
+    """The weight p, p d ln g / dz, and log2 of the first for the distance, of the second for logcosh: there it is p / z, and p follows from it
+    without a division; for the distance it is p / root."""
     if DISTANCE:
         w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
         slope = rsqrt(w, EXACT)
         logs = log2(tl.fma(w, slope, z), EXACT)
-        p = exp2(-beta * logs - log_sums, EXACT)
+        log_p = -beta * logs - log_sums
+        p = exp2(log_p, EXACT)
         if MASK:
             p = tl.where(seen, p, 0.0)
-        d_score = p * d_p
-        return logs, p, d_score, d_score * slope
-    logs = log2(z, EXACT)
-    p_slope = exp2(-(beta + 1) * logs - log_sums, EXACT)
+        return p, p * slope, log_p
+    log_p = -(beta + 1) * log2(z, EXACT) - log_sums
+    p_slope = exp2(log_p, EXACT)
     if MASK:
         p_slope = tl.where(seen, p_slope, 0.0)
-    d_z = p_slope * d_p
-    return logs, p_slope * z, d_z * z, d_z
+    return p_slope * z, p_slope, log_p
 
 
 @triton.jit
@@ -90,10 +91,14 @@ def vector(numbers, inside, beyond: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def attend(
     acc, total, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, RUNNING: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to its least beta log2 g so far."""
-    for first in range(start, end, BN):
+    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to 2^-least.
+
+    RUNNING: least, the least beta log2 g so far, follows what comes.
+    """
+    for first in tl.range(start, end, BN, num_stages=1 if RUNNING or MASK else None):
         j = first + tl.arange(0, BN)
         there = j < M
         minus = tl.dot(s_q, tl.trans(tile(k, first, there, stride_k, BN, K, EVEN)), input_precision="ieee")
@@ -101,23 +106,25 @@ def attend(
         logs = log_weight(z, DISTANCE, EXACT)
         if MASK:
             logs = tl.where(j[None, :] <= i[:, None], logs, float("inf"))
-        now = tl.minimum(least, beta * tl.min(logs, 1))
-        p = exp2(now[:, None] - beta * logs, EXACT)
-        shrink = exp2(now - least, EXACT)
-        total = total * shrink + tl.sum(p, 1)
+        if RUNNING:
+            now = tl.minimum(least, beta * tl.min(logs, 1))
+            shrink = exp2(now - least, EXACT)
+            total, acc, least = total * shrink, acc * shrink[:, None], now
         values = tile(v, first, there, stride_v, BN, V, EVEN)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="tf32x3")
-        least = now
+        p = exp2(tl.fma(-beta, logs, least[:, None]), EXACT)
+        rounded = p.to(values.dtype)
+        total += tl.sum(rounded.to(tl.float32) if MASK else p, 1)  # rounded: in a row of a few keys, its one error would be all of o's
+        acc = tl.dot(rounded, values, acc, input_precision="tf32x3")
     return acc, total, least
 
 
 @triton.jit
 def forward(
-    t_q, s_q, t_k, s_k, v, beta, o, rest, log_sums, N, M, H, G,
+    t_q, s_q, t_k, s_k, v, beta, o, log_sums, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """o (B, N, H, V), what rounding took from it (the same, if REST), and log2 of the sum of g^-beta of each row, (B, H, N)."""
+    """o (B, N, H, V), and log2 of the sum of g^-beta of each row, (B, H, N)."""
     EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # long rows first
     b, h = (head // H).to(tl.int64), head % H
@@ -129,89 +136,100 @@ def forward(
     temperature = tl.load(beta + h)
     s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
     acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
-    least = tl.full((BM,), float("inf"), tl.float32)
+    least = temperature * tl.log2(times)
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
     end = min(M, block * BM + M - N + BM)
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN, EXACT
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, False, EVEN, EXACT
     )
     acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN, EXACT
+        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, False, True, EVEN, EXACT
     )
+    if (tl.max(total, 0) > LARGEST) | (tl.min(total, 0) < 1 / LARGEST):
+        acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
+        least = tl.full((BM,), float("inf"), tl.float32)
+        acc, total, least = attend(
+            acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, True, False, EVEN, EXACT
+        )
+        acc, total, least = attend(
+            acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, True, EVEN, EXACT
+        )
     tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - least, mask=inside)
-    to = ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
-    mean = acc / total[:, None]
-    rounded = mean.to(o.dtype.element_ty)
-    tl.store(o + to, rounded, mask=inside[:, None])
-    if REST:
-        tl.store(rest + to, (mean - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=inside[:, None])
+    to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
+    tl.store(to, (acc / total[:, None]).to(o.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def pull_queries(
-    d_s, d_t, radial, d_beta, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
+    d_s, d_t, turned, off, sum_t, sum_z, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
     K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys start .. end contribute to the gradients of a block of queries."""
-    for first in range(start, end, BN):
+    """Add what keys start .. end contribute to a block of queries: with dz for -1/beta of the gradient of z, the sums of dz s, dz t and dz z, of
+    the score's gradient, and of what that sum, were it zero, would not have added to the second and third."""
+    for first in tl.range(start, end, BN, num_stages=1 if MASK else None):
         j = first + tl.arange(0, BN)
         there = j < M
         keys, times = tile(k, first, there, stride_k, BN, K, EVEN), vector(t_k + j, there, 1.0, EVEN)
-        z = tl.fma(t_q[:, None], times[None, :], tl.dot(s_q, tl.trans(keys), input_precision="ieee"))
+        z = -1.0 * tl.fma(-t_q[:, None], times[None, :], tl.dot(s_q, tl.trans(keys), input_precision="ieee"))
         d_p = tl.dot(d_o, tl.trans(tile(v, first, there, stride_v, BN, V, EVEN)), input_precision="tf32x3") - delta[:, None]
-        logs, _, d_score, d_z = pull(z, d_p, beta, log_sum[:, None], j[None, :] <= i[:, None], DISTANCE, MASK, EXACT)
+        p, p_slope, _ = weights(z, beta, log_sum[:, None], j[None, :] <= i[:, None], DISTANCE, MASK, EXACT)
+        d_z = p_slope * d_p
         d_s = tl.dot(d_z.to(keys.dtype), keys, d_s, input_precision="tf32x3")
         d_t += tl.sum(d_z * times[None, :], 1)
-        d_beta -= tl.sum(d_score * logs, 1)
-        if DISTANCE:  # otherwise, d_z z is d_score, which sums to zero over a row
-            radial += tl.sum(d_z * z, 1)
-    return d_s, d_t, radial, d_beta
+        sum_t += tl.sum(p_slope * times[None, :], 1)
+        turned += tl.sum(d_z * z, 1)
+        if DISTANCE:  # otherwise, d_z z is the score's gradient p d_p, and p_slope z is p
+            off += tl.sum(p * d_p, 1)
+            sum_z += tl.sum(p_slope * z, 1)
+    return d_s, d_t, turned, off, sum_t, sum_z
 
 
 @triton.jit
 def backward_queries(
-    t_q, s_q, t_k, s_k, v, beta, o, rest, d_o, log_sums, delta, d_tq, d_sq, d_beta, N, M, H, G,
+    t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
-    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, REST: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d_sq (B, N, H, K), d_tq (B, H, N), each program's part of d_beta (B, H, blocks), and delta = do . o (B, H, N)."""
+    """d_sq (B, N, H, K), d_tq (B, H, N), and delta (B, H, N), the mean of dP over a row."""
     EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     n = block * BM + tl.arange(0, BM)
     inside = n < N
     i = n + (M - N)
-    rows = -tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
+    rows = tile(s_q + b * q_b + h * q_h, block * BM, inside, q_n, BM, K, False)
     at = head.to(tl.int64) * N + n
     times, log_sum = tl.load(t_q + at, mask=inside, other=1.0), tl.load(log_sums + at, mask=inside, other=0.0)
     d_out = tile(d_o + (b * N * do_n + h * V), block * BM, inside, do_n, BM, V, False)
-    out = tile(o + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False).to(tl.float32)
-    if REST:
-        out += tile(rest + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False).to(tl.float32)
-    dots = tl.sum(d_out.to(tl.float32) * out, 1)
-    tl.store(delta + at, dots, mask=inside)
+    out = tile(o + (b * N * H + h) * V, block * BM, inside, H * V, BM, V, False)
+    mean = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     temperature = tl.load(beta + h)
     s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
-    d_s, d_t = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32)
-    radial, d_b = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    d_s, d_t, turned = tl.zeros((BM, K), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    off, sum_t, sum_z = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     all_see = (block * BM + M - N + 1) // BN * BN
     end = min(M, block * BM + M - N + BM)
-    d_s, d_t, radial, d_b = pull_queries(
-        d_s, d_t, radial, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, EVEN, EXACT
-    )
-    d_s, d_t, radial, d_b = pull_queries(
-        d_s, d_t, radial, d_b, times, rows, d_out, log_sum, dots, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, EVEN, EXACT
-    )
-    d_s = along(d_s, rows, radial - times * d_t)
+    d_s, d_t, turned, off, sum_t, sum_z = pull_queries(
+        d_s, d_t, turned, off, sum_t, sum_z, times, rows, d_out, log_sum, mean, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n,
+        K, V, BN, DISTANCE, False, EVEN, EXACT,
+    )  # fmt: skip
+    d_s, d_t, turned, off, sum_t, sum_z = pull_queries(
+        d_s, d_t, turned, off, sum_t, sum_z, times, rows, d_out, log_sum, mean, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n,
+        K, V, BN, DISTANCE, True, EVEN, EXACT,
+    )  # fmt: skip
+    if not DISTANCE:
+        off, sum_z = turned, tl.full((BM,), 1.0, tl.float32)
+    d_t -= off * sum_t
+    turned -= off * sum_z
+    tl.store(delta + at, mean + off, mask=inside)
     tl.store(d_tq + at, -temperature * d_t, mask=inside)
     to = d_sq + ((b * N + n.to(tl.int64)[:, None]) * H + h) * K + tl.arange(0, K)[None, :]
-    tl.store(to, (temperature * d_s).to(d_sq.dtype.element_ty), mask=inside[:, None])
-    tl.store(d_beta + head * tl.num_programs(0) + block, tl.sum(d_b, 0) * LN2)
+    tl.store(to, (temperature * along(d_s, rows, times * d_t - turned)).to(d_sq.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def pull_keys(
-    d_s, d_t, radial, d_v, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
+    d_s, turned, d_v, d_beta, t_k, s_k, v, j, q, d_o, t_q, log_sums, delta, beta, start, end, N, offset, stride_q, stride_do,
     K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add what queries start .. end contribute to the gradients of a block of keys. All products are transposed: keys are rows."""
@@ -219,35 +237,37 @@ def pull_keys(
         n = first + tl.arange(0, BM)
         there = n < N
         queries, times = tile(q, first, there, stride_q, BM, K, EVEN), vector(t_q + n, there, 1.0, EVEN)
-        z = tl.fma(t_k[:, None], times[None, :], tl.dot(s_k, tl.trans(queries), input_precision="ieee"))
+        z = -1.0 * tl.fma(-t_k[:, None], times[None, :], tl.dot(s_k, tl.trans(queries), input_precision="ieee"))
         d_out = tile(d_o, first, there, stride_do, BM, V, EVEN)  # zero beyond the last query, and so is all that follows from it
         d_p = tl.dot(v, tl.trans(d_out), input_precision="tf32x3") - vector(delta + n, there, 0.0, EVEN)[None, :]
         log_sum = vector(log_sums + n, there, 0.0, EVEN)
-        _, p, _, d_z = pull(z, d_p, beta, log_sum[None, :], j[:, None] <= n[None, :] + offset, DISTANCE, MASK, EXACT)
+        p, p_slope, log_p = weights(z, beta, log_sum[None, :], j[:, None] <= n[None, :] + offset, DISTANCE, MASK, EXACT)
+        d_z = p_slope * d_p
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="tf32x3")
         d_s = tl.dot(d_z.to(queries.dtype), queries, d_s, input_precision="tf32x3")
-        d_t += tl.sum(d_z * times[None, :], 1)
-        radial += tl.sum(d_z * z, 1)
-    return d_s, d_t, radial, d_v
+        turned += tl.sum(d_z * z, 1)
+        # of d_score log2 g, taken from log_p: what else that holds is the same along a row, over which d_score sums to zero
+        d_beta += tl.sum((p * d_p if DISTANCE else d_z * z) * log_p, 1)
+    return d_s, turned, d_v, d_beta
 
 
 @triton.jit
 def backward_keys(
-    t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, N, M, H, G,
+    t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, d_beta, N, M, H, G,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tk_b, tk_h, do_n,
     K: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d_sk (B, M, H, K), d_tk (B, H, M) and d_v (B, M, H, V): what each head of queries contributes."""
+    """d_sk (B, M, H, K), d_tk (B, H, M) and d_v (B, M, H, V): what each head of queries contributes; and parts of d_beta (B, H, blocks)."""
     EXACT: tl.constexpr = s_k.dtype.element_ty == tl.float32
     block, head = tl.program_id(0), tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     j = block * BN + tl.arange(0, BN)
     inside = j < M
-    keys = -tile(s_k + b * k_b + (h // G) * k_h, block * BN, inside, k_n, BN, K, False)
+    keys = tile(s_k + b * k_b + (h // G) * k_h, block * BN, inside, k_n, BN, K, False)
     values = tile(v + b * v_b + (h // G) * v_h, block * BN, inside, v_n, BN, V, False)
     times = tl.load(t_k + b * tk_b + (h // G) * tk_h + j, mask=inside, other=1.0)
     d_s, dv = tl.zeros((BN, K), tl.float32), tl.zeros((BN, V), tl.float32)
-    d_t, radial = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    turned, d_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     offset = M - N
     start = max(0, block * BN - offset) // BM * BM
     all_seen = min(tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM)  # queries from here on look at the whole block
@@ -257,16 +277,17 @@ def backward_keys(
     t_q += head.to(tl.int64) * N
     log_sums += head.to(tl.int64) * N
     delta += head.to(tl.int64) * N
-    d_s, d_t, radial, dv = pull_keys(
-        d_s, d_t, radial, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, start, all_seen, N, offset,
+    d_s, turned, dv, d_b = pull_keys(
+        d_s, turned, dv, d_b, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, start, all_seen, N, offset,
         q_n, do_n, K, V, BM, DISTANCE, True, EVEN, EXACT,
     )  # fmt: skip
-    d_s, d_t, radial, dv = pull_keys(
-        d_s, d_t, radial, dv, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, all_seen, N, N, offset,
+    d_s, turned, dv, d_b = pull_keys(
+        d_s, turned, dv, d_b, times, keys, values, j, s_q, d_o, t_q, log_sums, delta, temperature, all_seen, N, N, offset,
         q_n, do_n, K, V, BM, DISTANCE, False, EVEN, EXACT,
     )  # fmt: skip
     row = ((b * M + j.to(tl.int64)) * H + h)[:, None]
-    d_s = along(d_s, keys, radial - times * d_t)
+    d_t = (turned + tl.sum(d_s * keys.to(tl.float32), 1)) / times
+    tl.store(d_beta + head * tl.num_programs(0) + block, tl.sum(d_b, 0) * LN2 / (temperature if DISTANCE else temperature + 1))
     tl.store(d_tk + head.to(tl.int64) * M + j, -temperature * d_t, mask=inside)
     tl.store(d_sk + row * K + tl.arange(0, K)[None, :], (temperature * d_s).to(d_sk.dtype.element_ty), mask=inside[:, None])
     tl.store(d_v + row * V + tl.arange(0, V)[None, :], dv.to(d_v.dtype.element_ty), mask=inside[:, None])
@@ -331,26 +352,36 @@ class Config(NamedTuple):
     BN: int
     warps: int
     stages: int
+    registers: int | None = None  # the most that a thread may use
 
 
 HOPPER = {
-    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "backward_queries": {64: Config(128, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)},
-    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "forward": {64: Config(64, 64, 4, 3, 168), 128: Config(64, 64, 4, 3), 256: Config(32, 32, 4, 1)},
+    "backward_queries": {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(16, 32, 8, 1)},
+    "backward_keys": {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 2), 256: Config(32, 16, 8, 1)},
+}
+HOPPER_UNEVEN = {  # masks take registers
+    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 3), 256: Config(32, 32, 8, 1)},
+    "backward_queries": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 8, 1)},
 }
 OTHERS = {
-    "forward": {64: Config(128, 64, 8, 2), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 1)},
-    "backward_queries": {64: Config(64, 32, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    "backward_keys": {64: Config(32, 64, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "forward": {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 2), 256: Config(64, 32, 8, 2)},
+    "backward_queries": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "backward_keys": {64: Config(32, 64, 4, 1), 128: Config(32, 32, 4, 1), 256: Config(32, 16, 8, 1)},
 }
 
 
-def config(kernel: str, K: int, dtype: torch.dtype, hopper: bool) -> Config:
-    """The shipped configuration of `forward`, `backward_queries` or `backward_keys` for heads of width K. None spills registers, but those in
-    fp32 for heads wider than 64."""
+def is_even(n: int, m: int) -> bool:
+    """Whether n queries and m keys are whole tiles of every configuration."""
+    return n % 64 == m % 64 == 0
+
+
+def config(kernel: str, K: int, dtype: torch.dtype, hopper: bool, even: bool) -> Config:
+    """The shipped configuration of `forward`, `backward_queries` or `backward_keys` for heads of width K."""
     if dtype == torch.float32:
         return Config(16, 16, 4 if kernel == "forward" and K == 64 else 8, 1)
-    return (HOPPER if hopper else OTHERS)[kernel][max(K, 64)]
+    return ((HOPPER if even else HOPPER_UNEVEN) if hopper else OTHERS)[kernel][max(K, 64)]
 
 
 def keys_at_once(K: int) -> int:
@@ -372,62 +403,59 @@ def strides(s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor) -> tuple[int, ...]
 
 
 def backward(
-    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, o: Tensor, rest: Tensor | None, log_sums: Tensor, distance: bool,
-    d_o: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of t_q, s_q, t_k, s_k, v, beta, and of the two flags (None)."""
+    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, o: Tensor, log_sums: Tensor, distance: bool, d_o: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of t_q, s_q, t_k, s_k, v, beta, and of `distance` (None)."""
     (b, h, n, k), (_, heads, m, width), device = s_q.shape, v.shape, s_q.device
     d_o = token_major(d_o.transpose(1, 2))
-    group = h // heads
+    group, even = h // heads, is_even(n, m)
     delta, d_tq, d_tk = torch.empty_like(log_sums), torch.empty(b, h, n, device=device), torch.empty(b, h, m, device=device)
     d_sq = torch.empty(b, n, h, k, device=device, dtype=v.dtype)
     d_sk, d_v = (torch.empty(b, m, h, size, device=device, dtype=v.dtype if group == 1 else torch.float32) for size in (k, width))
     common = (n, m, h, group, *strides(s_q, t_k, s_k, v), d_o.stride(1))
-    c = config("backward_queries", max(k, width), v.dtype, is_hopper(device))
-    d_beta = torch.empty(b, h, triton.cdiv(n, c.BM), device=device)
+    c = config("backward_queries", max(k, width), v.dtype, is_hopper(device), even)
     launch(
         backward_queries, (triton.cdiv(n, c.BM), b * h),
-        t_q, s_q, t_k, s_k, v, beta, o, o if rest is None else rest, d_o, log_sums, delta, d_tq, d_sq, d_beta, *common,
-        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, REST=rest is not None, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
+        t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, *common,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
     )  # fmt: skip
-    c = config("backward_keys", max(k, width), v.dtype, is_hopper(device))
+    c = config("backward_keys", max(k, width), v.dtype, is_hopper(device), even)
+    d_beta = torch.empty(b, h, triton.cdiv(m, c.BN), device=device)
     launch(
         backward_keys, (triton.cdiv(m, c.BN), b * h),
-        t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, *common,
-        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
+        t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, d_beta, *common,
+        K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
     )  # fmt: skip
     d_sk, d_v = d_sk.transpose(1, 2), d_v.transpose(1, 2)
     if group > 1:
         d_tk, d_sk, d_v = (x.unflatten(1, (heads, group)).sum(2) for x in (d_tk, d_sk, d_v))
-    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None, None
+    return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None
 
 
 class HyperbolicAttention(torch.autograd.Function):
-    """(t_q, s_q, t_k, s_k, v, beta, distance, keep) -> o (B, N, H, V); if `keep`, what rounding took from it; and the log2 sums of rows (B, H, N)."""
+    """(t_q, s_q, t_k, s_k, v, beta, distance) -> o (B, N, H, V), and the log2 sums of rows (B, H, N) for the backward pass."""
 
     @staticmethod
-    def forward(
-        t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool, keep: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool) -> tuple[Tensor, Tensor]:
         (b, h, n, k), (_, heads, m, width) = s_q.shape, v.shape
         o, log_sums = torch.empty(b, n, h, width, device=v.device, dtype=v.dtype), torch.empty(b, h, n, device=v.device)
-        rest = torch.empty_like(o) if keep else None
-        c = config("forward", max(k, width), v.dtype, is_hopper(v.device))
+        even = is_even(n, m)
+        c = config("forward", max(k, width), v.dtype, is_hopper(v.device), even)
         launch(
             forward, (triton.cdiv(n, c.BM), b * h),
-            t_q, s_q, t_k, s_k, v, beta, o, rest if keep else o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
-            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, REST=keep, EVEN=n % c.BM == m % c.BN == 0, warps=c.warps, stages=c.stages,
+            t_q, s_q, t_k, s_k, v, beta, o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
+            K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
         )  # fmt: skip
-        return o, rest, log_sums
+        return o, log_sums
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.distance, _ = inputs
-        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+        *tensors, ctx.distance = inputs
+        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, d_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, d_o: Tensor, _: None) -> tuple[Tensor | None, ...]:
         return gradients(backward, *ctx.saved_tensors, ctx.distance, d_o)
 
 
@@ -453,7 +481,6 @@ def hyperbolic_attention(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: 
     """`reference.hyperbolic_attention`, in bf16 or fp32; also with fewer heads of keys than of queries."""
     t_k = t_k if t_k.stride(-1) == 1 else t_k.contiguous()
     inputs = (t_q.contiguous(), strided(s_q), t_k, strided(s_k), strided(v), beta.contiguous(), score == "distance")
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1])
-    if s_q.shape[2] == 1 and not differentiable:
+    if s_q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:-1])):
         return decode(*inputs).transpose(1, 2)
-    return HyperbolicAttention.apply(*inputs, differentiable and v.dtype != torch.float32)[0].transpose(1, 2)
+    return HyperbolicAttention.apply(*inputs)[0].transpose(1, 2)
