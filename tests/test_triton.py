@@ -50,13 +50,17 @@ def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None 
     its error is then relative to that.
     """
 
+    weights: list[torch.Tensor] = []  # of the outputs in what is differentiated, the same for both
+
     def run(fn, arguments):
         found = fn(*arguments)
         outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
         leaves = [x for x in arguments if torch.is_tensor(x) and x.requires_grad]
         weighted = [x for x in outputs[:outputs_used] if x.requires_grad]
-        weights = [normal(*x.shape, seed=50 + i).to(x.device, x.dtype) for i, x in enumerate(weighted)]
-        return outputs, torch.autograd.grad(weighted, leaves, weights, allow_unused=True, materialize_grads=True) if leaves else ()
+        if not weights:
+            weights.extend(normal(*x.shape, seed=50 + i).to(x.device, x.dtype) for i, x in enumerate(weighted))
+        own = [w.to(x.dtype) for w, x in zip(weights, weighted, strict=True)]
+        return outputs, torch.autograd.grad(weighted, leaves, own, allow_unused=True, materialize_grads=True) if leaves else ()
 
     poison()
     outputs, grads = run(OPS[op]["triton"], inputs)

@@ -90,11 +90,12 @@ def vector(numbers, inside, beyond: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, total, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
+    acc, total, lost, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
     K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, RUNNING: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to 2^-least.
+    """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to 2^-least; and what the weights near
+    the diagonal lost by rounding: in a row of a few keys, it would be all of the error of their mean.
 
     RUNNING: least, the least beta log2 g so far, follows what comes.
     """
@@ -109,13 +110,15 @@ def attend(
         if RUNNING:
             now = tl.minimum(least, beta * tl.min(logs, 1))
             shrink = exp2(now - least, EXACT)
-            total, acc, least = total * shrink, acc * shrink[:, None], now
+            total, lost, acc, least = total * shrink, lost * shrink, acc * shrink[:, None], now
         values = tile(v, first, there, stride_v, BN, V, EVEN)
         p = exp2(tl.fma(-beta, logs, least[:, None]), EXACT)
         rounded = p.to(values.dtype)
-        total += tl.sum(rounded.to(tl.float32) if MASK else p, 1)  # rounded: in a row of a few keys, its one error would be all of o's
+        total += tl.sum(p, 1)
+        if MASK:
+            lost += tl.sum(p - rounded.to(tl.float32), 1)
         acc = tl.dot(rounded, values, acc, input_precision="tf32x3")
-    return acc, total, least
+    return acc, total, lost, least
 
 
 @triton.jit
@@ -135,28 +138,28 @@ def forward(
     times = tl.load(t_q + head.to(tl.int64) * N + n, mask=inside, other=1.0)
     temperature = tl.load(beta + h)
     s_k, v, t_k = s_k + b * k_b + (h // G) * k_h, v + b * v_b + (h // G) * v_h, t_k + b * tk_b + (h // G) * tk_h
-    acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
+    acc, total, lost = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     least = temperature * tl.log2(times)
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
     end = min(M, block * BM + M - N + BM)
-    acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, False, EVEN, EXACT
+    acc, total, lost, least = attend(
+        acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, False, EVEN, EXACT
     )
-    acc, total, least = attend(
-        acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, False, True, EVEN, EXACT
+    acc, total, lost, least = attend(
+        acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, False, True, EVEN, EXACT
     )
     if (tl.max(total, 0) > LARGEST) | (tl.min(total, 0) < 1 / LARGEST):
-        acc, total = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32)
+        acc, total, lost = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         least = tl.full((BM,), float("inf"), tl.float32)
-        acc, total, least = attend(
-            acc, total, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, True, False, EVEN, EXACT
+        acc, total, lost, least = attend(
+            acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, True, False, EVEN, EXACT
         )
-        acc, total, least = attend(
-            acc, total, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, True, EVEN, EXACT
+        acc, total, lost, least = attend(
+            acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, True, EVEN, EXACT
         )
     tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - least, mask=inside)
     to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
-    tl.store(to, (acc / total[:, None]).to(o.dtype.element_ty), mask=inside[:, None])
+    tl.store(to, (acc / (total - lost)[:, None]).to(o.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
