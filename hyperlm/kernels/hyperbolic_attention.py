@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import is_hopper, launch
+from hyperlm.kernels.launch import NEWER, is_hopper, launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import TIP
 from hyperlm.kernels.special import exp2, log2, rsqrt
@@ -361,10 +361,10 @@ class Config(NamedTuple):
 HOPPER = {
     "forward": {64: Config(64, 64, 4, 3, 168), 128: Config(64, 64, 4, 3), 256: Config(32, 32, 4, 1)},
     "backward_queries": {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(16, 32, 8, 1)},
-    "backward_keys": {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 2), 256: Config(32, 16, 8, 1)},
+    "backward_keys": {64: Config(64, 64, 4, 2), 128: Config(32, 64, 4, 1 if NEWER else 2), 256: Config(32, 16, 8, 1)},
 }
 HOPPER_UNEVEN = {  # masks take registers
-    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 3), 256: Config(32, 32, 8, 1)},
+    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
     "backward_queries": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
     "backward_keys": {64: Config(32, 64, 4, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 8, 1)},
 }

@@ -8,9 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # Triton that gives the same program more registers and buffers
 variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kernel
 
 

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import is_hopper, launch
+from hyperlm.kernels.launch import NEWER, is_hopper, launch
 from hyperlm.kernels.layout import token_major
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -372,9 +372,6 @@ def decay_gradient(
 
 
 # -- which shape of work ---------------------------------------------------------------------------------------------------------------
-
-
-NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # Triton that gives the same program more registers and buffers
 
 
 class Config(NamedTuple):
