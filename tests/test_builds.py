@@ -57,11 +57,11 @@ def builds():
                 ):
                     for distance, even in product((False, True), repeat=2):
                         if even and (capability != 90 or dtype == torch.float32):
-                            continue  # the same configuration as of the uneven, with fewer registers
+                            continue  # the configuration is that of the uneven
                         c = ha.config(kernel.__name__, k, dtype, capability == 90, even)
                         block = dict(BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even)
-                        name7 = f"{kernel.__name__}, {k}, {name}{', distance' * distance}{', even' * even}"
-                        yield name7, kernel, more | block, c.warps, c.stages, capability, c.registers
+                        title = f"{kernel.__name__}, {k}, {name}{', distance' * distance}{', even' * even}"
+                        yield title, kernel, more | block, c.warps, c.stages, capability, c.registers
                 args = common | dict.fromkeys(("sums", "totals", "leasts"), f) | dict(BN=ha.keys_at_once(k), SPLIT=ha.SPLIT, DISTANCE=True)
                 yield f"one_query, {k}, {name}", ha.one_query, args, 4, 3, capability
                 args = dict.fromkeys(("sums", "totals", "leasts"), f) | dict(o=x, splits=INTS, V=k, BLOCK=16)

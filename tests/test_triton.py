@@ -123,7 +123,8 @@ def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatc
         monkeypatch.setattr("hyperlm.kernels.linear_attention.MARK", 64)
     b, h, n, k = 1, 1, 4096 if GPU else 200, 32
     q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
-    compare("linear_attention", [q, k_, v, torch.full((b, h, n), -rate, device=DEVICE).requires_grad_(), None], dtype, 1, terms=of_forgetting if rate > 10 else None)
+    log_decay = torch.full((b, h, n), -rate, device=DEVICE).requires_grad_()
+    compare("linear_attention", [q, k_, v, log_decay, None], dtype, 1, terms=of_forgetting if rate > 10 else None)
 
 
 def points(b: int, h: int, n: int, k: int, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +153,8 @@ def test_hyperbolic_attention(dtype, k, n, score):
         with torch.no_grad():
             t_k[:, :, :2], s_k[:, :, :2] = t_q[:, :, :2], s_q[:, :, :2]
     beta = (torch.tensor([1.0, 0.1, 5.0])[:h] * k**0.5).to(DEVICE).requires_grad_()
-    compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, token_major(b, h, n, k, seed=3, dtype=dtype), beta, score], dtype, terms=of_a_single_key if n == 1 else None)
+    v = token_major(b, h, n, k, seed=3, dtype=dtype)
+    compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, v, beta, score], dtype, terms=of_a_single_key if n == 1 else None)
 
 
 @pytest.mark.parametrize(("n", "m", "group"), [(1, 70, 1), (20, 70, 1), (40, 40, 3), (1, 1100, 2)])

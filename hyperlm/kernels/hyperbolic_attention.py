@@ -3,7 +3,7 @@
 The weight of key j for query i is g_ij^-beta, normalised over j, where z = cosh d = t t' - s . s' and g is z itself ("logcosh") or
 e^d = (z + root) / (1 + TIP), root = sqrt(z^2 - 1 + TIP^2) ("distance", with its rounded tip). All in logarithms to base 2. The weights are
 at most 1, but where beta log z passes 87 all of a row could vanish, so each row is scaled: by t^beta, with which all is well while the weights
-of a row are within 2^80 of that, as they are up to R_MAX for beta below 13; a block of rows of which one is not starts again, each row
+of a row are within 2^80 of that, as they are up to R_MAX for beta below 11; a block of rows of which one is not starts again, each row
 scaled by the largest weight seen so far, as in FlashAttention (Dao et al. 2022). So every beta is exact.
 
 The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, and the exact mean of dP over each
@@ -12,6 +12,9 @@ programs. Two differences of large terms are guarded. The score's gradients p (d
 pass begins with is off by what rounding did to o and to the weights that it is a sum of, so what the sum is instead of zero is taken out at
 the end. And along the radius the gradients of s and t nearly cancel; dz is rounded for the product that gives ds, not for dt, so ds is
 given the radial part sum dz (t t' - z) that follows from fp32 numbers.
+
+z = t t' - s . s' costs one instruction a pair if nothing has to be negated after the product: the forward pass negates s_q beforehand; where s
+is needed as it is, z is -1 times -t t' + s . s', which folds into the instructions that take it (a minus sign is a subtraction of its own).
 
 B batch, H heads of queries, N queries, M keys, G heads of queries a head of keys, K and V head dims; queries are the last N of M positions.
 """
@@ -37,11 +40,19 @@ SPLIT = 512  # keys that a program reads when there is one query
 
 
 @triton.jit
+def log_distance(z, EXACT: tl.constexpr):
+    """log2 of z + root, and 1 / root, which is d ln (z + root) / dz."""
+    w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
+    inverse = rsqrt(w, EXACT)
+    return log2(tl.fma(w, inverse, z), EXACT), inverse
+
+
+@triton.jit
 def log_weight(z, DISTANCE: tl.constexpr, EXACT: tl.constexpr):
     """log2 g of z = cosh d, but for a constant factor of g, which cancels."""
     if DISTANCE:
-        w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
-        return log2(tl.fma(w, rsqrt(w, EXACT), z), EXACT)
+        logs, _ = log_distance(z, EXACT)
+        return logs
     return log2(z, EXACT)
 
 
@@ -50,9 +61,7 @@ def weights(z, beta, log_sums, seen, DISTANCE: tl.constexpr, MASK: tl.constexpr,
     """The weight p, p d ln g / dz, and log2 of the first for the distance, of the second for logcosh: there it is p / z, and p follows from it
     without a division; for the distance it is p / root."""
     if DISTANCE:
-        w = tl.maximum(tl.fma(z, z, EPS2 - 1), EPS2)
-        slope = rsqrt(w, EXACT)
-        logs = log2(tl.fma(w, slope, z), EXACT)
+        logs, slope = log_distance(z, EXACT)
         log_p = -beta * logs - log_sums
         p = exp2(log_p, EXACT)
         if MASK:
