@@ -38,7 +38,6 @@ else:
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
-UNPROVEN = ("hyperbolic_attention", "hyperbolic_points")  # run on a GPU, but not yet with every test passed there: taken only if asked for
 
 
 class KernelError(ValueError):
@@ -87,8 +86,7 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
         KernelError: if the backend asked for cannot run; nothing is replaced silently.
     """
     if kernels == "auto":
-        unproven = "not every test of the Phase 7 kernels has passed on a GPU yet" if op in UNPROVEN else ""
-        reason = unusable(op, "triton", device, head_dim, dtype) or unproven or ("an interpreter is slow" if INTERPRETED else "")
+        reason = unusable(op, "triton", device, head_dim, dtype) or ("an interpreter is slow" if INTERPRETED else "")
         return Choice(op, "torch", reason) if reason else Choice(op, "triton", "fastest here")
     if reason := unusable(op, kernels, device, head_dim, dtype):
         raise KernelError(f"--kernels {kernels}: {reason}; use --kernels auto")
