@@ -66,7 +66,7 @@ def load(command: Command) -> Speaker:
     device = env.pick_device(command.device)
     env.prepare(device)
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
-    state, meta = checkpoint.restore(run, step, config.model, device, with_opt=False)
+    state, meta = checkpoint.restore(run, step, config, device, with_opt=False)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     params = compute_copy(state.params, env.compute_dtype(device))
     decode = sample.decoder(params, config.model, kernels=command.kernels)

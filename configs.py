@@ -97,8 +97,11 @@ class TrainConfig:
     """Decides initial weights, data order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
-    residence: Literal["auto", "device"] = "auto"
-    """Where parameters and optimizer state live; auto takes what the memory plan allows."""
+    residence: Literal["auto", "device", "host"] = "auto"
+    """Where parameters and optimizer state live: on the device, or in host memory, from where layers visit the device; auto takes the device
+    if the memory plan fits it."""
+    device_memory: float = 0.0
+    """GiB of GPU memory that the whole process may use; 0 for all that is free."""
     compile: bool = False
     """Compile blocks with torch.compile."""
     recompute: bool = False
@@ -123,6 +126,8 @@ class OptimConfig:
     """Largest norm of a step's gradient; 0 to leave it alone."""
     clip_scope: Literal["global", "layer"] = "global"
     """Clip by the norm of the whole gradient, or each layer by its own."""
+    state: Literal["fp32", "int8"] = "fp32"
+    """Weights and moments in fp32, or weights in bf16 with moments of 8 bits: a third of the memory."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,7 @@ def resolve(config: Config) -> Config:
         ("train.grad-accum", t.grad_accum, 1),
         ("train.steps", t.steps, 0),
         ("train.seed", t.seed, 0),
+        ("train.device-memory", t.device_memory, 0),
         ("optim.warmup-steps", o.warmup_steps, 0),
         ("optim.weight-decay", o.weight_decay, 0),
         ("optim.clip", o.clip, 0),

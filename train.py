@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
 from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.kernels import division, select
-from hyperlm.precision import compute_copy
-from hyperlm.step import State, init_state, make_step
+from hyperlm.state import State
+from hyperlm.step import home, housed, init_state, make_settle, make_step, weights
 from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
-CHANGEABLE = ("train.steps", "train.epochs", "train.device", "train.compile", "train.recompute", "kernels", "ckpt.", "eval.", "log.", "data.cache")
+CHANGEABLE = ("train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute", "kernels", "ckpt.", "eval.", "log.", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,35 @@ def parse(argv: list[str]) -> tuple[Command, Config]:
     return command, data.with_vocabulary(resolve(config))
 
 
-def check_memory(config: Config, device: torch.device) -> None:
-    """Refuse a run that the memory plan says cannot fit, unless --train.residence device insists."""
-    need = plan.plans(config, env.compute_dtype(device))[0].device
-    have = env.total_memory(device)
-    if config.train.residence == "auto" and need > have:
-        raise cli.TrainingError(
-            f"this run needs {need / env.GIB:.1f} GiB and {device} has {have / env.GIB:.1f}: lower --model.d-model, --model.n-layers or "
-            "--train.batch-size, or set --train.recompute; --plan shows the parts"
-        )
+def choose_residence(config: Config, device: torch.device) -> Config:
+    """The configuration with its residence decided: the device if the memory plan fits it, else the host.
+
+    Raises:
+        TrainingError: if neither has the memory.
+    """
+    dtype, chosen = env.compute_dtype(device), config.train.residence
+    allowed = env.allowed_memory(device, config.train.device_memory)
+    here = plan.everything(config, dtype)
+    if chosen == "auto":
+        chosen = "device" if here.device <= allowed or device.type == "cpu" else "host"
+        config = replace(config, train=replace(config.train, residence=chosen))
+        if device.type == "cpu" and here.device > allowed:
+            raise too_little(f"this run needs {here.device / env.GIB:.1f} GiB and {device} has {allowed / env.GIB:.1f}")
+    if chosen == "host":
+        there, have = plan.visits(config, dtype, allowed), env.available_memory(torch.device("cpu"))
+        if there.device > allowed:
+            raise too_little(f"on its visits to {device} this model needs {there.device / env.GIB:.1f} GiB, and {allowed / env.GIB:.1f} may be used")
+        if there.host > have:
+            small = plan.visits(replace(config, optim=replace(config.optim, state="int8")), dtype, allowed).host
+            fits = f"--optim.state int8 needs {small / env.GIB:.1f}" if small <= have and small < there.host else "lower --model.d-model or --model.n-layers"
+            raise cli.TrainingError(f"this run needs {there.host / env.GIB:.1f} GiB of host memory, and {have / env.GIB:.1f} are free: {fits}")
+    if config.train.device_memory and device.type == "cuda":
+        env.limit_memory(device, allowed)
+    return config
+
+
+def too_little(what: str) -> cli.TrainingError:
+    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers or --train.batch-size, or set --train.recompute; --plan shows the parts")
 
 
 def announce(config: Config, device: torch.device) -> None:
@@ -72,6 +92,10 @@ def announce(config: Config, device: torch.device) -> None:
     cfg = config.model
     print(f"model      {cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
     print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
+    if config.train.residence == "host":
+        p = plan.visits(config, env.compute_dtype(device), env.allowed_memory(device, config.train.device_memory))
+        print(f"residence  host: {p.host / env.GIB:.1f} GiB there, {config.optim.state} state; {p.device / env.GIB:.1f} GiB planned on {device},")
+        print(f"           {p.group} of {config.train.grad_accum} micro-batches at a time, inputs of {p.kept} of {cfg.n_layers} blocks kept there")
     for choice in (select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)):
         divided = division(choice, config.train.batch_size * cfg.n_heads, config.data.seq_len, device)
         print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))
@@ -88,10 +112,11 @@ def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, tot
 
 def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> State:
     """The state of a run's newest checkpoint."""
-    state, meta = checkpoint.restore(run, checkpoint.latest(run), config.model, device)
+    state, meta = checkpoint.restore(run, checkpoint.latest(run), config, home(config, device))
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
-    return state
+    params, opt_state = housed(config, state.params, state.opt_state, device)
+    return replace(state, params=params, opt_state=opt_state)
 
 
 def diverged(run: Path, step: int) -> cli.TrainingError:
@@ -114,8 +139,9 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
 
 def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
     """Validation losses; and radius gauges with, if asked for, a sample."""
-    params = compute_copy(state.params, env.compute_dtype(device))
-    val = evals.evaluate(params, corpus, config, device)
+    params = weights(config, state.params, device)
+    at_once = config.train.batch_size * (config.train.grad_accum if config.train.residence == "host" else 1)  # fewer visits
+    val = evals.evaluate(params, corpus, config, device, at_once)
     more: dict[str, Any] = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
     if config.eval.sample_tokens:
         more["sample"] = write_sample(params, state.seed + state.step, corpus, config)
@@ -130,7 +156,7 @@ def train(
     Returns:
         The last state, the newest value of everything that was logged, and the signal.
     """
-    step = make_step(config, total, device)
+    step, settle = make_step(config, total, device), make_settle(config, total, device)
     writer = checkpoint.manager(run, config.ckpt.keep)
     records = log.open_log(run, state.step)
     saved, bad, val_loss, newest = max(checkpoint.steps(run), default=-1), 0, None, {}
@@ -153,6 +179,8 @@ def train(
                 timed_from, timed_step, newest = time.monotonic(), now, newest | record
 
             paused = time.monotonic()
+            if last or now % config.eval.every == 0 or now % config.ckpt.every == 0:
+                state = settle(state)
             if now % config.eval.every == 0 or last:
                 val, more = evaluate(state, corpus, order, config, device)
                 log.record(records, now, val | more)
@@ -165,7 +193,7 @@ def train(
                 saved = now
             timed_from += time.monotonic() - paused
         if saved != state.step:  # a signal ended the loop, whenever in a step it came
-            checkpoint.save(writer, state, corpus, val_loss)
+            checkpoint.save(writer, settle(state), corpus, val_loss)
     checkpoint.finish(writer)
     writer.close()
     log.close(records)
@@ -181,7 +209,7 @@ def main(argv: list[str]) -> int:
     env.prepare(device)
     if command.doctor:
         return doctor.check(device)
-    check_memory(config, device)
+    config = choose_residence(config, device)
     announce(config, device)
 
     corpus = data.prepare(config)

@@ -22,11 +22,12 @@ import orbax.checkpoint as ocp
 import torch
 from torch import Tensor
 
-from configs import ModelConfig
+from configs import Config
 from hyperlm import model, tree
 from hyperlm.data import Corpus
 from hyperlm.env import GIB
-from hyperlm.step import State
+from hyperlm.optim import optimizer, stored
+from hyperlm.state import State
 from hyperlm.tree import Tree
 
 FORMAT = 1
@@ -188,14 +189,14 @@ def best(run: Path) -> int:
     return step if metas[step]["val_loss"] < WORST else last
 
 
-def restore(run: Path, step: int, cfg: ModelConfig, device: torch.device, *, with_opt: bool = True) -> tuple[State, dict[str, Any]]:
+def restore(run: Path, step: int, config: Config, device: torch.device, *, with_opt: bool = True) -> tuple[State, dict[str, Any]]:
     """Read the checkpoint of `step` and verify it.
 
     Returns:
         The state (opt_state None unless `with_opt`), and the stored meta.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another shape than `cfg` declares.
+        CheckpointError: if it is missing, damaged, or of another shape than `config` declares.
     """
     path = folder_of(run, step)
     items = {"params": ocp.args.PyTreeRestore(), "meta": ocp.args.JsonRestore()} | ({"opt": ocp.args.PyTreeRestore()} if with_opt else {})
@@ -205,8 +206,7 @@ def restore(run: Path, step: int, cfg: ModelConfig, device: torch.device, *, wit
         meta = found["meta"]
         if meta["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {meta['format']}, and this version reads {FORMAT}")
-        declared = model.declaration(cfg)
-        expected = {"params": declared, "opt": {"m": declared, "v": declared}}
+        expected = dict(zip(("params", "opt"), stored(model.declaration(config.model), optimizer(config.optim, 1)), strict=True))
         trees = {name: verified(found[name], expected[name], meta["checksums"][name], name, device) for name in items if name != "meta"}
         counters = {name: int(meta[name]) for name in ("step", "updates", "tokens", "seed")}
     except CheckpointError:
@@ -217,18 +217,20 @@ def restore(run: Path, step: int, cfg: ModelConfig, device: torch.device, *, wit
 
 
 def verified(found: Tree, expected: Tree, checksums: dict[str, int], name: str, device: torch.device) -> Tree:
-    """`found` in the structure of `expected` (a tree of Specs), as tensors. Goes by path: libraries order dicts differently."""
+    """`found` in the structure of `expected` (tensors on the meta device), as tensors. Goes by path: libraries order dicts differently."""
     arrays = tree.by_path(found)
 
-    def check(path: str, spec: Any) -> Tensor:
+    def check(path: str, like: Tensor) -> Tensor:
         x = arrays.pop(path, None)
         if x is None:
             raise ValueError(f"{name}/{path} is missing")
-        if tuple(x.shape) != spec.shape:
-            raise ValueError(f"{name}/{path} has shape {tuple(x.shape)}, not {spec.shape}")
+        if tuple(x.shape) != like.shape:
+            raise ValueError(f"{name}/{path} has shape {tuple(x.shape)}, not {tuple(like.shape)}")
         if checksum(x) != checksums[path]:
             raise ValueError(f"the checksum of {name}/{path} does not match")
-        return to_tensor(x, device)
+        if (tensor := to_tensor(x, device)).dtype != like.dtype:
+            raise ValueError(f"{name}/{path} is {tensor.dtype}, not {like.dtype}".replace("torch.", ""))
+        return tensor
 
     tensors = tree.map_with_path(check, expected)
     if arrays:

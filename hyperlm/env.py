@@ -18,7 +18,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
 GIB = 1 << 30
+CONTEXT = 640 << 20  # bytes of GPU memory that the driver, libraries and kernels of a process take beside what it allocates
 
 
 class DeviceError(ValueError):
@@ -66,6 +68,31 @@ def total_memory(device: torch.device) -> int:
         if os.path.exists(path) and (text := Path(path).read_text().strip()).isdigit():
             limit = min(limit, int(text))
     return limit
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free now: on the card, or in the machine within the limits of its cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, total_memory(device))
+
+
+def allowed_memory(device: torch.device, budget: float) -> int:
+    """Bytes that torch may allocate: within `budget` GiB of a GPU for the whole process, or (0) all that there is."""
+    if device.type == "cuda":
+        return round(budget * GIB) - CONTEXT if budget else total_memory(device) - CONTEXT
+    return total_memory(device)
+
+
+def limit_memory(device: torch.device, size: int) -> None:
+    """Let torch allocate at most `size` bytes on a GPU."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total_memory(device)), device)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes in use on a GPU as its driver counts, by this process and any other."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def reset_peak_memory(device: torch.device) -> None:

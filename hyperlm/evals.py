@@ -15,16 +15,17 @@ from hyperlm.tree import Tree
 
 
 @torch.no_grad()
-def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device, batch: int = 0) -> dict[str, float]:
     """Loss on the validation documents.
 
     Args:
-        params: as `step.compute_copy` returns them, on `device`.
+        params: as `step.weights` returns them.
+        batch: sequences at a time; 0 for those of a micro-batch.
 
     Returns:
         val_loss (nats a token over all sources), val_ppl, val_bpb (bits per byte of raw text), and with several sources val_bpb/<source>.
     """
-    n, batch = config.data.seq_len, config.train.batch_size
+    n, batch = config.data.seq_len, batch or config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
     bar = progress(desc="evaluating", total=sum(len(windows) for windows, _ in sets), unit=" seq")

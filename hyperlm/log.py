@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from hyperlm.env import GIB
-from hyperlm.step import Metrics, State
+from hyperlm.state import State
+from hyperlm.step import Metrics
 
 
 class Log(NamedTuple):

@@ -21,7 +21,7 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
-from hyperlm.kernels.reference import EPS, wide
+from hyperlm.kernels.reference import APART, EPS, noise, wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, rope_angles
 from hyperlm.mixers.ssm import SSM
@@ -116,16 +116,11 @@ class Head(nn.Module):
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
-    """Dropout whose mask is a function of `key` and the element's index: no random state to save, and a recomputation repeats it.
-
-    The bits come from the 64-bit finaliser of MurmurHash3 (Appleby 2011), counter-based as in Salmon et al. 2011.
-    """
+    """Dropout whose mask is a function of `key` and the element's index: no random state to save, and a recomputation repeats it."""
     if key is None or rate == 0:
         return x
-    h = torch.arange(x.numel(), device=x.device) + key * -7046029254386353131
-    for multiplier in (-49064778989728563, -4265267296055464877):
-        h = (h ^ ((h >> 33) & 0x7FFFFFFF)) * multiplier
-    uniform = ((h >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    bits = noise(torch.arange(x.numel(), device=x.device) + key * APART)
+    uniform = ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
     return x * (uniform.view(x.shape) >= rate).to(x.dtype) * (1 / (1 - rate))
 
 
@@ -156,13 +151,25 @@ def declaration(cfg: ModelConfig) -> Params:
     return {"embed": specs(s.embed), "blocks": [specs(block) for block in s.blocks], "head": specs(s.head)}
 
 
-def init(cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Params:
-    """Initial parameters. Each leaf depends on the seed and its path alone, and is the same on every device."""
+def init(
+    cfg: ModelConfig,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> Params:
+    """Initial parameters. Each leaf depends on the seed and its path alone, and is the same on every device.
+
+    Args:
+        keep: what becomes of each leaf's fp32 values instead of a conversion to `dtype`.
+    """
+    keep = keep or (lambda values: values.to(dtype))
     declared = declaration(cfg)
     bar = progress(desc="initialising", total=tree.count(declared), unit=" parameters", unit_scale=True)
 
     def fill(path: str, spec: Spec) -> Tensor:
-        values = realise(path, spec, seed).to(device=device, dtype=dtype)
+        values = keep(realise(path, spec, seed)).to(device)
         bar.update(values.numel())
         return values
 

@@ -13,12 +13,14 @@ import torch
 from torch.func import functional_call
 
 from configs import Config
-from hyperlm import kernels, model, tree
+from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
-from hyperlm.env import GIB
+from hyperlm.env import CONTEXT, GIB
 from hyperlm.loss import CHUNK_ELEMENTS
+from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
 
 FP32, BF16 = 4, 2
+EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Plan:
     optimizer: int
     activations: int
     host: int
+    group: int = 1  # micro-batches at a time
+    kept: int = 0  # blocks whose inputs stay on the device
 
     @property
     def device(self) -> int:
@@ -98,35 +102,86 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     return sum(sizes.values())
 
 
-def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
-    """The memory plan of each residence, computing in `dtype`."""
+def everything(config: Config, dtype: torch.dtype) -> Plan:
+    """The plan of the device residence."""
     cfg, t = config.model, config.train
-    count = parameters(config)
-    total, layer = sum(count.values()), count["blocks"] // cfg.n_layers
-    item = BF16 if dtype == torch.bfloat16 else FP32
+    count, item = parameters(config), dtype.itemsize
+    total = sum(count.values())
+    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
-    by_kind = {cfg.layer_kind(i): saved_bytes(config, i, dtype) for i in range(cfg.n_layers)}
-    blocks = [by_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
+    blocks = activations(config, dtype)
     head = 3 * min(CHUNK_ELEMENTS, t.batch_size * config.data.seq_len * cfg.vocab_size) * FP32 + count["head"] * FP32
-    kept = cfg.n_layers * boundary + max(head, max(blocks)) if t.recompute else sum(blocks) + head
-    copy = total * item if item == BF16 else 0  # fp32 is computed with as it is
-    device = Plan(
+    return Plan(
         "device",
-        weights=total * FP32 + copy,
+        weights=size(params) + (total * item if item == BF16 else 0),  # fp32 is computed with as it is
         gradients=total * (FP32 + item) if t.grad_accum > 1 or item == BF16 else total * FP32,
-        optimizer=total * 2 * FP32,
-        activations=kept,
+        optimizer=size(opt_state),
+        activations=cfg.n_layers * boundary + max(head, max(blocks)) if t.recompute else sum(blocks) + head,
         host=0,
     )
-    host = Plan(
+
+
+def size(x: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(x))
+
+
+def activations(config: Config, dtype: torch.dtype) -> list[int]:
+    """Bytes that each block saves of a micro-batch."""
+    cfg = config.model
+    of_kind = {cfg.layer_kind(i): saved_bytes(config, i, dtype) for i in range(cfg.n_layers)}
+    return [of_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
+
+
+def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
+    """The plan of the host residence, with `group` micro-batches at a time, and the inputs of `kept` blocks left on the device.
+
+    A block saves its activations and needs half as much again for their gradients. On the device at the same time: the buffers of
+    `residence.host`, the stream of all groups, and either a block or the head.
+    """
+    cfg, t = config.model, config.train
+    count, item = parameters(config), dtype.itemsize
+    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
+    total, block = sum(count.values()), count["blocks"] // cfg.n_layers
+    stage = max(size(params["embed"]), size(params["blocks"][0]))
+    converted = item < params["head"]["weight"].element_size()  # what is computed with is a copy
+    boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
+    groups = t.grad_accum // group
+    most = min(PIECE, max(block, count["head"], count["embed"]))
+    at_once = config.optim.clip_scope == "layer"
+    pieces = (PIECES + at_once * -(-block // most)) * most * (item + round(size(opt_state) / total))
+    sums = FP32 + item if groups > 1 else item
+    in_block = round(1.1 * group * max(activations(config, dtype))) + block * (2 * sums + (item if converted else 0))
+    chunk = min(CHUNK_ELEMENTS, t.grad_accum * t.batch_size * config.data.seq_len * cfg.vocab_size) * (2 * FP32 + item)
+    in_head = chunk + count["head"] * (FP32 + 2 * item) + (count["head"] * item if converted else 0) + 4 * t.grad_accum * boundary * item // FP32
+    streams = 2 * t.grad_accum  # that come into a stage and leave it
+    return Plan(
         "host",
-        weights=2 * max(layer, count["head"], count["embed"]) * item,
-        gradients=2 * layer * FP32 + count["head"] * FP32,
-        optimizer=0,
-        activations=2 * boundary + max(max(blocks), head),
-        host=total * (FP32 + item + FP32 + 2 * FP32) + t.grad_accum * cfg.n_layers * boundary,
+        weights=SLOTS * stage + size(params["head"]),
+        gradients=0,
+        optimizer=pieces,
+        activations=(streams + (INPUTS if kept < cfg.n_layers else 0) * group + kept * t.grad_accum) * boundary + max(in_block, in_head),
+        host=size(params) + size(opt_state) + (total * item if config.optim.clip_scope == "global" else 0) + t.grad_accum * (cfg.n_layers - kept) * boundary,
+        group=group,
+        kept=kept,
     )
-    return [device, host]
+
+
+def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
+    """The plan of the host residence that makes the most of `budget` bytes of device memory: as many micro-batches at a time as fit, and then as
+    many inputs. Dropout masks belong to a micro-batch, and a CPU gains nothing from more: there it is one at a time."""
+    t, layers = config.train, config.model.n_layers
+    alone = config.model.dropout or dtype != torch.bfloat16
+    groups = [1] if alone else [g for g in range(t.grad_accum, 0, -1) if t.grad_accum % g == 0]
+    found = next((plan for g in groups if (plan := visiting(config, dtype, g, 0)).device <= budget), visiting(config, dtype, 1, 0))
+    each = t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
+    kept = max(0, min(layers, (budget - found.device) // each))
+    return visiting(config, dtype, found.group, kept) if kept else found
+
+
+def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
+    """The memory plan of each residence, computing in `dtype`."""
+    budget = round((config.train.device_memory or EXAMPLE) * GIB) - CONTEXT
+    return [everything(config, dtype), visits(config, dtype, budget)]
 
 
 def table(config: Config) -> str:
@@ -141,5 +196,10 @@ def table(config: Config) -> str:
         for p in plans(config, dtype):
             cells = (p.weights, p.gradients, p.optimizer, p.activations, p.device, p.host)
             lines.append(f"{p.residence:<7}{where:<10}" + "".join(f"{c / GIB:>12.2f}" for c in cells))
-    lines.append("device: everything on the device that computes. host: parameters and optimizer in host memory (planned; training there is not built yet).")
+    p = plans(config, torch.bfloat16)[1]
+    lines += [
+        f"device: everything on the device that computes; the driver takes {CONTEXT / GIB:.2f} GiB more",
+        f"host:   parameters and optimizer in host memory (--train.residence host), within {t.device_memory or EXAMPLE} GiB of the GPU with all that the driver "
+        f"takes: {p.group} of {t.grad_accum} micro-batches at a time, inputs of {p.kept} of {config.model.n_layers} blocks on the GPU",
+    ]
     return "\n".join(lines)

@@ -61,10 +61,10 @@ def read(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfig, 
 def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "auto") -> Decode:
     """`model.decode` of these parameters: (token (B,), cache) -> (logits (B, V), next cache).
 
-    On a GPU, where no cache grows, it is replayed from a CUDA graph. The logits and the cache are then overwritten by the next call.
+    On a GPU, where no cache grows and every weight stays in place, it is replayed from a CUDA graph. The logits and the cache are then overwritten by the next call.
     """
     head = params["head"]["weight"]
-    if head.device.type != "cuda" or model.cache_grows(cfg):
+    if head.device.type != "cuda" or model.cache_grows(cfg) or not isinstance(params["blocks"], list):
         return lambda token, cache: model.decode(params, token, cache, cfg, kernels=kernels)
     own = model.init_cache(cfg, batch, device=head.device, dtype=head.dtype).layers
 

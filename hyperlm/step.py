@@ -5,40 +5,48 @@ N sequence.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs import Config
-from hyperlm import model, tree
+from hyperlm import model
+from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
-from hyperlm.optim import adamw, clip, schedule
+from hyperlm.optim import optimizer, schedule
+from hyperlm.precision import compute_copy
 from hyperlm.residence import device as on_device
 from hyperlm.residence import host
+from hyperlm.residence.streamed import streamed
+from hyperlm.state import State
 from hyperlm.tree import Tree
 
 Metrics = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class State:
-    """All that training changes. Data order and randomness are functions of (seed, step), so nothing else needs saving."""
-
-    params: Tree
-    opt_state: Tree
-    step: int  # steps done
-    updates: int  # steps whose update was applied; the rest had a non-finite gradient
-    tokens: int  # target tokens seen
-    seed: int
+def housed(cfg: Config, params: Tree, opt_state: Tree, device: torch.device) -> tuple[Tree, Tree]:
+    """Parameters and optimizer state where `cfg.train.residence` wants them; the trees given are consumed."""
+    return host.moved_in(params, opt_state, device) if cfg.train.residence == "host" else (params, opt_state)
 
 
 def init_state(cfg: Config, total_steps: int, device: torch.device) -> State:
-    """The state before the first step: fp32 parameters and moments on `device`."""
-    params = model.init(cfg.model, cfg.train.seed, device=device)
-    opt_state = adamw(cfg.optim, schedule(cfg.optim, total_steps)).init(params)
-    return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
+    """The state before the first step."""
+    rule = optimizer(cfg.optim, total_steps, cfg.kernels)
+    params = model.init(cfg.model, cfg.train.seed, device=home(cfg, device), keep=rule.keep)
+    return State(*housed(cfg, params, rule.init(params), device), step=0, updates=0, tokens=0, seed=cfg.train.seed)
+
+
+def home(cfg: Config, device: torch.device) -> torch.device:
+    """The device whose memory holds the state."""
+    return torch.device("cpu") if cfg.train.residence == "host" else device
+
+
+def weights(cfg: Config, params: Tree, device: torch.device) -> Tree:
+    """What `model.hidden` and its like compute with on `device`, from the parameters of a settled state."""
+    dtype = compute_dtype(device)
+    return streamed(params, dtype, device) if cfg.train.residence == "host" else compute_copy(params, dtype)
 
 
 def step_key(state: State, micro_batch: int, device: torch.device) -> Tensor:
@@ -50,34 +58,24 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
     """Build the step of a run.
 
     The step takes a batch (A, B, N+1) of int64 tokens (IGNORE where padded) and consumes its state: parameters and moments are updated in
-    place. Metrics: loss (nats a token over all micro-batches), grad_norm (before clipping), lr, tokens (targets in the batch), skipped
-    (True if loss or gradient was not finite: nothing was updated). It synchronises with the device once, to decide whether to update.
+    place, in the host residence when they are next used or `settle`d. Metrics: loss (nats a token over all micro-batches), grad_norm (before
+    clipping), lr, tokens (targets in the batch), skipped (True if loss or gradient was not finite: nothing was updated). It synchronises with
+    the device once, to decide whether to update.
     """
     lr = schedule(cfg.optim, total_steps)
-    optimizer = adamw(cfg.optim, lr)
-    decay = tree.map(lambda spec: spec.decay, model.declaration(cfg.model))
-    gradients = (host if cfg.train.residence == "host" else on_device).make_gradients(cfg, device)
+    advance = (host if cfg.train.residence == "host" else on_device).make_advance(cfg, total_steps, device)
 
     def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
         count = int((batch[:, :, 1:] != IGNORE).sum())
         keys = [step_key(state, index, device) for index in range(len(batch))]
-        nats, grads = gradients(state.params, batch.to(device, non_blocking=True), keys, count)
-        with torch.no_grad(), torch.profiler.record_function("update"):
-            grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope)
-            loss = nats / count
-            finite = bool(torch.isfinite(norm + loss))
-            new_params, opt_state = state.params, state.opt_state
-            if finite:
-                new_params, opt_state = optimizer.update(grads, opt_state, new_params, state.updates, decay=decay)
-        metrics = {"loss": loss, "grad_norm": norm, "lr": lr(state.updates), "tokens": count, "skipped": not finite}
-        state = replace(
-            state,
-            params=new_params,
-            opt_state=opt_state,
-            step=state.step + 1,
-            updates=state.updates + finite,
-            tokens=state.tokens + count,
-        )
-        return state, metrics
+        rate = lr(state.updates)
+        state, nats, norm, finite = advance(state, batch.to(device, non_blocking=True), keys, count)
+        metrics = {"loss": nats / count, "grad_norm": norm, "lr": rate, "tokens": count, "skipped": not finite}
+        return replace(state, step=state.step + 1, updates=state.updates + finite, tokens=state.tokens + count), metrics
 
     return step
+
+
+def make_settle(cfg: Config, total_steps: int, device: torch.device) -> Callable[[State], State]:
+    """settle(state) -> state, with every parameter up to date: before anything but a step reads it."""
+    return host.make_settle(cfg, total_steps, device) if cfg.train.residence == "host" else lambda state: state

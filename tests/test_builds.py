@@ -21,7 +21,7 @@ SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes a program may have; those for 8.
 INTS = "i32"
 # What may spill registers: wide heads in fp32, a path for checking, not for speed; and of the hyperbolic kernels a few numbers that wait outside
 # of the loops, which is faster than every configuration without.
-MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|convolve_backward 2, 256, fp32"
+MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|lift_backward 2, 256, fp32"
 MAY_SPILL_OUTSIDE_LOOPS = r"(forward|backward_queries|backward_keys), \d+, "
 
 
@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import convolution, decoding, norm_gate, scan
+    from hyperlm.kernels import adamw8, convolution, decoding, norm_gate, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -73,8 +73,8 @@ def builds():
                     args = dict.fromkeys(("x", "weight", "tail"), x) | dict.fromkeys(("r", "beta", "cos", "sin"), f)
                     args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, ROWS=rows, TAIL=True, LIFT=lift)
                     yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS), warps, 3, capability
-                    out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
-                    yield f"convolve_backward {lift}, {k}, {name}", convolution.convolve_backward, args | out | dict(TILES=convolution.TILES), warps, 1, capability
+                    out = dict.fromkeys(("dq", "dk", "dv", "dz"), x) | dict.fromkeys(("d_times", "d_r", "d_beta"), f)
+                    yield f"lift_backward {lift}, {k}, {name}", convolution.lift_backward, args | out, warps, 1, capability
                 args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
                 yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
                 out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)
@@ -83,12 +83,17 @@ def builds():
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
             args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
+            args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
+            shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.TAP_CHANNELS, TILES=convolution.TAP_TILES)
+            yield "taps_backward", convolution.taps_backward, args | shape, 8, 1, capability
         args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
         args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
         yield "carry", la.carry, args, 4, 3, capability
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
+        args8 = dict(w="*bf16", g="*bf16", codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
+        yield "adamw8", adamw8.update, args8 | dict(BLOCK=reference.BLOCK, ROW=reference.ROW, ROWS=adamw8.ROWS, DECAY=True), 4, 3, capability
         yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
 
 

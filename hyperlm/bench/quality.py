@@ -16,7 +16,7 @@ def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
     for folder in env.progress(folders, "quality"):
         config = runs.read_config(folder)
         config = replace(config, kernels=kernels, eval=replace(config.eval, max_tokens=0))
-        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config.model, device, with_opt=False)
+        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config, device, with_opt=False)
         corpus = data.prepare(config, say=lambda line: None)
         if meta["fingerprint"] != corpus.fingerprint:
             raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {folder} was trained: its validation text is gone")

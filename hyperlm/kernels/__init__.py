@@ -9,6 +9,7 @@ import torch
 from hyperlm.kernels import reference
 
 OPS: dict[str, dict[str, Callable]] = {
+    "adamw8": {"torch": reference.adamw8},
     "causal_conv": {"torch": reference.causal_conv},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
@@ -26,8 +27,9 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
+    from hyperlm.kernels import adamw8, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
 
+    OPS["adamw8"]["triton"] = adamw8.adamw8
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
@@ -37,6 +39,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
+WITHOUT_HEADS = ("adamw8", "scan")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 
@@ -68,7 +71,7 @@ def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dt
     if backend == "triton":
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernels need compute capability 8.0"
-        if op != "scan" and head_dim not in HEAD_DIMS:
+        if op not in WITHOUT_HEADS and head_dim not in HEAD_DIMS:
             return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
         if dtype not in (torch.bfloat16, torch.float32):
             return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float32"

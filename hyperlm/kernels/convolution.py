@@ -2,8 +2,8 @@
 
 A program works on one head of one of q, k, v, so that it holds the whole vector that the lift normalises: features and points cost no more
 traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache.
-Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input, and row n of a gradient rows n .. n+3 of the gradient
-after it, which come from their tile by products with shift matrices.
+Tokens are the rows of a tile; row n of an output needs rows n-3 .. n of its input. Backward in two passes, since row n of dx needs rows n .. n+3
+of the convolution's gradient dz: `lift_backward` finds that, `taps_backward` what follows from it.
 
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """
@@ -23,7 +23,7 @@ from hyperlm.kernels.layout import token_major
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
 PLAIN, FEATURES, POINTS = (tl.constexpr(i) for i in range(3))  # what becomes of q and k
-TILES = 4  # of a program, in the backward pass
+TAP_ROWS, TAP_CHANNELS, TAP_TILES = 16, 128, 8  # of a tile of `taps_backward`, and tiles of a program
 
 
 @triton.jit
@@ -95,13 +95,6 @@ def convolve(
 
 
 @triton.jit
-def later(rows, by):
-    """Row n + by at row n of a tile; zero at its end."""
-    a = tl.arange(0, rows.shape[0])
-    return tl.dot((a[:, None] + by == a[None, :]).to(rows.dtype), rows, input_precision="ieee")
-
-
-@triton.jit
 def points_backward(
     y, d, x, weight, tail, r, cos, sin, dq, dk, d_times, d_r, b, n, h, part, row_stride, B, N, H, mine,
     K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr,
@@ -131,70 +124,77 @@ def points_backward(
 
 
 @triton.jit
-def convolve_backward(
-    x, weight, tail, r, beta, cos, sin, dq, dk, dv, d_times, dx, d_weight, d_r, d_beta, B, N, H, row_stride,
-    K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, LIFT: tl.constexpr,
+def lift_backward(
+    x, weight, tail, r, beta, cos, sin, dq, dk, dv, d_times, dz, d_r, d_beta, B, N, H, row_stride,
+    K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """dx, d_r, and of each program its part of d_weight (programs of a head, C, W) and d_beta (programs of a head, 2 H)."""
+    """The gradient of the convolution, dz (B, N, C), d_r, and of each program its part of d_beta (programs of a head, 2 H)."""
     part, h, b = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
-    C = 3 * H * K
     ks = tl.arange(0, K)
     channel = tl.program_id(1) * K + ks
-    a = tl.arange(0, ROWS)
-    own = ROWS - (W - 1)  # rows of a tile whose gradient it knows
-    dw0, dw1 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
-    dw2, dw3 = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
-    db = 0.0
-    for tile in range(TILES):
-        n = (tl.program_id(0) * TILES + tile) * own + a
-        z = convolved_at(x, weight, tail, b, n, channel, N, C, K, ROWS, TAIL, False)
-        gate = tl.sigmoid(z)
-        at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
-        if part == 0:  # a pointer chosen at run time would be of unknown alignment
-            d = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
-        elif part == 1:
-            d = tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
-        else:
-            d = tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
-        mine = (a < own) & (n < N)
-        if LIFT == POINTS:
-            if part < 2:
-                d = points_backward(
-                    z * gate, d, x, weight, tail, r, cos, sin, dq, dk, d_times, d_r, b, n, h, part, row_stride, B, N, H, mine, K, ROWS, TAIL,
-                    dx.dtype.element_ty,
-                )  # fmt: skip
-        if LIFT == FEATURES:
-            if part < 2:
-                y = z * gate
-                radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0)
-                scale = radius * tl.load(beta + h)
-                inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
-                u = y * inverse[:, None]
-                tangent = u * scale[:, None]
-                d = tl.where(tangent > 0, d, d * tl.exp(tangent))
-                along = tl.sum(d * u, 1)
-                d = (d - u * along[:, None]) * (scale * inverse)[:, None]
-                tl.store(d_r + (b * N + n) * (2 * H) + part * H + h, along * tl.load(beta + h), mask=mine)
-                db += tl.sum(tl.where(mine, along * radius, 0.0), 0)
-        dz = d * gate * (1 + z * (1 - gate))
-        counted = tl.where(mine[:, None], dz, 0.0)
-        dw0 += tl.sum(counted * inputs_at(x, tail, b, n - 3, channel, N, C, TAIL), 0)  # read again: registers are dearer than the cache
-        dw1 += tl.sum(counted * inputs_at(x, tail, b, n - 2, channel, N, C, TAIL), 0)
-        dw2 += tl.sum(counted * inputs_at(x, tail, b, n - 1, channel, N, C, TAIL), 0)
-        dw3 += tl.sum(counted * inputs_at(x, tail, b, n, channel, N, C, TAIL), 0)
-        exact = dz.to(dx.dtype.element_ty)  # what the matrix units take
-        dx_c = dz * tl.load(weight + channel * W + W - 1).to(tl.float32)[None, :]
-        for by in range(1, W):
-            dx_c += later(exact, by) * tl.load(weight + channel * W + W - 1 - by).to(tl.float32)[None, :]
-        tl.store(dx + (b * N + n).to(tl.int64)[:, None] * C + channel[None, :], dx_c.to(dx.dtype.element_ty), mask=mine[:, None])
-    program = b * tl.num_programs(0) + tl.program_id(0)
-    tl.store(d_weight + (program * C + channel) * W, dw0)
-    tl.store(d_weight + (program * C + channel) * W + 1, dw1)
-    tl.store(d_weight + (program * C + channel) * W + 2, dw2)
-    tl.store(d_weight + (program * C + channel) * W + 3, dw3)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    z = convolved_at(x, weight, tail, b, n, channel, N, 3 * H * K, K, ROWS, TAIL, True)
+    gate = tl.sigmoid(z)
+    at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
+    if part == 0:  # a pointer chosen at run time would be of unknown alignment
+        d = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
+    elif part == 1:
+        d = tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        d = tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
+    if LIFT == POINTS:
+        if part < 2:
+            d = points_backward(
+                z * gate, d, x, weight, tail, r, cos, sin, dq, dk, d_times, d_r, b, n, h, part, row_stride, B, N, H, n < N, K, ROWS, TAIL,
+                dz.dtype.element_ty,
+            )  # fmt: skip
     if LIFT == FEATURES:
         if part < 2:
-            tl.store(d_beta + program * (2 * H) + part * H + h, db)
+            y = z * gate
+            radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0)
+            scale = radius * tl.load(beta + h)
+            inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
+            u = y * inverse[:, None]
+            tangent = u * scale[:, None]
+            d = tl.where(tangent > 0, d, d * tl.exp(tangent))
+            along = tl.sum(d * u, 1)
+            d = (d - u * along[:, None]) * (scale * inverse)[:, None]
+            tl.store(d_r + (b * N + n) * (2 * H) + part * H + h, along * tl.load(beta + h), mask=n < N)
+            tl.store(d_beta + (b * tl.num_programs(0) + tl.program_id(0)) * (2 * H) + part * H + h, tl.sum(tl.where(n < N, along * radius, 0.0), 0))
+    d *= gate * (1 + z * (1 - gate))
+    tl.store(dz + (b * N + n).to(tl.int64)[:, None] * (3 * H * K) + channel[None, :], d.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def taps_backward(
+    x, weight, tail, dz, dx, d_weight, N, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr
+):  # fmt: skip
+    """dx (B, N, C) of dz, and of each program its part of d_weight (programs, C, W)."""
+    b = tl.program_id(2)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    there = (channel < C)[None, :]
+    channel = tl.where(channel < C, channel, 0)
+    dw0, dw1 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
+    dw2, dw3 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
+    for tile in range(TILES):
+        n = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        at = (b * N + n).to(tl.int64)[:, None] * C + channel[None, :]
+        own = tl.load(dz + at, mask=(n < N)[:, None], other=0.0).to(tl.float32)
+        dw0 += own * inputs_at(x, tail, b, n - 3, channel, N, C, TAIL)
+        dw1 += own * inputs_at(x, tail, b, n - 2, channel, N, C, TAIL)
+        dw2 += own * inputs_at(x, tail, b, n - 1, channel, N, C, TAIL)
+        dw3 += own * inputs_at(x, tail, b, n, channel, N, C, TAIL)
+        dx_c = own * tl.load(weight + channel * W + W - 1).to(tl.float32)[None, :]
+        for by in tl.static_range(1, W):
+            later = tl.load(dz + at + by * C, mask=(n + by < N)[:, None], other=0.0).to(tl.float32)
+            dx_c += later * tl.load(weight + channel * W + W - 1 - by).to(tl.float32)[None, :]
+        tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=(n < N)[:, None] & there)
+    to = d_weight + ((b * tl.num_programs(0) + tl.program_id(0)) * C + channel) * W
+    there = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS) < C
+    tl.store(to, tl.sum(dw0, 0), mask=there)
+    tl.store(to + 1, tl.sum(dw1, 0), mask=there)
+    tl.store(to + 2, tl.sum(dw2, 0), mask=there)
+    tl.store(to + 3, tl.sum(dw3, 0), mask=there)
 
 
 def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
@@ -230,15 +230,19 @@ def backward(
     if not dq.stride(1) == dk.stride(1) == dv.stride(1):
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     rows, warps = tile(k, x.dtype, lift.kind)
-    programs = triton.cdiv(n, (rows - 3) * TILES)
-    dx = torch.empty_like(x)
-    d_weight = torch.empty(b * programs, c, 4, device=x.device)
-    d_r = None if r is None else torch.empty_like(r)
+    programs = triton.cdiv(n, rows)
+    dz, d_r = torch.empty_like(x), None if r is None else torch.empty_like(r)
     d_beta = None if beta is None else torch.empty(b * programs, 2, h, device=x.device)
     launch(
-        convolve_backward, (programs, 3 * h, b),
-        x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dx, d_weight, d_r, d_beta, b, n, h, dq.stride(1),
-        K=k, ROWS=rows, TILES=TILES, TAIL=tail is not None, LIFT=lift.kind, warps=warps, stages=1,
+        lift_backward, (programs, 3 * h, b),
+        x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dz, d_r, d_beta, b, n, h, dq.stride(1),
+        K=k, ROWS=rows, TAIL=tail is not None, LIFT=lift.kind, warps=warps, stages=1,
+    )  # fmt: skip
+    programs = triton.cdiv(n, TAP_ROWS * TAP_TILES)
+    dx, d_weight = torch.empty_like(x), torch.empty(b * programs, c, 4, device=x.device)
+    launch(
+        taps_backward, (programs, triton.cdiv(c, TAP_CHANNELS), b),
+        x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=TAP_CHANNELS, TILES=TAP_TILES, TAIL=tail is not None, warps=8, stages=1,
     )  # fmt: skip
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 

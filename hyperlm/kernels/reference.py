@@ -222,3 +222,67 @@ def tangent_step(
     q, k, v, tail = tangent_features(x[:, None], weight, r[..., None], beta, tail)
     o, state = linear_attention_step(q[:, :, 0], k[:, :, 0], v[:, :, 0], log_decay, state)
     return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail
+
+
+# -- AdamW with 8-bit moments ----------------------------------------------------------------------------------------------------------
+
+BLOCK = 256  # numbers that share a scale
+ROW = 2 * BLOCK + 8  # bytes of a block: codes of m, codes of v, and both scales in fp32
+MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
+
+
+APART = -7046029254386353131  # odd: multiples of it, counters of different streams, are far from each other
+
+
+def noise(counter: Tensor) -> Tensor:
+    """64 random bits, int64, that are a function of each counter (int64): counter-based, as in Salmon et al. 2011."""
+    for multiplier in MULTIPLIERS:
+        counter = (counter ^ ((counter >> 33) & 0x7FFFFFFF)) * multiplier
+    return counter ^ ((counter >> 33) & 0x7FFFFFFF)
+
+
+def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
+    """AdamW in place on weights in bf16, with moments that take a byte each.
+
+    In a block of BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are small, as in
+    Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that their expectation
+    is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin`.
+
+    Args:
+        w: bf16, any contiguous shape of n numbers; g: as many, bf16 or fp32, multiplied by factor.
+        moments: (ceil(n / BLOCK), ROW) uint8; zeros at first.
+        factor: fp32 scalar on the device of the others.
+        rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+        origin: int64 scalar, the counter of the first number.
+        decay: whether weight decay acts.
+    """
+    n, blocks = w.numel(), len(moments)
+    shrink, beta1, beta2, rate, root = rates
+
+    def in_blocks(x: Tensor) -> Tensor:
+        return F.pad(x.flatten().float(), (0, blocks * BLOCK - n)).view(blocks, BLOCK)
+
+    codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
+    c_m, c_v = codes[:, :BLOCK].view(torch.int8).float(), codes[:, BLOCK:].float()
+    grad = in_blocks(g) * factor
+    m = beta1 * (c_m * c_m.abs() * (scales[:, :1] / 127**2)) + (1 - beta1) * grad
+    v = beta2 * (c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)) + (1 - beta2) * grad * grad
+
+    weight = in_blocks(w) * (shrink if decay else 1) - rate * m / (v.sqrt() * root + 1e-8)
+    bits = noise(origin + torch.arange(blocks * BLOCK, device=w.device)).view(blocks, BLOCK)
+    cut = (weight.view(torch.int32) + ((bits >> 16) & 0xFFFF).int()) & -65536
+    w.copy_(cut.view(torch.float32).flatten()[:n].view(w.shape))
+
+    def share(below: int) -> Tensor:
+        return ((bits >> below) & 0xFFFF).float() * (1 / 65536)
+
+    largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
+    y = m.abs() * (127**2 / largest_m.clamp(min=1e-30))
+    low = y.sqrt().floor().clamp(max=126)
+    codes[:, :BLOCK] = (m.sign() * (low + (share(32) * (2 * low + 1) < y - low * low))).to(torch.int8).view(torch.uint8)
+    y = v * (1 / largest_v.clamp(min=1e-30))
+    low = (255 * y.sqrt().sqrt()).floor().clamp(max=254)
+    under, over = (low / 255) ** 4, ((low + 1) / 255) ** 4
+    code = (low + (share(48) * (over - under) < y - under)).clamp(min=1)
+    codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
+    scales[:, :1], scales[:, 1:] = largest_m, largest_v

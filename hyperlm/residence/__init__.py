@@ -1,7 +1,10 @@
-"""Where parameters live during a step. Each module's `make_gradients(cfg, device)` builds the same function
+"""Where parameters live during a step. Each module's `make_advance(cfg, total, device)` builds the same function
 
-    (params, batch (A, B, N+1), keys (A), count) -> (nats, gradients)
+    (state, batch (A, B, N+1), keys (A), count) -> (state, nats, norm, finite)
 
-of fp32 parameters, a step's micro-batches and their dropout keys, and the number of targets in all of them: summed nats, and the fp32
-gradients of nats / count in the structure of the parameters.
+of a step's micro-batches, their dropout keys and the number of targets in all of them: the state with its parameters learned (or, if nats or
+norm are not finite, as they were), summed nats, and the norm of the gradient of nats / count before clipping.
 """
+
+PIECE = 1 << 23  # parameters that are updated at a time
+SLOTS, PIECES, INPUTS = 3, 4, 2  # buffers on the device for stages, for pieces of an update, and for inputs of blocks

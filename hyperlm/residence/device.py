@@ -1,6 +1,7 @@
 """Everything on the device that computes: the fast residence, for models that fit."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from hyperlm import model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
+from hyperlm.optim import clip, optimizer, origins
 from hyperlm.precision import accumulate, compute_copy
+from hyperlm.state import State
 from hyperlm.tree import Tree
+
+Advance = Callable[[State, Tensor, Sequence[Tensor], int], tuple[State, Tensor, Tensor, bool]]
 
 
 def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor, Sequence[Tensor], int], tuple[Tensor, Tree]]:
@@ -52,3 +57,23 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
         return total, tree.unflatten(sums, params)
 
     return gradients
+
+
+def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
+    gradients, rule = make_gradients(cfg, device), optimizer(cfg.optim, total, cfg.kernels)
+    declared = model.declaration(cfg.model)
+    decay = tree.map(lambda spec: spec.decay, declared)
+    starts = tree.leaves(origins(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
+    origin = torch.tensor(starts, device=device)
+
+    def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
+        nats, grads = gradients(state.params, batch, keys, count)
+        with torch.no_grad(), torch.profiler.record_function("update"):
+            grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope)
+            finite = bool(torch.isfinite(norm + nats))
+            if finite:
+                params, opt_state = rule.update(grads, state.opt_state, state.params, state.updates, decay=decay, origin=origin)
+                state = replace(state, params=params, opt_state=opt_state)
+        return state, nats, norm, finite
+
+    return advance

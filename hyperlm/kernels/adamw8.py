@@ -1,0 +1,83 @@
+"""AdamW with 8-bit moments and bf16 weights in Triton: one pass over everything, in place."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyperlm.kernels.launch import launch
+from hyperlm.kernels.reference import BLOCK, MULTIPLIERS, ROW
+
+ROWS = 4  # blocks that a program updates
+FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
+
+
+@triton.jit
+def noise(x):
+    """64 random bits for each counter; see `reference.noise`."""
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * FIRST
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * SECOND
+    return x ^ ((x >> 33) & 0x7FFFFFFF)
+
+
+@triton.jit
+def share(bits, BELOW: tl.constexpr):
+    """16 of the bits, from BELOW on, as a number in [0, 1)."""
+    return ((bits >> BELOW) & 0xFFFF).to(tl.float32) * (1 / 65536)
+
+
+@triton.jit
+def update(
+    w, g, codes, scales, factor, rates, origin, N,
+    BLOCK: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    at = block[:, None] * BLOCK + columns[None, :]
+    inside, there = at < N, block * BLOCK < N
+    first = codes + block[:, None] * ROW + columns[None, :]
+    scale = scales + block * (ROW // 4) + BLOCK // 2
+    beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
+
+    grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * tl.load(factor)
+    c = tl.load(first, mask=there[:, None], other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    m = c * tl.abs(c) * (tl.load(scale, mask=there, other=0.0) / 127**2)[:, None]
+    c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
+    v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
+    m = beta1 * m + (1 - beta1) * grad
+    v = beta2 * v + (1 - beta2) * grad * grad
+
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    if DECAY:
+        weight *= tl.load(rates)
+    weight -= tl.load(rates + 3) * m / (tl.sqrt_rn(v) * tl.load(rates + 4) + 1e-8)
+    bits = noise(tl.load(origin) + at)
+    cut = (weight.to(tl.int32, bitcast=True) + ((bits >> 16) & 0xFFFF).to(tl.int32)) & -65536
+    tl.store(w + at, cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty), mask=inside)
+
+    largest = tl.max(tl.abs(m), 1)
+    tl.store(scale, largest, mask=there)
+    y = tl.abs(m) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
+    low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126)
+    code = low + (share(bits, 32) * (2 * low + 1) < y - low * low).to(tl.float32)
+    code = tl.where(m < 0, -code, code).to(tl.int32).to(tl.uint8)
+    tl.store(first, code, mask=there[:, None])
+
+    largest = tl.max(v, 1)
+    tl.store(scale + 1, largest, mask=there)
+    y = v * (1 / tl.maximum(largest, 1e-30))[:, None]
+    low = tl.minimum(tl.floor(255 * tl.sqrt_rn(tl.sqrt_rn(y))), 254)
+    under, over = low / 255, (low + 1) / 255
+    under, over = under * under * (under * under), over * over * (over * over)
+    code = low + (share(bits, 48) * (over - under) < y - under).to(tl.float32)
+    code = tl.where(v > 0, tl.maximum(code, 1), 0)
+    tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
+
+
+def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
+    """`reference.adamw8`."""
+    n = w.numel()
+    launch(
+        update, (triton.cdiv(len(moments), ROWS),),
+        w, g, moments, moments.view(torch.float32), factor, rates, origin, n, BLOCK=BLOCK, ROW=ROW, ROWS=ROWS, DECAY=decay,
+    )  # fmt: skip

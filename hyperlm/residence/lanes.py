@@ -1,0 +1,50 @@
+"""Lanes: what a device does at the same time. CUDA streams and events; on a CPU everything happens in order, and nothing needs to wait."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hyperlm.residence.slab import allocate
+
+Event = torch.cuda.Event | None
+
+
+class Lane:
+    """A sequence of operations: made inside `with lane.open()`, after what `lane.wait` was told to wait for."""
+
+    def __init__(self, device: torch.device, *, own: bool = True, priority: int = 0) -> None:
+        self.stream = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=priority) if own else torch.cuda.current_stream(device)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def mark(self) -> Event:
+        """What has been given to the lane so far, for others to wait for."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, *events: Event) -> None:
+        for event in events:
+            if event is not None:
+                self.stream.wait_event(event)
+
+
+class Ring:
+    """Buffers of device memory that are used in turn; `free` holds what has to happen before each is used again."""
+
+    def __init__(self, count: int, size: int, device: torch.device) -> None:
+        self.buffers = [allocate(size, device) for _ in range(count)]
+        self.free: list[tuple[Event, ...]] = [()] * count
+        self.next = 0
+
+    def take(self, lane: Lane) -> tuple[Tensor, int]:
+        """The next buffer, for `lane` to fill, and its number."""
+        number = self.next
+        self.next = (number + 1) % len(self.buffers)
+        lane.wait(*self.free[number])
+        return self.buffers[number], number

@@ -1,0 +1,58 @@
+"""Slabs: a stage's tensors in one piece of memory, so that one copy moves all of them."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperlm import tree
+from hyperlm.tree import Tree
+
+ALIGNMENT = 512  # bytes; every leaf starts at a multiple
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def size(stage: Tree) -> int:
+    """Bytes of a slab of these leaves: tensors, on any device."""
+    return sum(padded(leaf.nbytes) for leaf in tree.leaves(stage))
+
+
+def pinned(size: int) -> Tensor:
+    """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of two."""
+    array = np.empty(size, np.uint8)  # lives as long as any tensor in it
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
+    weakref.finalize(array, runtime.cudaHostUnregister, array.ctypes.data).atexit = False
+    return torch.from_numpy(array)
+
+
+def allocate(size: int, device: torch.device, *, pin: bool = False) -> Tensor:
+    """(size,) uint8."""
+    return pinned(size) if pin else torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def views(memory: Tensor, stage: Tree) -> Tree:
+    """Tensors like those of `stage`, laid out in `memory`."""
+    found, at = [], 0
+    for leaf in tree.leaves(stage):
+        found.append(memory[at : at + leaf.nbytes].view(leaf.dtype).view(leaf.shape))
+        at += padded(leaf.nbytes)
+    return tree.unflatten(found, stage)
+
+
+def packed(stage: Tree, *, pin: bool = False) -> Tree:
+    """A copy of `stage` in one slab of host memory."""
+    copy = views(allocate(size(stage), torch.device("cpu"), pin=pin), stage)
+    for to, leaf in zip(tree.leaves(copy), tree.leaves(stage), strict=True):
+        to.copy_(leaf)
+    return copy
+
+
+def slab(stage: Tree) -> Tensor:
+    """The memory that a packed stage lies in, (size,) uint8."""
+    storage = tree.leaves(stage)[0].untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
