@@ -3,6 +3,7 @@
     python bench.py phase7 phase8 softmax     speed and memory of untrained models at several lengths
     python bench.py runs/x runs/y             validation perplexity and bits per byte of runs
     python bench.py phase8 --suite decode     speed and memory of generation, against batch size and context
+    python bench.py phase8 --suite memory --preset max --device-memory 5.81      memory and speed of training, by default from host memory
     python bench.py --suite linear            linear attention in Triton beside its peers and the memory's limit (needs a GPU)
     python bench.py --suite hyperbolic        exact hyperbolic attention in Triton beside softmax attention (needs a GPU)
 """
@@ -19,7 +20,7 @@ import tyro
 
 from configs import PRESETS, Config, ConfigError, Kind, resolve
 from hyperlm import cli, env, runs
-from hyperlm.bench import decode, quality, report, speed
+from hyperlm.bench import decode, memory, quality, report, speed
 from hyperlm.bench import kernels as kernel_suites
 from hyperlm.kernels import HAVE_TRITON
 
@@ -28,8 +29,8 @@ from hyperlm.kernels import HAVE_TRITON
 class Command:
     subjects: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Kinds (phase7, phase8, softmax) and folders of runs."""
-    suite: Literal["auto", "speed", "quality", "decode", "linear", "hyperbolic"] = "auto"
-    """speed and decode (of kinds), quality (of runs), linear and hyperbolic (kernels); auto takes speed for kinds and quality for runs."""
+    suite: Literal["auto", "speed", "quality", "decode", "memory", "linear", "hyperbolic"] = "auto"
+    """speed, decode and memory (of kinds), quality (of runs), linear and hyperbolic (kernels); auto takes speed for kinds and quality for runs."""
     preset: str = ""
     """Shape of the models; by default standard on a GPU and small on a CPU."""
     lengths: tuple[int, ...] = ()
@@ -42,6 +43,16 @@ class Command:
     """auto, cpu, cuda or cuda:n."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Kernel backend."""
+    residence: Literal["device", "host"] = "host"
+    """memory: where parameters and optimizer state live."""
+    state: Literal["fp32", "int8"] = "int8"
+    """memory: what they are kept in."""
+    clip_scope: Literal["global", "layer"] = "global"
+    """memory: what a gradient is clipped by."""
+    grad_accum: int = 0
+    """memory: micro-batches in a step; by default those of the preset."""
+    device_memory: float = 0.0
+    """memory: GiB of GPU memory that the whole process may use; 0 for all."""
 
 
 def kinds_of(command: Command) -> list[Kind]:
@@ -73,6 +84,13 @@ def run_decode(command: Command, device: torch.device) -> report.Result:
     return decode.run(kinds_of(command), shape(command, device), device, contexts, [1, 16, 256] if gpu else [1, 4])
 
 
+def run_memory(command: Command, device: torch.device) -> report.Result:
+    config = shape(command, device)
+    t = replace(config.train, residence=command.residence, device_memory=command.device_memory, grad_accum=command.grad_accum or config.train.grad_accum)
+    config = resolve(replace(config, train=t, optim=replace(config.optim, state=command.state, clip_scope=command.clip_scope)))
+    return memory.run(kinds_of(command), config, device)
+
+
 def run_quality(command: Command, device: torch.device) -> report.Result:
     return quality.run([Path(folder) for folder in folders_of(command)], device, command.kernels)
 
@@ -86,6 +104,7 @@ def run_kernels(command: Command, device: torch.device) -> report.Result:
 SUITES: dict[str, Callable[[Command, torch.device], report.Result]] = {
     "speed": run_speed,
     "decode": run_decode,
+    "memory": run_memory,
     "quality": run_quality,
     "linear": run_kernels,
     "hyperbolic": run_kernels,
@@ -99,7 +118,7 @@ def main(argv: list[str]) -> int:
     for folder in folders:
         if not Path(folder).is_dir():
             raise cli.UsageError(f"{folder}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")
-    subjects = {"speed": kinds, "decode": kinds, "quality": folders, "linear": ["all"], "hyperbolic": ["all"]}
+    subjects = {"speed": kinds, "decode": kinds, "memory": kinds, "quality": folders, "linear": ["all"], "hyperbolic": ["all"]}
     if command.suite == "auto" and not command.subjects:
         raise cli.UsageError("name what to measure: phase7, phase8, softmax or folders of runs; or a --suite")
     if command.suite != "auto" and not subjects[command.suite]:

@@ -20,6 +20,7 @@ from configs import Config, ConfigError
 from hyperlm import checkpoint, cli, env, model, runs, sample
 from hyperlm import tokenizer as tok
 from hyperlm.precision import compute_copy
+from hyperlm.step import place
 from hyperlm.sample import Sampling
 from hyperlm.tree import Tree
 
@@ -66,7 +67,7 @@ def load(command: Command) -> Speaker:
     device = env.pick_device(command.device)
     env.prepare(device)
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
-    state, meta = checkpoint.restore(run, step, config, device, with_opt=False)
+    state, meta = checkpoint.restore(run, step, config, place(config, device), with_opt=False)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     params = compute_copy(state.params, env.compute_dtype(device))
     decode = sample.decoder(params, config.model, kernels=command.kernels)

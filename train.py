@@ -20,7 +20,7 @@ from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan,
 from hyperlm import tokenizer as tok
 from hyperlm.kernels import division, select
 from hyperlm.state import State
-from hyperlm.step import home, housed, init_state, make_settle, make_step, weights
+from hyperlm.step import init_state, make_settle, make_step, place, weights
 from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
@@ -112,11 +112,10 @@ def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, tot
 
 def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> State:
     """The state of a run's newest checkpoint."""
-    state, meta = checkpoint.restore(run, checkpoint.latest(run), config, home(config, device))
+    state, meta = checkpoint.restore(run, checkpoint.latest(run), config, place(config, device))
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
-    params, opt_state = housed(config, state.params, state.opt_state, device)
-    return replace(state, params=params, opt_state=opt_state)
+    return state
 
 
 def diverged(run: Path, step: int) -> cli.TrainingError:
@@ -157,7 +156,7 @@ def train(
         The last state, the newest value of everything that was logged, and the signal.
     """
     step, settle = make_step(config, total, device), make_settle(config, total, device)
-    writer = checkpoint.manager(run, config.ckpt.keep)
+    writer, in_place = checkpoint.manager(run, config.ckpt.keep), config.train.residence == "host"  # where a second copy would not fit
     records = log.open_log(run, state.step)
     saved, bad, val_loss, newest = max(checkpoint.steps(run), default=-1), 0, None, {}
     env.reset_peak_memory(device)
@@ -189,11 +188,11 @@ def train(
                     print("  | " + more["sample"].rstrip().replace("\n", "\n  | "), flush=True)
                 val_loss, newest = val["val_loss"], newest | val
             if now % config.ckpt.every == 0 or last:
-                checkpoint.save(writer, state, corpus, val_loss)
+                checkpoint.save(writer, state, corpus, val_loss, in_place=in_place)
                 saved = now
             timed_from += time.monotonic() - paused
         if saved != state.step:  # a signal ended the loop, whenever in a step it came
-            checkpoint.save(writer, settle(state), corpus, val_loss)
+            checkpoint.save(writer, settle(state), corpus, val_loss, in_place=in_place)
     checkpoint.finish(writer)
     writer.close()
     log.close(records)

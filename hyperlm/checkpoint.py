@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import torch
+from orbax.checkpoint import type_handlers
 from torch import Tensor
 
 from configs import Config
@@ -27,6 +28,7 @@ from hyperlm import model, tree
 from hyperlm.data import Corpus
 from hyperlm.env import GIB
 from hyperlm.optim import optimizer, stored
+from hyperlm.stages import from_stages, names, stages
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
@@ -59,7 +61,9 @@ def folder_of(run: Path, step: int | None = None) -> Path:
 
 
 def handlers() -> dict[str, Any]:
-    array = {"use_ocdbt": True, "use_compression": False}  # random bits do not compress, and it is three times faster
+    numpy = type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # `save` decides whether to copy
+    registry = type_handlers.create_type_handler_registry((np.ndarray, numpy))
+    array = {"use_ocdbt": True, "use_compression": False, "type_handler_registry": registry}  # random bits do not compress: 3 times faster
     return {
         "params": ocp.PyTreeCheckpointHandler(**array),
         "opt": ocp.PyTreeCheckpointHandler(**array),
@@ -83,34 +87,33 @@ def manager(run: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder_of(run).absolute(), options=options, item_handlers=handlers())
 
 
-def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy in host memory, so that training may go on while it is written."""
-    x = x.detach().to("cpu", copy=True)
+def to_numpy(x: Tensor, copy: bool) -> np.ndarray:
+    x = x.detach().to("cpu", copy=copy)
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def to_tensor(x: np.ndarray, device: torch.device) -> Tensor:
-    if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(np.array(x)).to(device)
+def to_tensor(x: np.ndarray) -> Tensor:
+    x = np.array(x)  # what is read cannot be written to
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == ml_dtypes.bfloat16 else torch.from_numpy(x)
 
 
 def checksum(x: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data)
 
 
-def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: float | None) -> None:
-    """Start writing `state`; returns once it is copied. `finish` waits for it.
+def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: float | None, *, in_place: bool = False) -> None:
+    """Start writing `state`, which has no pending update; returns once it is copied. `finish` waits for it.
 
     Args:
         corpus: its fingerprint is stored, since a resumed run must have the same text; and whether it has conversations.
         val_loss: if it was evaluated at this very step.
+        in_place: write it from where it is, in host memory, and wait: no memory for a second copy is needed.
 
     Raises:
         CheckpointError: if this or the previous save failed.
     """
     finish(writer)  # before copying: never two copies of the state in host memory
-    trees = {"params": tree.map(to_numpy, state.params), "opt": tree.map(to_numpy, state.opt_state)}
+    trees = {name: tree.map(lambda x: to_numpy(x, not in_place), t) for name, t in (("params", state.params), ("opt", state.opt_state))}
     meta = {
         "format": FORMAT,
         **{name: getattr(state, name) for name in ("step", "updates", "tokens", "seed")},
@@ -133,6 +136,8 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
         raise write_error(writer, e) from e
     if not started:
         raise CheckpointError(f"{folder_of(Path(writer.directory).parent, state.step)} was not written: a checkpoint of that step or later exists")
+    if in_place:
+        finish(writer)
 
 
 def finish(writer: ocp.CheckpointManager) -> None:
@@ -189,8 +194,13 @@ def best(run: Path) -> int:
     return step if metas[step]["val_loss"] < WORST else last
 
 
-def restore(run: Path, step: int, config: Config, device: torch.device, *, with_opt: bool = True) -> tuple[State, dict[str, Any]]:
-    """Read the checkpoint of `step` and verify it.
+def restore(
+    run: Path, step: int, config: Config, place: Callable[[Tree], Tree], *, with_opt: bool = True
+) -> tuple[State, dict[str, Any]]:
+    """Read the checkpoint of `step` and verify it, stage by stage.
+
+    Args:
+        place: what becomes of each stage (of parameters, or of one of the moments), given as CPU tensors.
 
     Returns:
         The state (opt_state None unless `with_opt`), and the stored meta.
@@ -199,43 +209,54 @@ def restore(run: Path, step: int, config: Config, device: torch.device, *, with_
         CheckpointError: if it is missing, damaged, or of another shape than `config` declares.
     """
     path = folder_of(run, step)
-    items = {"params": ocp.args.PyTreeRestore(), "meta": ocp.args.JsonRestore()} | ({"opt": ocp.args.PyTreeRestore()} if with_opt else {})
+    expected = dict(zip(("params", "opt") if with_opt else ("params",), stored(model.declaration(config.model), optimizer(config.optim, 1))))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers())) as reader:
-            found = reader.restore(path.absolute(), args=ocp.args.Composite(**items))
-        meta = found["meta"]
-        if meta["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {meta['format']}, and this version reads {FORMAT}")
-        expected = dict(zip(("params", "opt"), stored(model.declaration(config.model), optimizer(config.optim, 1)), strict=True))
-        trees = {name: verified(found[name], expected[name], meta["checksums"][name], name, device) for name in items if name != "meta"}
-        counters = {name: int(meta[name]) for name in ("step", "updates", "tokens", "seed")}
+            meta = reader.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            if meta["format"] != FORMAT:
+                raise CheckpointError(f"{path} has format {meta['format']}, and this version reads {FORMAT}")
+            counters = {name: int(meta[name]) for name in ("step", "updates", "tokens", "seed")}
+
+            def read(name: str, like: Tree, above: str) -> Tree:
+                """A tree like the parameters, of which the paths in item `name` begin with `above`."""
+
+                def stage(prefix: str, like: Tree) -> Tree:
+                    item = tree.map_with_path(lambda p, _: 0 if p.startswith(prefix) else ocp.PLACEHOLDER, expected[name])
+                    found = reader.restore(path.absolute(), args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(item=item)}))
+                    arrays, sums = tree.by_path(found[name]), meta["checksums"][name]
+                    return place(tree.map_with_path(lambda p, x: verified(f"{name}/{prefix}{p}", arrays[prefix + p], x, sums[prefix + p]), like))
+
+                return from_stages([stage(f"{above}{own}/", part) for own, part in zip(names(like), stages(like), strict=True)])
+
+            for name, whole in expected.items():
+                compare(set(tree.by_path(whole)), set(meta["checksums"][name]), name)
+            params = read("params", expected["params"], "")
+            opt_state = {part: read("opt", like, f"{part}/") for part, like in expected["opt"].items()} if with_opt else None
     except CheckpointError:
         raise
     except Exception as e:  # storage and JSON errors of any kind mean the same here
         raise damaged(run, step, first_line(e)) from e
-    return State(trees["params"], trees.get("opt"), **counters), meta
+    return State(params, opt_state, **counters), meta
 
 
-def verified(found: Tree, expected: Tree, checksums: dict[str, int], name: str, device: torch.device) -> Tree:
-    """`found` in the structure of `expected` (tensors on the meta device), as tensors. Goes by path: libraries order dicts differently."""
-    arrays = tree.by_path(found)
+def compare(expected: set[str], found: set[str], name: str) -> None:
+    """Raises ValueError where a checkpoint lacks a leaf or has one too many."""
+    for path in sorted(expected - found):
+        raise ValueError(f"{name}/{path} is missing")
+    for path in sorted(found - expected):
+        raise ValueError(f"{name}/{path} is not part of this model")
 
-    def check(path: str, like: Tensor) -> Tensor:
-        x = arrays.pop(path, None)
-        if x is None:
-            raise ValueError(f"{name}/{path} is missing")
-        if tuple(x.shape) != like.shape:
-            raise ValueError(f"{name}/{path} has shape {tuple(x.shape)}, not {tuple(like.shape)}")
-        if checksum(x) != checksums[path]:
-            raise ValueError(f"the checksum of {name}/{path} does not match")
-        if (tensor := to_tensor(x, device)).dtype != like.dtype:
-            raise ValueError(f"{name}/{path} is {tensor.dtype}, not {like.dtype}".replace("torch.", ""))
-        return tensor
 
-    tensors = tree.map_with_path(check, expected)
-    if arrays:
-        raise ValueError(f"{name}/{next(iter(arrays))} is not part of this model")
-    return tensors
+def verified(path: str, x: np.ndarray, like: Tensor, expected: int) -> Tensor:
+    """`x` as a tensor of the shape and dtype of `like` (on the meta device), with the checksum that it had."""
+    if tuple(x.shape) != like.shape:
+        raise ValueError(f"{path} has shape {tuple(x.shape)}, not {tuple(like.shape)}")
+    if checksum(x) != expected:
+        raise ValueError(f"the checksum of {path} does not match")
+    tensor = to_tensor(x)
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{path} is {tensor.dtype}, not {like.dtype}".replace("torch.", ""))
+    return tensor
 
 
 def damaged(run: Path, step: int, why: str) -> CheckpointError:

@@ -99,6 +99,6 @@ def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
         return 130
     except torch.OutOfMemoryError as e:
         reason = str(e).split(".")[0]
-        remedy = "lower --train.batch-size and raise --train.grad-accum, or set --train.recompute"
+        remedy = "lower --train.batch-size and raise --train.grad-accum, set --train.recompute or --train.residence host, or raise --train.device-memory"
         print(f"error: out of GPU memory ({reason}): {remedy}", file=sys.stderr)
         return 2

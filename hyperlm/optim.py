@@ -12,6 +12,7 @@ from torch import Tensor
 from configs import OptimConfig
 from hyperlm import kernels, tree
 from hyperlm.kernels.reference import APART, BLOCK, ROW
+from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 
@@ -152,11 +153,6 @@ def origins(paths: Tree, seed: int) -> Tree:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{path}/noise".encode(), digest_size=8).digest(), "little", signed=True)
 
     return tree.map(start, paths)
-
-
-def stages(params: Tree) -> list[Tree]:
-    """The stages of a tree like the parameters, in order."""
-    return [params["embed"], *params["blocks"], params["head"]]
 
 
 def clip_factors(norms: Tensor, limit: float, scope: str) -> tuple[Tensor, Tensor]:

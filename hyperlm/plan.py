@@ -178,6 +178,20 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     return visiting(config, dtype, found.group, kept) if kept else found
 
 
+def traffic(config: Config, dtype: torch.dtype, planned: Plan) -> tuple[int, int]:
+    """Bytes that a step of the host residence moves to the device, and home.
+
+    Every stage comes once forward, once backward (but the head, where forward ends), and goes home updated; so do its moments, and unless each
+    stage is clipped by itself its gradient, which comes back for the update. Inputs of blocks go and come.
+    """
+    t, layers = config.train, config.model.n_layers
+    params, opt_state = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    gradient = tree.count(params) * dtype.itemsize if config.optim.clip_scope == "global" else 0
+    inputs = (layers - planned.kept) * t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
+    each = size(opt_state) + gradient + inputs
+    return 2 * size(params) - size(params["head"]) + each, size(params) + each
+
+
 def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
     """The memory plan of each residence, computing in `dtype`."""
     budget = round((config.train.device_memory or EXAMPLE) * GIB) - CONTEXT

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from hyperlm import model
+from hyperlm import model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
 from hyperlm.optim import optimizer, schedule
@@ -20,27 +20,27 @@ from hyperlm.precision import compute_copy
 from hyperlm.residence import device as on_device
 from hyperlm.residence import host
 from hyperlm.residence.streamed import streamed
+from hyperlm.stages import moved
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
 Metrics = dict[str, Any]
 
 
-def housed(cfg: Config, params: Tree, opt_state: Tree, device: torch.device) -> tuple[Tree, Tree]:
-    """Parameters and optimizer state where `cfg.train.residence` wants them; the trees given are consumed."""
-    return host.moved_in(params, opt_state, device) if cfg.train.residence == "host" else (params, opt_state)
+def place(cfg: Config, device: torch.device) -> Callable[[Tree], Tree]:
+    """Moves a stage of parameters or moments to where `cfg.train.residence` wants it."""
+    if cfg.train.residence == "host":
+        return lambda stage: host.in_host_memory(stage, device)
+    return lambda stage: tree.map(lambda x: x.to(device), stage)
 
 
 def init_state(cfg: Config, total_steps: int, device: torch.device) -> State:
     """The state before the first step."""
     rule = optimizer(cfg.optim, total_steps, cfg.kernels)
-    params = model.init(cfg.model, cfg.train.seed, device=home(cfg, device), keep=rule.keep)
-    return State(*housed(cfg, params, rule.init(params), device), step=0, updates=0, tokens=0, seed=cfg.train.seed)
-
-
-def home(cfg: Config, device: torch.device) -> torch.device:
-    """The device whose memory holds the state."""
-    return torch.device("cpu") if cfg.train.residence == "host" else device
+    here = torch.device("cpu") if cfg.train.residence == "host" else device
+    params = moved(place(cfg, device), model.init(cfg.model, cfg.train.seed, device=here, keep=rule.keep))
+    opt_state = {name: moved(place(cfg, device), part) for name, part in rule.init(params).items()}
+    return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
 
 
 def weights(cfg: Config, params: Tree, device: torch.device) -> Tree:

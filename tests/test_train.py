@@ -37,7 +37,7 @@ def losses(name: str) -> dict[int, float]:
 
 def final(name: str):
     run = Path("runs") / name
-    return checkpoint.restore(run, checkpoint.latest(run), runs.read_config(run), torch.device("cpu"))[0]
+    return checkpoint.restore(run, checkpoint.latest(run), runs.read_config(run), lambda stage: stage)[0]
 
 
 def same(a, b) -> bool:

@@ -8,6 +8,7 @@ import torch
 from hyperlm import checkpoint, data, env, evals, runs, tree
 from hyperlm.bench.report import Result
 from hyperlm.precision import compute_copy
+from hyperlm.step import place
 
 
 def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
@@ -16,7 +17,7 @@ def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
     for folder in env.progress(folders, "quality"):
         config = runs.read_config(folder)
         config = replace(config, kernels=kernels, eval=replace(config.eval, max_tokens=0))
-        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config, device, with_opt=False)
+        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config, place(config, device), with_opt=False)
         corpus = data.prepare(config, say=lambda line: None)
         if meta["fingerprint"] != corpus.fingerprint:
             raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {folder} was trained: its validation text is gone")

@@ -25,12 +25,13 @@ from hyperlm import model, tree
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK
 from hyperlm.loss import head_nats
-from hyperlm.optim import Optimizer, clip_factors, optimizer, origins, signed, stages
+from hyperlm.optim import Optimizer, clip_factors, optimizer, origins, signed
 from hyperlm.plan import visits
 from hyperlm.precision import accumulate, compute_copy
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, slab
 from hyperlm.residence.device import Advance
 from hyperlm.residence.lanes import Event, Lane, Ring
+from hyperlm.stages import moved, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
 
@@ -45,6 +46,7 @@ class Part:
     leaf: int
     first: int
     last: int
+    whole: bool  # they are all of the leaf
 
 
 def pieces_of(leaves: list[Tensor]) -> list[list[Part]]:
@@ -58,14 +60,14 @@ def pieces_of(leaves: list[Tensor]) -> list[list[Part]]:
                 pieces.append([])
                 room = most
             last = min(end, first + room) if leaf.dim() > 1 else end
-            pieces[-1].append(Part(index, first, last))
+            pieces[-1].append(Part(index, first, last, (first, last) == (0, end)))
             room, first = max(0, room - (last - first)), last
     return pieces
 
 
-def cut(leaf: Tensor, part: Part, whole: bool) -> Tensor:
+def cut(leaf: Tensor, part: Part) -> Tensor:
     """The numbers of a part; of moments in 8 bits, its rows."""
-    if whole:
+    if part.whole:
         return leaf
     return leaf[part.first : part.last] if leaf.dtype == torch.uint8 else leaf.view(-1)[part.first * BLOCK : part.last * BLOCK]
 
@@ -145,12 +147,11 @@ class Traffic:
         hosts = [tree.leaves(x) for x in (grads, *moments.values())]
         at_home, stored, decay = tree.leaves(stages(state.params)[index]), tree.leaves(visit.stored), self.decay[index]
         for piece, origin in zip(self.pieces[index], self.origin[index], strict=True):
-            whole = [part.first == 0 and part.last * BLOCK >= stored[part.leaf].numel() for part in piece]
             buffer, number = self.buffers.take(self.into)
             brought, ranges, at = [], [], 0
             with self.into.open():
                 for source, leaves in enumerate(hosts):
-                    cuts = [cut(leaves[part.leaf], part, w) for part, w in zip(piece, whole, strict=True)]
+                    cuts = [cut(leaves[part.leaf], part) for part in piece]
                     if here and source == 0:
                         brought.append(cuts)
                         continue
@@ -163,7 +164,7 @@ class Traffic:
                     ranges.append((memory, copy))
                     at += slab.padded(end - first)
             self.work.wait(visit.ready, self.into.mark())
-            weights = [cut(stored[part.leaf], part, w) for part, w in zip(piece, whole, strict=True)]
+            weights = [cut(stored[part.leaf], part) for part in piece]
             with self.work.open():
                 acts = [decay[part.leaf] for part in piece]
                 self.optimizer.update(
@@ -259,22 +260,10 @@ class Inputs:
 # -- state in host memory --------------------------------------------------------------------------------------------------------------
 
 
-def over_stages(fn: Callable[[Tree], Tree], params: Tree) -> Tree:
-    """A tree like the parameters, stage by stage; what it is made of is let go on the way."""
-    return {"embed": fn(params.pop("embed")), "blocks": [fn(params["blocks"].pop(0)) for _ in range(len(params["blocks"]))], "head": fn(params.pop("head"))}
-
-
 def in_host_memory(stage: Tree, device: torch.device, *, copy: bool = True) -> Tree:
     """A stage in a slab of host memory, pinned if `device` is a GPU; only room for one where not to copy."""
     pin = device.type == "cuda"
     return slab.packed(stage, pin=pin) if copy else slab.views(slab.allocate(slab.size(stage), torch.device("cpu"), pin=pin), stage)
-
-
-def moved_in(params: Tree, opt_state: Tree, device: torch.device) -> tuple[Tree, Tree]:
-    """Parameters and optimizer state where a step wants them; the trees given are consumed."""
-    return over_stages(lambda part: in_host_memory(part, device), params), {
-        name: over_stages(lambda part: in_host_memory(part, device), part) for name, part in opt_state.items()
-    }
 
 
 def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[State], State]:
@@ -288,14 +277,16 @@ def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[Stat
         if (pending := state.pending) is None:
             return state
         starts = origins(tree.map_with_path(lambda path, _: path, state.params), cfg.train.seed)
-        trees = (pending.grads, state.params, decays, starts, *state.opt_state.values())
-        for parts, factor in zip(zip(*(stages(x) for x in trees), strict=True), pending.factors, strict=True):
-            for g, p, acts, start, *moments in zip(*(tree.leaves(part) for part in parts), strict=True):
-                own = [x.to(device) for x in (g, p, *moments)]
-                origin = torch.tensor([start], device=device)
-                opt_state = {name: [x] for name, x in zip(state.opt_state, own[2:], strict=True)}
-                rule.update([own[0]], opt_state, [own[1]], pending.updates, decay=[acts], origin=origin, factor=factor)
-                for to, x in zip((p, *moments), own[1:], strict=True):
+        trees = (pending.grads, state.params, *state.opt_state.values(), decays, starts)
+        for stage, factor in zip(zip(*(stages(x) for x in trees), strict=True), pending.factors, strict=True):
+            *leaves, acts, start = (tree.leaves(x) for x in stage)
+            for part in (part for piece in pieces_of(leaves[1]) for part in piece):
+                at_home = [cut(x[part.leaf], part) for x in leaves]
+                g, p, *moments = (x.to(device) for x in at_home)
+                origin = torch.tensor([signed(start[part.leaf] + part.first * BLOCK)], device=device)
+                opt_state = {name: [x] for name, x in zip(state.opt_state, moments, strict=True)}
+                rule.update([g], opt_state, [p], pending.updates, decay=[acts[part.leaf]], origin=origin, factor=factor)
+                for to, x in zip(at_home[1:], (p, *moments), strict=True):
                     to.copy_(x)
         return replace(state, pending=None)
 
@@ -306,7 +297,7 @@ def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[Stat
 
 
 def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
-    """Parameters, moments and gradients are packed stages in pinned host memory (see `settled_in`); computation is on `device`."""
+    """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
@@ -323,7 +314,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             inputs = Inputs(traffic, plan.kept)
             if not at_once:
                 like = tree.map(lambda p: torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta"), state.params)
-                gradients = over_stages(lambda part: in_host_memory(part, device, copy=False), like)
+                gradients = moved(lambda part: in_host_memory(part, device, copy=False), like)
 
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
@@ -375,10 +366,13 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 found = [torch.nan_to_num(g, 0, 0, 0).contiguous() for g in found]
                 visit = traffic.update(state, replace(visit, ready=traffic.main.mark()), found, factor, state.updates, here=True)
                 held.append((visit.ready, [found, factor]))
-            while len(held) > 1:
+            let_go(but=1)
+            return visit
+
+        def let_go(but: int = 0) -> None:
+            while len(held) > but:
                 event, _ = held.popleft()
                 traffic.main.wait(event)
-            return visit
 
         for _ in range(SLOTS - 1):
             fetch_next()
@@ -441,6 +435,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         visit = learn(visit, found)
         traffic.release(visit)
 
+        let_go()
         factors, norm = clip_factors(torch.stack(norms), cfg.optim.clip, cfg.optim.clip_scope)
         finite = bool(torch.isfinite(norm + total_nats))
         pending = Pending(gradients, factors, state.updates) if finite and not at_once else None

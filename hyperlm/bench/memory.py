@@ -1,0 +1,60 @@
+"""Suite `memory`: what training needs on the device and in host memory, how fast it is, and what it moves between them. Random tokens, real steps."""
+
+from dataclasses import replace
+
+import torch
+
+from configs import Config, Kind
+from hyperlm import env, plan, tree
+from hyperlm.bench.report import Result, Row
+from hyperlm.bench.speed import seconds
+from hyperlm.step import init_state, make_step
+
+
+def measure(config: Config, device: torch.device, budget: float) -> Row:
+    """One model, in the residence that `config` names."""
+    t, dtype = config.train, env.compute_dtype(device)
+    allowed = env.allowed_memory(device, t.device_memory)
+    planned = plan.visits(config, dtype, allowed) if t.residence == "host" else plan.everything(config, dtype)
+    row: Row = {
+        "model": config.model.kind,
+        "parameters": sum(plan.parameters(config).values()),
+        "residence": t.residence,
+        "state": config.optim.state,
+        "clipped by": config.optim.clip_scope,
+        "step": f"{t.grad_accum * t.batch_size} x {config.data.seq_len}",
+        "at a time": planned.group * t.batch_size if t.residence == "host" else t.batch_size,
+    }
+    if device.type == "cuda" and t.device_memory:
+        env.limit_memory(device, allowed)
+    state, step, done = init_state(config, 1000, device), make_step(config, 1000, device), 0
+    shape = t.grad_accum, t.batch_size, config.data.seq_len + 1
+
+    def once() -> None:
+        nonlocal state, done
+        state, _ = step(state, torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(done)))
+        done += 1
+
+    once()  # allocates what stays
+    env.reset_peak_memory(device)
+    took = seconds(once, device, budget)
+    row["tok/s"] = t.grad_accum * t.batch_size * config.data.seq_len / took
+    row["planned GiB"], row["allocated GiB"] = planned.device / env.GIB, env.peak_memory(device) / env.GIB
+    if device.type == "cuda":
+        row["reserved GiB"] = torch.cuda.max_memory_reserved(device) / env.GIB
+        row["process GiB"] = env.used_memory(device) / env.GIB
+    row["host GiB"] = env.peak_memory(torch.device("cpu")) / env.GIB
+    if t.residence == "host":
+        there, back = plan.traffic(config, dtype, planned)
+        row["GB/s in"], row["GB/s home"] = there / took / 1e9, back / took / 1e9
+    return row
+
+
+def run(kinds: list[Kind], config: Config, device: torch.device, budget: float = 10.0) -> Result:
+    """Measure every kind; `budget` is the seconds to time its steps for."""
+    rows = [measure(replace(config, model=replace(config.model, kind=kind)), device, budget) for kind in env.progress(kinds, "memory")]
+    notes = [
+        "process: all that the driver counts on this GPU, other processes included; host: the most that this process had resident",
+        "GB/s: bytes that a step moves, from the plan, over the time that it takes",
+    ]
+    return Result("memory", rows, notes)
