@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import torch
-from orbax.checkpoint import type_handlers
 from torch import Tensor
 
 from configs import Config
@@ -61,9 +60,7 @@ def folder_of(run: Path, step: int | None = None) -> Path:
 
 
 def handlers() -> dict[str, Any]:
-    numpy = type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # `save` decides whether to copy
-    registry = type_handlers.create_type_handler_registry((np.ndarray, numpy))
-    array = {"use_ocdbt": True, "use_compression": False, "type_handler_registry": registry}  # random bits do not compress: 3 times faster
+    array = {"use_ocdbt": True, "use_compression": False}  # random bits do not compress, and it is three times faster
     return {
         "params": ocp.PyTreeCheckpointHandler(**array),
         "opt": ocp.PyTreeCheckpointHandler(**array),
@@ -87,9 +84,16 @@ def manager(run: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder_of(run).absolute(), options=options, item_handlers=handlers())
 
 
+class Settled(np.ndarray):
+    """An array that nobody writes to while it is saved: the storage layer, which copies every array to be sure, need not."""
+
+    def __deepcopy__(self, memo: dict) -> "Settled":
+        return self
+
+
 def to_numpy(x: Tensor, copy: bool) -> np.ndarray:
     x = x.detach().to("cpu", copy=copy)
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+    return (x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()).view(Settled)
 
 
 def to_tensor(x: np.ndarray) -> Tensor:

@@ -20,6 +20,7 @@ from hyperlm.loss import CHUNK_ELEMENTS
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
 
 FP32, BF16 = 4, 2
+MARGIN = 256 << 20  # bytes of device memory that a plan leaves, for gaps between allocations
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 
 
@@ -135,8 +136,8 @@ def activations(config: Config, dtype: torch.dtype) -> list[int]:
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
     """The plan of the host residence, with `group` micro-batches at a time, and the inputs of `kept` blocks left on the device.
 
-    A block saves its activations and needs half as much again for their gradients. On the device at the same time: the buffers of
-    `residence.host`, the stream of all groups, and either a block or the head.
+    On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H100 with `max`, int8
+    state and 16 x 512 tokens: 4.28 GiB where 4.84 were planned.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
@@ -149,17 +150,19 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
     most = min(PIECE, max(block, count["head"], count["embed"]))
     at_once = config.optim.clip_scope == "layer"
     pieces = (PIECES + at_once * -(-block // most)) * most * (item + round(size(opt_state) / total))
-    sums = FP32 + item if groups > 1 else item
-    in_block = round(1.1 * group * max(activations(config, dtype))) + block * (2 * sums + (item if converted else 0))
+    copy = item if converted else 0
+    stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
+    sums = 2 * item + (FP32 if groups > 1 else 0)  # a stage's gradient, and that of the stage before on its way home
+    in_block = 2 * stream + round(1.1 * group * max(activations(config, dtype))) + block * (sums + copy)
     chunk = min(CHUNK_ELEMENTS, t.grad_accum * t.batch_size * config.data.seq_len * cfg.vocab_size) * (2 * FP32 + item)
-    in_head = chunk + count["head"] * (FP32 + 2 * item) + (count["head"] * item if converted else 0) + 4 * t.grad_accum * boundary * item // FP32
-    streams = 2 * t.grad_accum  # that come into a stage and leave it
+    in_head = stream + chunk + 3 * stream * item // FP32 + count["head"] * (FP32 + item + copy)
+    inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
     return Plan(
         "host",
         weights=SLOTS * stage + size(params["head"]),
         gradients=0,
         optimizer=pieces,
-        activations=(streams + (INPUTS if kept < cfg.n_layers else 0) * group + kept * t.grad_accum) * boundary + max(in_block, in_head),
+        activations=inputs * boundary + max(in_block, in_head),
         host=size(params) + size(opt_state) + (total * item if config.optim.clip_scope == "global" else 0) + t.grad_accum * (cfg.n_layers - kept) * boundary,
         group=group,
         kept=kept,
@@ -172,9 +175,9 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     t, layers = config.train, config.model.n_layers
     alone = config.model.dropout or dtype != torch.bfloat16
     groups = [1] if alone else [g for g in range(t.grad_accum, 0, -1) if t.grad_accum % g == 0]
-    found = next((plan for g in groups if (plan := visiting(config, dtype, g, 0)).device <= budget), visiting(config, dtype, 1, 0))
+    found = next((plan for g in groups if (plan := visiting(config, dtype, g, 0)).device <= budget - MARGIN), visiting(config, dtype, 1, 0))
     each = t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
-    kept = max(0, min(layers, (budget - found.device) // each))
+    kept = max(0, min(layers, (budget - MARGIN - found.device) // each))
     return visiting(config, dtype, found.group, kept) if kept else found
 
 

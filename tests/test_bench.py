@@ -42,6 +42,16 @@ def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(monkey
     assert all(row["tok/s"] > 0 for row in rows) and Path("runs/d/decode_speed.png").stat().st_size > 500
 
 
+@pytest.mark.parametrize(("residence", "state"), [("host", "int8"), ("device", "fp32")])
+def test_memory_is_measured_of_a_residence(residence, state, monkeypatch):
+    monkeypatch.setattr("hyperlm.bench.memory.run.__defaults__", (0.0,))
+    flags = ["--suite", "memory", "--preset", "small", "--name", "m", "--device", "cpu", "--residence", residence, "--state", state]
+    assert call("phase8", *flags, "--grad-accum", "2") == 0
+    (row,) = json.loads(Path("runs/m/results.json").read_text())["results"][0]["rows"]
+    assert row["step"] == "16 x 256" and row["tok/s"] > 0 and row["host GiB"] > row["planned GiB"] > 0
+    assert ("GB/s in" in row) == (residence == "host")
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_the_exponent_is_that_of_the_time_of_a_sequence(power):
     rows = [{"length": n, "x": n / (1e-6 * n**power)} for n in (64, 128, 256, 512)]

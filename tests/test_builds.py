@@ -84,7 +84,7 @@ def builds():
             args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
             args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
-            shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.TAP_CHANNELS, TILES=convolution.TAP_TILES)
+            shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.tap_channels(3 * 512), TILES=convolution.TAP_TILES)
             yield "taps_backward", convolution.taps_backward, args | shape, 8, 1, capability
         args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability

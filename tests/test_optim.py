@@ -8,6 +8,7 @@ import torch
 from configs import OptimConfig
 from conftest import normal
 from hyperlm import optim, tree
+from hyperlm.kernels import reference
 
 
 def params() -> dict:
@@ -72,3 +73,64 @@ def test_layer_clipping_scales_each_layer_by_its_own_norm():
 def test_no_limit_leaves_gradients_alone():
     clipped, _ = optim.clip(grads(), 0.0, "global")
     assert clipped["blocks"][1]["w"][0].item() == 4.0
+
+
+# -- 8-bit moments ---------------------------------------------------------------------------------------------------------------------
+
+
+def updated(draw: int, w: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights (fp32) and both moments after some updates, with noise that depends on `draw`."""
+    rule = optim.adamw8(OptimConfig(weight_decay=0.1), lambda step: 0.01)
+    params = [rule.keep(w.clone())]
+    state, origin = rule.init(params), torch.tensor([draw << 40])
+    for step, g in enumerate(grads):
+        rule.update([g.clone()], state, params, step, decay=[True], origin=origin)
+    moments = state["moments"][0]
+    scales, codes = moments.view(torch.float32)[:, reference.BLOCK // 2 :], moments[:, : 2 * reference.BLOCK]
+    m = codes[:, : reference.BLOCK].view(torch.int8).float()
+    m, v = m * m.abs() / 127**2 * scales[:, :1], (codes[:, reference.BLOCK :].float() / 255) ** 4 * scales[:, 1:]
+    return params[0].float(), m.flatten()[: w.numel()].view(w.shape), v.flatten()[: w.numel()].view(w.shape)
+
+
+def test_rounding_to_bf16_and_to_8_bits_is_right_on_average():
+    w, g = normal(3, 100, seed=1).float().bfloat16().float(), normal(3, 100, seed=2).float() * torch.logspace(-2, 0, 100)
+    exact = w * (1 - 0.001) - 0.01 * g / (g.abs() + 1e-8)
+    found = [torch.stack(x) for x in zip(*(updated(draw, w, [g]) for draw in range(2000)), strict=True)]
+    for draws, truth in zip(found, (exact, 0.1 * g, 0.05 * g * g), strict=True):
+        rare = 0.02 * truth.abs().max() / 2000  # a step, where the other neighbour was hardly ever drawn
+        error = draws.std(0) / 2000**0.5 + rare
+        assert float(((draws.mean(0) - truth).abs() / error).max()) < 6
+
+
+def test_8_bit_moments_learn_what_wide_ones_do():
+    """Linear regression from noisy samples: both end near the truth, and near each other."""
+    truth = normal(8, 300, seed=1).float()
+    ends = []
+    for rule in (optim.adamw(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step), optim.adamw8(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step)):
+        params = {"w": rule.keep(torch.zeros(8, 300))}
+        state = rule.init(params)
+        for step in range(400):
+            x = normal(600, 300, seed=step).float()
+            g = {"w": (params["w"].float() - truth) @ x.mT @ x / 600}
+            rule.update(g, state, params, step, decay={"w": False}, origin=torch.tensor([5]))
+        ends.append((params["w"].float() - truth).norm() / truth.norm())
+    assert ends[0] < 0.05 and ends[1] < ends[0] + 0.02
+
+
+def test_a_moment_above_zero_never_becomes_zero():
+    w, g = torch.zeros(2, 128), torch.full((2, 128), 1e-9)
+    g[0, 0] = 1.0
+    _, _, v = updated(0, w, [g])
+    assert (v > 0).all()
+
+
+def test_updating_in_parts_equals_updating_at_once():
+    rule = optim.adamw8(OptimConfig(), lambda step: 0.01)
+    w, g, n = rule.keep(normal(4, 512, seed=1).float()), normal(4, 512, seed=2).float(), reference.BLOCK
+    whole, part = [w.clone()], w.clone()
+    state, moments = rule.init(whole), rule.init([part])["moments"][0]
+    rule.update([g.clone()], state, whole, 0, decay=[True], origin=torch.tensor([7]))
+    for first, last in ((0, 3), (3, 8)):
+        cut = slice(first * n, last * n)
+        rule.update([g.flatten()[cut]], {"moments": [moments[first:last]]}, [part.view(-1)[cut]], 0, decay=[True], origin=torch.tensor([7 + first * n]))
+    assert torch.equal(part, whole[0]) and torch.equal(moments, state["moments"][0])

@@ -75,17 +75,38 @@ def test_losses_fall_on_text(prose):
     assert losses("a")[80] < losses("a")[1] - 1.0
 
 
-@pytest.mark.parametrize("kind", ["phase7", "phase8", "softmax", "hybrid-ssm"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind):
+HOST = ["--train.residence", "host", "--optim.state"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("phase7", []), ("phase8", []), ("softmax", []), ("hybrid-ssm", []), ("hybrid-ssm", [*HOST, "fp32"]), ("phase8", [*HOST, "int8"]), ("phase7", ["--optim.state", "int8"])],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind, more):
     cfg = CASES[kind]
     model = ["--model.kind", cfg.kind, "--model.exact-every", cfg.exact_every, "--model.ssm" if cfg.ssm else "--model.no-ssm", "--model.dropout", "0.1"]
-    common = [*model, "--train.steps", "6", "--ckpt.every", "3", "--ckpt.keep", "9", "--eval.every", "3"]
+    common = [*model, *more, "--train.steps", "6", "--ckpt.every", "3", "--ckpt.keep", "9", "--eval.every", "3"]
     assert start(prose, "whole", *common) == 0
     assert start(prose, "parts", *common) == 0
     shutil.rmtree("runs/parts/checkpoints/step_00000006")
     assert call("--resume", "runs/parts") == 0
     assert losses("whole") == losses("parts")
     assert same(final("whole"), final("parts"))
+
+
+def test_a_run_goes_on_in_another_residence(prose):
+    assert start(prose, "whole", "--train.steps", "4") == 0
+    assert start(prose, "parts", "--train.steps", "2") == 0
+    assert call("--resume", "runs/parts", "--train.steps", "4", *HOST[:2]) == 0
+    a, b = final("whole"), final("parts")
+    assert (a.step, a.tokens) == (b.step, b.tokens) and runs.read_config(Path("runs/parts")).train.residence == "host"
+
+
+def test_too_little_host_memory_is_one_line_with_what_would_fit(prose, capsys, monkeypatch):
+    monkeypatch.setattr("hyperlm.env.available_memory", lambda device: 350_000)
+    assert start(prose, "a", *HOST, "fp32", "--train.steps", "1") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and "of host memory" in error[0] and "--optim.state int8 needs" in error[0] and not Path("runs/a").exists()
 
 
 def test_extending_a_run_goes_on_from_its_end(prose, capsys):
@@ -114,10 +135,10 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 LONG = ["--train.steps", "40", "--ckpt.every", "5", "--ckpt.keep", "9", "--eval.every", "100", "--data.seq-len", "64"]
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_and_resumes_exactly(prose, ending):
-    assert start(prose, "whole", *LONG) == 0
-    process = popen(prose, "parts", *LONG)
+@pytest.mark.parametrize(("ending", "more"), [(signal.SIGTERM, [*HOST, "int8"]), (signal.SIGINT, [])])
+def test_a_stopped_run_saves_and_resumes_exactly(prose, ending, more):
+    assert start(prose, "whole", *LONG, *more) == 0
+    process = popen(prose, "parts", *LONG, *more)
     wait_for(process, "step  7/40")
     process.send_signal(ending)
     output, _ = process.communicate(timeout=60)

@@ -11,6 +11,7 @@ from conftest import normal
 from hyperlm import kernels, model, tree
 from hyperlm.geometry import direction, time_of
 from hyperlm.kernels import OPS
+from hyperlm.kernels import reference
 from hyperlm.kernels.reference import TIP
 from hyperlm.loss import head_nats
 from hyperlm.mixers.frame import R_MAX, R_MIN, rope_angles
@@ -270,6 +271,25 @@ def test_one_token_of_phase_8(dtype, k):
     expected = OPS["tangent_step"]["torch"](*(y.double() for y in inputs))
     for found, truth in zip(OPS["tangent_step"]["triton"](*inputs), expected, strict=True):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("n", [1, 255, 1000, 5000])
+def test_adamw_with_8_bit_moments(n, decay):
+    """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
+    results = []
+    for backend in ("triton", "torch"):
+        w, moments = normal(n, seed=1).float().mul(0.02).bfloat16().to(DEVICE), torch.zeros(-(-n // 256), reference.ROW, dtype=torch.uint8, device=DEVICE)
+        for step in range(4):
+            rates = torch.tensor([0.999, 0.9, 0.95, 1e-2 / (1 - 0.9 ** (step + 1)), (1 - 0.95 ** (step + 1)) ** -0.5], device=DEVICE)
+            g = normal(n, seed=10 + step).float().bfloat16().to(DEVICE)
+            OPS["adamw8"][backend](w, g, moments, torch.tensor(0.7, device=DEVICE), rates, torch.tensor(step << 50, device=DEVICE), decay)
+        results.append((w, moments))
+    (w, moments), (exact, exact_moments) = results
+    differ = (w != exact).float().mean() + (moments[:, :512] != exact_moments[:, :512]).float().mean()
+    assert differ < 0.01 and float((w.float() - exact.float()).abs().max()) <= 2**-8 * float(exact.float().abs().max())
+    torch.testing.assert_close(moments.view(torch.float32)[:, 128:], exact_moments.view(torch.float32)[:, 128:], rtol=1e-5, atol=0)
+
 
 
 def test_kernels_work_under_torch_func():

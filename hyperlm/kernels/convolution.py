@@ -8,6 +8,7 @@ of the convolution's gradient dz: `lift_backward` finds that, `taps_backward` wh
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from hyperlm.kernels.layout import token_major
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
 PLAIN, FEATURES, POINTS = (tl.constexpr(i) for i in range(3))  # what becomes of q and k
-TAP_ROWS, TAP_CHANNELS, TAP_TILES = 16, 128, 8  # of a tile of `taps_backward`, and tiles of a program
+TAP_ROWS, TAP_TILES = 16, 8  # of a tile of `taps_backward`, and tiles of a program
 
 
 @triton.jit
@@ -172,8 +173,6 @@ def taps_backward(
     """dx (B, N, C) of dz, and of each program its part of d_weight (programs, C, W)."""
     b = tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    there = (channel < C)[None, :]
-    channel = tl.where(channel < C, channel, 0)
     dw0, dw1 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
     dw2, dw3 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
     for tile in range(TILES):
@@ -188,13 +187,12 @@ def taps_backward(
         for by in tl.static_range(1, W):
             later = tl.load(dz + at + by * C, mask=(n + by < N)[:, None], other=0.0).to(tl.float32)
             dx_c += later * tl.load(weight + channel * W + W - 1 - by).to(tl.float32)[None, :]
-        tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=(n < N)[:, None] & there)
+        tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=(n < N)[:, None])
     to = d_weight + ((b * tl.num_programs(0) + tl.program_id(0)) * C + channel) * W
-    there = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS) < C
-    tl.store(to, tl.sum(dw0, 0), mask=there)
-    tl.store(to + 1, tl.sum(dw1, 0), mask=there)
-    tl.store(to + 2, tl.sum(dw2, 0), mask=there)
-    tl.store(to + 3, tl.sum(dw3, 0), mask=there)
+    tl.store(to, tl.sum(dw0, 0))
+    tl.store(to + 1, tl.sum(dw1, 0))
+    tl.store(to + 2, tl.sum(dw2, 0))
+    tl.store(to + 3, tl.sum(dw3, 0))
 
 
 def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
@@ -204,6 +202,11 @@ def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
     if dtype == torch.float32:
         return (16, 8) if K != 128 else (32, 8)
     return {32: 64, 64: 64, 128: 32, 256: 16}[K], 8
+
+
+def tap_channels(c: int) -> int:
+    """Channels of a tile of `taps_backward`, which divide c."""
+    return math.gcd(c, 128)
 
 
 class Lift(NamedTuple):
@@ -241,8 +244,8 @@ def backward(
     programs = triton.cdiv(n, TAP_ROWS * TAP_TILES)
     dx, d_weight = torch.empty_like(x), torch.empty(b * programs, c, 4, device=x.device)
     launch(
-        taps_backward, (programs, triton.cdiv(c, TAP_CHANNELS), b),
-        x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=TAP_CHANNELS, TILES=TAP_TILES, TAIL=tail is not None, warps=8, stages=1,
+        taps_backward, (programs, c // tap_channels(c), b),
+        x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=tap_channels(c), TILES=TAP_TILES, TAIL=tail is not None, warps=8, stages=1,
     )  # fmt: skip
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 

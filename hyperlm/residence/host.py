@@ -354,16 +354,17 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             if (following := next(rest, None)) is not None:
                 fetched.append(traffic.fetch(state, following[0], update=following[1]))
 
-        def learn(visit: Visit, found: list[Tensor]) -> Visit:
+        def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
             """What becomes of a stage's gradient."""
             norms[visit.index] = tree.norm(found)
+            found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if not at_once:
                 traffic.bring_home(visit.index, found, stages(gradients)[visit.index])
                 held.append((traffic.home.mark(), [found]))
             else:
                 factor = clip_factors(norms[visit.index][None], cfg.optim.clip, "layer")[0][0]
                 factor = torch.where(torch.isfinite(norms[visit.index]), factor, 0)  # this stage alone then has no gradient
-                found = [torch.nan_to_num(g, 0, 0, 0).contiguous() for g in found]
+                found = [torch.nan_to_num_(g, 0, 0, 0).contiguous() for g in found]
                 visit = traffic.update(state, replace(visit, ready=traffic.main.mark()), found, factor, state.updates, here=True)
                 held.append((visit.ready, [found, factor]))
             let_go(but=1)
@@ -411,7 +412,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         wanted = iter(order_of_inputs)
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
-        visit = learn(visit, found)
+        visit = learn(visit, weights, found)
         traffic.release(visit)
         fetch_next()
 
@@ -426,13 +427,13 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             visit = fetched.popleft()
             weights = weights_of(visit)
             found, d = pulled([partial(block_of, layer, weights, a) for a in groups], inputs_of(layer), weights, d)
-            visit = learn(visit, found)
+            visit = learn(visit, weights, found)
             traffic.release(visit)
             fetch_next()
         visit = fetched.popleft()
         weights = weights_of(visit)
         found, _ = pulled([partial(model.embed, weights, tokens[a], cfg.model, contexts[a]) for a in groups], iter([[]] * len(d)), weights, d)
-        visit = learn(visit, found)
+        visit = learn(visit, weights, found)
         traffic.release(visit)
 
         let_go()
