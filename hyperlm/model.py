@@ -21,7 +21,7 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
-from hyperlm.kernels.reference import APART, EPS, noise, wide
+from hyperlm.kernels.reference import APART, noise, wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, rope_angles
 from hyperlm.mixers.ssm import SSM
@@ -62,8 +62,9 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = declare((cfg.d_model,), constant(1.0))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=EPS).to(ctx.dtype)
+    def forward(self, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The stream x with what the branch before adds, y, and the norm of that in the compute dtype."""
+        return ctx.ops["add_norm"](x, y, self.weight, ctx.dtype)
 
 
 class FFN(nn.Module):
@@ -93,14 +94,15 @@ class Block(nn.Module):
         def drop(y: Tensor, branch: int) -> Tensor:
             return dropout(y, self.rate, None if ctx.key is None else ctx.key + branch)
 
-        entries: LayerCache = {}
+        y, entries = None, {}
         if hasattr(self, "ssm"):
-            y, entries = self.ssm(self.ssm_norm(x, ctx), cache, ctx)
-            x = x + drop(y, 1)
-        y, more = self.mixer(self.mixer_norm(x, ctx), cache, ctx)
-        x = x + drop(y, 2)
-        x = x + drop(self.ffn(self.ffn_norm(x, ctx)), 3)
-        return x, entries | more
+            x, n = self.ssm_norm(x, y, ctx)
+            y, entries = self.ssm(n, cache, ctx)
+            y = drop(y, 1)
+        x, n = self.mixer_norm(x, y, ctx)
+        y, more = self.mixer(n, cache, ctx)
+        x, n = self.ffn_norm(x, drop(y, 2), ctx)
+        return x + drop(self.ffn(n), 3), entries | more
 
 
 class Head(nn.Module):
@@ -112,7 +114,7 @@ class Head(nn.Module):
         self.weight = declare((cfg.vocab_size, cfg.d_model), normal(0.02), decay=True)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.norm(x, ctx)
+        return self.norm(x, None, ctx)[1]
 
 
 def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
@@ -142,7 +144,7 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
 def ops(cfg: ModelConfig) -> tuple[str, ...]:
     """The operations of the dispatch table that a model needs."""
     kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
-    return tuple(sorted({op for kind in kinds for op in kind.ops}))
+    return tuple(sorted({"add_norm", *(op for kind in kinds for op in kind.ops)}))
 
 
 def declaration(cfg: ModelConfig) -> Params:

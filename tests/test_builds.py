@@ -19,9 +19,9 @@ from hyperlm import kernels
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes a program may have; those for 8.0 also run on 8.6 and 8.9, which have the least
 INTS = "i32"
-# What may spill registers: wide heads in fp32, a path for checking, not for speed; and of the hyperbolic kernels a few numbers that wait outside
+# What may spill registers: wide heads in fp32, a path for checking, not for speed; streams wider than 4096, on newer Triton; and of the hyperbolic kernels a few numbers that wait outside
 # of the loops, which is faster than every configuration without.
-MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|lift_backward 2, 256, fp32"
+MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|add_norm_backward, 8192"
 MAY_SPILL_OUTSIDE_LOOPS = r"(forward|backward_queries|backward_keys), \d+, "
 
 
@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import adamw8, convolution, decoding, norm_gate, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, decoding, norm_gate, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -92,6 +92,12 @@ def builds():
         yield "carry", la.carry, args, 4, 3, capability
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
+        for d in (512, 4096, 8192):
+            shape = dict(T=INTS, D=INTS, WIDTH=d)
+            args = dict(x=f, y="*bf16", weight=f, out=f, n="*bf16") | shape
+            yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
+            args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
+            yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
         args8 = dict(w="*bf16", g="*bf16", codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
         yield "adamw8", adamw8.update, args8 | dict(BLOCK=reference.BLOCK, ROW=reference.ROW, ROWS=adamw8.ROWS, DECAY=True), 4, 3, capability
         yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability

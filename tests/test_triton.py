@@ -249,6 +249,14 @@ def test_norm_gate(dtype, v, n):
     compare("norm_gate", [token_major(b, h, n, v, seed=1, dtype=dtype), spread(h, v, seed=2, dtype=dtype), spread(b, n, h * v, seed=3, dtype=dtype)], dtype)
 
 
+@pytest.mark.parametrize("d", [96, 512, 4096])
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm(dtype, branch, d):
+    x, weight = spread(2, 13, d, seed=1, dtype=torch.float32), spread(d, seed=3, dtype=torch.float32)
+    compare("add_norm", [x, spread(2, 13, d, seed=2, dtype=dtype) if branch else None, weight, dtype], dtype)
+
+
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("n", LENGTHS)
 def test_scan(n, start):
@@ -289,7 +297,6 @@ def test_adamw_with_8_bit_moments(n, decay):
     differ = (w != exact).float().mean() + (moments[:, :512] != exact_moments[:, :512]).float().mean()
     assert differ < 0.01 and float((w.float() - exact.float()).abs().max()) <= 2**-8 * float(exact.float().abs().max())
     torch.testing.assert_close(moments.view(torch.float32)[:, 128:], exact_moments.view(torch.float32)[:, 128:], rtol=1e-5, atol=0)
-
 
 
 def test_kernels_work_under_torch_func():

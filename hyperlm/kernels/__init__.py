@@ -10,6 +10,7 @@ from hyperlm.kernels import reference
 
 OPS: dict[str, dict[str, Callable]] = {
     "adamw8": {"torch": reference.adamw8},
+    "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
@@ -27,9 +28,10 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import adamw8, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
 
     OPS["adamw8"]["triton"] = adamw8.adamw8
+    OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
@@ -39,7 +41,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("adamw8", "scan")
+WITHOUT_HEADS = ("adamw8", "add_norm", "scan")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

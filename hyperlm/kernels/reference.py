@@ -224,6 +224,22 @@ def tangent_step(
     return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail
 
 
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a branch adds to the residual stream, and its RMSNorm for the next branch.
+
+    Args:
+        x: (B, N, D), the stream, wide.
+        y: (B, N, D), what the branch found; None for nothing.
+        weight: (D,), wide.
+        dtype: of the norm.
+
+    Returns:
+        x + y, and its norm times weight.
+    """
+    x = x if y is None else x + y
+    return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
+
+
 # -- AdamW with 8-bit moments ----------------------------------------------------------------------------------------------------------
 
 BLOCK = 256  # numbers that share a scale
