@@ -19,8 +19,8 @@ from hyperlm import kernels
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes a program may have; those for 8.0 also run on 8.6 and 8.9, which have the least
 INTS = "i32"
-# What may spill registers: wide heads in fp32, a path for checking, not for speed; streams wider than 4096, on newer Triton; and of the hyperbolic kernels a few numbers that wait outside
-# of the loops, which is faster than every configuration without.
+# What may spill registers: wide heads in fp32, a path for checking, not for speed; streams wider than 4096, on newer Triton; and of the
+# hyperbolic kernels a few numbers that wait outside of the loops, which is faster than every configuration without.
 MAY_SPILL = r"(forward|backward_queries|backward_keys), (128|256), fp32|add_norm_backward, 8192"
 MAY_SPILL_OUTSIDE_LOOPS = r"(forward|backward_queries|backward_keys), \d+, "
 
@@ -83,15 +83,16 @@ def builds():
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
             args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
-            args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
-            shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.tap_channels(3 * 512), TILES=convolution.TAP_TILES)
-            yield "taps_backward", convolution.taps_backward, args | shape, 8, 1, capability
         args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
         args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
         yield "carry", la.carry, args, 4, 3, capability
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
+        yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
+        args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
+        shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.tap_channels(3 * 512), TILES=convolution.TAP_TILES)
+        yield "taps_backward", convolution.taps_backward, args | shape, 8, 1, capability
         for d in (512, 4096, 8192):
             shape = dict(T=INTS, D=INTS, WIDTH=d)
             args = dict(x=f, y="*bf16", weight=f, out=f, n="*bf16") | shape
@@ -100,7 +101,6 @@ def builds():
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
         args8 = dict(w="*bf16", g="*bf16", codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
         yield "adamw8", adamw8.update, args8 | dict(BLOCK=reference.BLOCK, ROW=reference.ROW, ROWS=adamw8.ROWS, DECAY=True), 4, 3, capability
-        yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
 
 
 def spills_in_loops(assembly: str) -> int:
