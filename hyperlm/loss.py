@@ -1,6 +1,7 @@
-"""Cross entropy of the head, in chunks of tokens: a sum of nats and a count, never a mean, so that parts add up exactly.
+"""Cross entropy of the head, in chunks: a sum of nats and a count, never a mean, so that parts add up exactly.
 
-The (T, V) logits never exist whole: each chunk's logits, loss and gradients are computed together in the forward pass.
+The (T, V) logits never exist whole. With gradients, chunks are of the vocabulary: once for the normaliser of every token, once more for the
+gradients, so that each row of the head's is a single product over all tokens, with no sum beside it. Without, chunks are of tokens.
 Axes: T tokens, D model width, V vocabulary.
 """
 
@@ -11,16 +12,16 @@ IGNORE = -1  # a target that does not count
 CHUNK_ELEMENTS = 1 << 25  # logits of a chunk: 128 MiB in fp32
 
 
-def chunks(features: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, features.shape[0], size)]
+def chunks(length: int, width: int) -> list[slice]:
+    """`length` rows in chunks, of which the product with `width` others has at most CHUNK_ELEMENTS."""
+    size = max(1, CHUNK_ELEMENTS // width)
+    return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats (T,) of wide logits (T, V), zero where ignored, and the log normaliser (T, 1)."""
-    log_z = torch.logsumexp(logits, -1, keepdim=True)
-    picked = logits.gather(-1, targets.clamp(min=0)[:, None])
-    return torch.where(targets == IGNORE, 0, (log_z - picked)[:, 0]), log_z
+def chunk_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats (T,) of wide logits (T, V), zero where ignored."""
+    picked = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets == IGNORE, 0, torch.logsumexp(logits, -1) - picked)
 
 
 class HeadNats(torch.autograd.Function):
@@ -29,21 +30,38 @@ class HeadNats(torch.autograd.Function):
     @staticmethod
     def forward(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-        nats = torch.zeros((), dtype=wide, device=features.device)
-        d_features = torch.empty_like(features)
-        d_weight = torch.zeros_like(weight, dtype=wide)
-        for part in chunks(features, weight):
-            x, y = features[part], targets[part]
-            logits = (x @ weight.mT).to(wide)
-            losses, log_z = chunk_nats(logits, y)
-            nats += losses.sum()
-            p = logits.sub_(log_z).exp_()  # softmax; then its difference from the target, zero where ignored
-            p.scatter_add_(-1, y.clamp(min=0)[:, None], p.new_full((len(y), 1), -1.0))
-            p.masked_fill_((y == IGNORE)[:, None], 0)
-            p = p.to(x.dtype)
-            d_features[part] = p @ weight
-            d_weight += p.mT @ x
-        return nats, d_features, d_weight.to(weight.dtype)
+        parts, rows = chunks(weight.shape[0], features.shape[0]), torch.arange(features.shape[0], device=features.device)
+
+        def logits_of(part: slice) -> Tensor:
+            return (features @ weight[part].mT).to(wide)
+
+        def own(part: slice) -> tuple[Tensor, Tensor]:
+            """Of every token, the place of its target in a chunk (some place, if it is in another), and whether it is there."""
+            place = targets - part.start
+            there = (place >= 0) & (targets < part.stop)
+            return torch.where(there, place, 0), there
+
+        log_z = torch.full((features.shape[0],), -torch.inf, device=features.device, dtype=wide)
+        picked = torch.zeros_like(log_z)
+        for part in parts:
+            logits = logits_of(part)
+            place, there = own(part)
+            log_z = torch.logaddexp(log_z, torch.logsumexp(logits, -1))
+            picked += torch.where(there, logits[rows, place], 0)
+        counted = targets != IGNORE
+        nats = torch.where(counted, log_z - picked, 0).sum()
+
+        d_features, d_weight = torch.zeros_like(features, dtype=wide), torch.empty_like(weight)
+        log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
+        for part in parts:
+            logits = logits if len(parts) == 1 else logits_of(part)
+            p = logits.sub_(log_z[:, None]).exp_()  # softmax; then its difference from the target
+            place, there = own(part)
+            p[rows, place] -= there.to(wide)
+            p = p.to(features.dtype)
+            d_features += p @ weight[part]
+            torch.mm(p.mT, features, out=d_weight[part])
+        return nats, d_features.to(features.dtype), d_weight
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -71,5 +89,6 @@ def head_nats(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     count = (targets != IGNORE).sum()
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
         return HeadNats.apply(features, weight, targets)[0], count
-    total = sum(chunk_nats((features[part] @ weight.mT).double(), targets[part])[0].sum() for part in chunks(features, weight))
+    parts = chunks(features.shape[0], weight.shape[0])
+    total = sum(chunk_nats((features[part] @ weight.mT).double(), targets[part]).sum() for part in parts)
     return total, count

@@ -111,7 +111,7 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
     params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
     blocks = activations(config, dtype)
-    head = 3 * min(CHUNK_ELEMENTS, t.batch_size * config.data.seq_len * cfg.vocab_size) * FP32 + count["head"] * FP32
+    head = head_bytes(config, dtype, t.batch_size * config.data.seq_len)
     return Plan(
         "device",
         weights=size(params) + (total * item if item == BF16 else 0),  # fp32 is computed with as it is
@@ -120,6 +120,14 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
         activations=cfg.n_layers * boundary + max(head, max(blocks)) if t.recompute else sum(blocks) + head,
         host=0,
     )
+
+
+def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head twice
+    (the second is scaled)."""
+    cfg = config.model
+    chunk = min(CHUNK_ELEMENTS, tokens * cfg.vocab_size) * (FP32 + 2 * dtype.itemsize)
+    return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + 2 * cfg.vocab_size * cfg.d_model * dtype.itemsize
 
 
 def size(x: Any) -> int:
@@ -154,8 +162,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     sums = 2 * item + (FP32 if groups > 1 else 0)  # a stage's gradient, and that of the stage before on its way home
     in_block = 2 * stream + round(1.1 * group * max(activations(config, dtype))) + block * (sums + copy)
-    chunk = min(CHUNK_ELEMENTS, t.grad_accum * t.batch_size * config.data.seq_len * cfg.vocab_size) * (2 * FP32 + item)
-    in_head = stream + chunk + 3 * stream * item // FP32 + count["head"] * (FP32 + item + copy)
+    in_head = 2 * stream + head_bytes(config, dtype, t.grad_accum * t.batch_size * config.data.seq_len) + count["head"] * copy
     inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
     return Plan(
         "host",
