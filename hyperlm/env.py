@@ -78,10 +78,12 @@ def available_memory(device: torch.device) -> int:
 
 
 def allowed_memory(device: torch.device, budget: float) -> int:
-    """Bytes that torch may allocate: within `budget` GiB of a GPU for the whole process, or (0) all that there is."""
-    if device.type == "cuda":
-        return round(budget * GIB) - CONTEXT if budget else total_memory(device) - CONTEXT
-    return total_memory(device)
+    """Bytes that torch may allocate: within `budget` GiB of a GPU for the whole process, or (0) what is free and what it has already."""
+    if device.type != "cuda":
+        return total_memory(device)
+    if budget:
+        return round(budget * GIB) - CONTEXT
+    return available_memory(device) + torch.cuda.memory_reserved(device) - CONTEXT // 2  # half of that is taken when the device is first asked
 
 
 def limit_memory(device: torch.device, size: int) -> None:
