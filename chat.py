@@ -17,10 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from configs import Config, ConfigError
-from hyperlm import checkpoint, cli, env, model, runs, sample
+from hyperlm import checkpoint, cli, env, model, runs, sample, trained
 from hyperlm import tokenizer as tok
-from hyperlm.precision import compute_copy
-from hyperlm.step import place
 from hyperlm.sample import Sampling
 from hyperlm.tree import Tree
 
@@ -67,11 +65,10 @@ def load(command: Command) -> Speaker:
     device = env.pick_device(command.device)
     env.prepare(device)
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
-    state, meta = checkpoint.restore(run, step, config, place(config, device), with_opt=False)
+    found = trained.load(run, step, config, device)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
-    params = compute_copy(state.params, env.compute_dtype(device))
-    decode = sample.decoder(params, config.model, kernels=command.kernels)
-    return Speaker(params, decode, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), meta["chat"])
+    decode = sample.decoder(found.weights, config.model, kernels=command.kernels)
+    return Speaker(found.weights, decode, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), found.meta["chat"])
 
 
 def begin(speaker: Speaker) -> Memory:

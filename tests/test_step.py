@@ -169,20 +169,24 @@ def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
         assert torch.equal(model.apply(params, tokens, cfg), model.apply(state.params, tokens, cfg))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, recompute):
-    def losses(device: torch.device) -> list[float]:
-        settings = config(cfg)
-        settings = replace(settings, train=replace(settings.train, recompute=recompute))
-        state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
-        for i in range(10):
-            state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
-            out.append(metrics["loss"].item())
-        return out
+def losses_on(device: torch.device, settings: Config) -> list[float]:
+    state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
+    for i in range(10):
+        state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
+        out.append(metrics["loss"].item())
+    return out
 
-    for on_gpu, on_cpu in zip(losses(torch.device("cuda", 0)), losses(CPU), strict=True):
-        assert on_gpu == pytest.approx(on_cpu, rel=1e-2)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"residence": "host"}, {"residence": "host", "device_memory": 2.0}])
+@pytest.mark.parametrize("optim", [{}, {"state": "int8"}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}])
+def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeypatch):
+    """Whatever else works at the same time: nothing is read before it is there, or overwritten while it is read."""
+    monkeypatch.setattr(host, "PIECE", 1 << 10)
+    settings = config(cfg, **optim)
+    on_gpu = losses_on(torch.device("cuda", 0), replace(settings, train=replace(settings.train, **options)))
+    for found, truth in zip(on_gpu, losses_on(CPU, settings), strict=True):
+        assert found == pytest.approx(truth, rel=1e-2)
 
 
 @pytest.mark.gpu

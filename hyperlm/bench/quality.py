@@ -5,10 +5,8 @@ from pathlib import Path
 
 import torch
 
-from hyperlm import checkpoint, data, env, evals, runs, tree
+from hyperlm import checkpoint, data, env, evals, plan, runs, trained
 from hyperlm.bench.report import Result
-from hyperlm.precision import compute_copy
-from hyperlm.step import place
 
 
 def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
@@ -17,10 +15,10 @@ def run(folders: list[Path], device: torch.device, kernels: str) -> Result:
     for folder in env.progress(folders, "quality"):
         config = runs.read_config(folder)
         config = replace(config, kernels=kernels, eval=replace(config.eval, max_tokens=0))
-        state, meta = checkpoint.restore(folder, checkpoint.latest(folder), config, place(config, device), with_opt=False)
+        found = trained.load(folder, checkpoint.latest(folder), config, device)
         corpus = data.prepare(config, say=lambda line: None)
-        if meta["fingerprint"] != corpus.fingerprint:
+        if found.meta["fingerprint"] != corpus.fingerprint:
             raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {folder} was trained: its validation text is gone")
-        row = {"run": folder.name, "model": config.model.kind, "parameters": tree.count(state.params), "step": state.step, "tokens": state.tokens}
-        rows.append(row | evals.evaluate(compute_copy(state.params, env.compute_dtype(device)), corpus, config, device))
+        row = {"run": folder.name, "model": config.model.kind, "parameters": sum(plan.parameters(config).values()), "step": found.step, "tokens": found.tokens}
+        rows.append(row | evals.evaluate(found.weights, corpus, config, device))
     return Result("quality", rows)
