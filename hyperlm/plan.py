@@ -16,8 +16,10 @@ from configs import Config
 from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
+from hyperlm.kernels.reference import BLOCK, CODED
 from hyperlm.loss import CHUNK_ELEMENTS
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
+from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
 MARGIN = 256 << 20  # bytes of device memory that a plan leaves, for gaps between allocations
@@ -141,6 +143,20 @@ def activations(config: Config, dtype: torch.dtype) -> list[int]:
     return [of_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
 
 
+def goes_home_in_8_bits(config: Config, dtype: torch.dtype) -> bool:
+    """Whether matrices' gradients are sent home as `kernels.reference.encode8` has them: where moments are no finer, and the bus is slower than
+    the device."""
+    return config.optim.state == "int8" and dtype == torch.bfloat16
+
+
+def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
+    """Bytes of all gradients at home; none where each stage is clipped by itself and updated at once."""
+    if config.optim.clip_scope == "layer":
+        return 0
+    coded = goes_home_in_8_bits(config, dtype)
+    return sum(-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
+
+
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
     """The plan of the host residence, with `group` micro-batches at a time, and the inputs of `kept` blocks left on the device.
 
@@ -170,7 +186,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
         gradients=0,
         optimizer=pieces,
         activations=inputs * boundary + max(in_block, in_head),
-        host=size(params) + size(opt_state) + (total * item if config.optim.clip_scope == "global" else 0) + t.grad_accum * (cfg.n_layers - kept) * boundary,
+        host=size(params) + size(opt_state) + gradient_bytes(config, dtype, params) + t.grad_accum * (cfg.n_layers - kept) * boundary,
         group=group,
         kept=kept,
     )
@@ -196,9 +212,8 @@ def traffic(config: Config, dtype: torch.dtype, planned: Plan) -> tuple[int, int
     """
     t, layers = config.train, config.model.n_layers
     params, opt_state = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
-    gradient = tree.count(params) * dtype.itemsize if config.optim.clip_scope == "global" else 0
     inputs = (layers - planned.kept) * t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
-    each = size(opt_state) + gradient + inputs
+    each = size(opt_state) + gradient_bytes(config, dtype, params) + inputs
     return 2 * size(params) - size(params["head"]) + each, size(params) + each
 
 

@@ -59,8 +59,9 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
 
     The step takes a batch (A, B, N+1) of int64 tokens (IGNORE where padded) and consumes its state: parameters and moments are updated in
     place, in the host residence when they are next used or `settle`d. Metrics: loss (nats a token over all micro-batches), grad_norm (before
-    clipping), lr, tokens (targets in the batch), skipped (True if loss or gradient was not finite: nothing was updated). It synchronises with
-    the device once, to decide whether to update.
+    clipping), lr, tokens (targets in the batch), skipped (True if loss or gradient was not finite: nothing was updated; but clipped by layer
+    in the host residence, where stages are updated before the others are known, only those without a finite gradient learn nothing from it).
+    It synchronises with the device once, to decide whether to update.
     """
     lr = schedule(cfg.optim, total_steps)
     advance = (host if cfg.train.residence == "host" else on_device).make_advance(cfg, total_steps, device)

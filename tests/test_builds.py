@@ -99,8 +99,10 @@ def builds():
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
-        args8 = dict(w="*bf16", g="*bf16", codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
-        yield "adamw8", adamw8.update, args8 | dict(BLOCK=reference.BLOCK, ROW=reference.ROW, ROWS=adamw8.ROWS, DECAY=True), 4, 3, capability
+        shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
+        args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
+        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True), 4, 3, capability
+        yield "encode8", adamw8.encode, dict(x="*bf16", codes="*u8", scales=f, origin="*i64", N=INTS) | shape, 4, 3, capability
 
 
 def spills_in_loops(assembly: str) -> int:

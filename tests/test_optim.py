@@ -102,6 +102,13 @@ def test_rounding_to_bf16_and_to_8_bits_is_right_on_average():
         assert float(((draws.mean(0) - truth).abs() / error).max()) < 6
 
 
+def test_gradients_in_8_bits_are_right_on_average():
+    x = normal(3, 100, seed=2).float() * torch.logspace(-2, 0, 100)
+    draws = torch.stack([reference.decode8(reference.encode8(x, torch.tensor(draw << 40))).flatten()[:300].view(3, 100) for draw in range(2000)])
+    error = draws.std(0) / 2000**0.5 + 0.02 * x.abs().max() / 2000
+    assert float(((draws.mean(0) - x).abs() / error).max()) < 6 and float((draws.std(0) / x.abs().max()).max()) < 0.01
+
+
 def test_8_bit_moments_learn_what_wide_ones_do():
     """Linear regression from noisy samples: both end near the truth, and near each other."""
     truth = normal(8, 300, seed=1).float()

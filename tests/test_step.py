@@ -149,6 +149,17 @@ def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg, monkeypatch
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-7)
 
 
+def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike(cfg, monkeypatch):
+    settings, batches = config(cfg, state="int8", clip=0.5), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)]
+    (a, first), (_, exact) = after(settings, batches), after(in_host(settings), batches[:1])
+    monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
+    (b, last), (_, coded) = after(in_host(settings), batches), after(in_host(settings), batches[:1])
+    assert torch.equal(exact["grad_norm"], coded["grad_norm"])
+    assert last["loss"].item() == pytest.approx(first["loss"].item(), rel=2e-2) and not same(a.params, b.params)
+    again, _ = after(in_host(settings), batches)
+    assert same((b.params, b.opt_state), (again.params, again.opt_state))
+
+
 def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
     cfg, batches = in_host(config()), [tokens_of(2, 2, 17, seed=i) for i in range(4)]
     settle, step = make_settle(cfg, 100, CPU), make_step(cfg, 100, CPU)

@@ -281,9 +281,10 @@ def test_one_token_of_phase_8(dtype, k):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize("decay", [True, False])
 @pytest.mark.parametrize("n", [1, 255, 1000, 5000])
-def test_adamw_with_8_bit_moments(n, decay):
+def test_adamw_with_8_bit_moments(n, decay, coded):
     """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
     results = []
     for backend in ("triton", "torch"):
@@ -291,6 +292,7 @@ def test_adamw_with_8_bit_moments(n, decay):
         for step in range(4):
             rates = torch.tensor([0.999, 0.9, 0.95, 1e-2 / (1 - 0.9 ** (step + 1)), (1 - 0.95 ** (step + 1)) ** -0.5], device=DEVICE)
             g = normal(n, seed=10 + step).float().bfloat16().to(DEVICE)
+            g = OPS["encode8"][backend](g, torch.tensor(step << 40, device=DEVICE)) if coded else g
             OPS["adamw8"][backend](w, g, moments, torch.tensor(0.7, device=DEVICE), rates, torch.tensor(step << 50, device=DEVICE), decay)
         results.append((w, moments))
     (w, moments), (exact, exact_moments) = results

@@ -12,6 +12,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "adamw8": {"torch": reference.adamw8},
     "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
+    "encode8": {"torch": reference.encode8},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
@@ -33,6 +34,7 @@ else:
     OPS["adamw8"]["triton"] = adamw8.adamw8
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
+    OPS["encode8"]["triton"] = adamw8.encode8
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
@@ -41,7 +43,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("adamw8", "add_norm", "scan")
+WITHOUT_HEADS = ("adamw8", "add_norm", "encode8", "scan")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments and bf16 weights in Triton: one pass over everything, in place."""
+"""AdamW with 8-bit moments and bf16 weights in Triton, one pass over everything, in place; and gradients in 8 bits."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels.launch import launch
-from hyperlm.kernels.reference import BLOCK, MULTIPLIERS, ROW
+from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
 ROWS = 4  # blocks that a program updates
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
@@ -27,10 +27,39 @@ def share(bits, BELOW: tl.constexpr):
 
 
 @triton.jit
+def squared_codes(x, largest, bits):
+    """Codes (ROWS, BLOCK) uint8 of x; see `reference.squared_codes`."""
+    y = tl.abs(x) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
+    low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126)
+    code = low + (share(bits, 32) * (2 * low + 1) < y - low * low).to(tl.float32)
+    return tl.where(x < 0, -code, code).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def squared(codes, scale, there):
+    """The numbers whose codes are at these addresses."""
+    c = tl.load(codes, mask=there[:, None], other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    return c * tl.abs(c) * (tl.load(scale, mask=there, other=0.0) / 127**2)[:, None]
+
+
+@triton.jit
+def encode(x, codes, scales, origin, N, BLOCK: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    at = block[:, None] * BLOCK + columns[None, :]
+    there = block * BLOCK < N
+    numbers = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(numbers), 1)
+    tl.store(codes + block[:, None] * CODED + columns[None, :], squared_codes(numbers, largest, noise(tl.load(origin) + at)), mask=there[:, None])
+    tl.store(scales + block * (CODED // 4) + BLOCK // 4, largest, mask=there)
+
+
+@triton.jit
 def update(
-    w, g, codes, scales, factor, rates, origin, N,
-    BLOCK: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr,
+    w, g, g_scales, codes, scales, factor, rates, origin, N,
+    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
+    """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     at = block[:, None] * BLOCK + columns[None, :]
@@ -39,9 +68,12 @@ def update(
     scale = scales + block * (ROW // 4) + BLOCK // 2
     beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
 
-    grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * tl.load(factor)
-    c = tl.load(first, mask=there[:, None], other=0).to(tl.int8, bitcast=True).to(tl.float32)
-    m = c * tl.abs(c) * (tl.load(scale, mask=there, other=0.0) / 127**2)[:, None]
+    if DECODE:
+        grad = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
+    else:
+        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    grad *= tl.load(factor)
+    m = squared(first, scale, there)
     c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
     v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
     m = beta1 * m + (1 - beta1) * grad
@@ -57,11 +89,7 @@ def update(
 
     largest = tl.max(tl.abs(m), 1)
     tl.store(scale, largest, mask=there)
-    y = tl.abs(m) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
-    low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126)
-    code = low + (share(bits, 32) * (2 * low + 1) < y - low * low).to(tl.float32)
-    code = tl.where(m < 0, -code, code).to(tl.int32).to(tl.uint8)
-    tl.store(first, code, mask=there[:, None])
+    tl.store(first, squared_codes(m, largest, bits), mask=there[:, None])
 
     largest = tl.max(v, 1)
     tl.store(scale + 1, largest, mask=there)
@@ -76,8 +104,17 @@ def update(
 
 def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
     """`reference.adamw8`."""
-    n = w.numel()
+    coded = g.dtype == torch.uint8
     launch(
         update, (triton.cdiv(len(moments), ROWS),),
-        w, g, moments, moments.view(torch.float32), factor, rates, origin, n, BLOCK=BLOCK, ROW=ROW, ROWS=ROWS, DECAY=decay,
+        w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, w.numel(),
+        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded,
     )  # fmt: skip
+
+
+def encode8(x: Tensor, origin: Tensor) -> Tensor:
+    """`reference.encode8`."""
+    x = x.contiguous()
+    coded = torch.empty(triton.cdiv(x.numel(), BLOCK), CODED, dtype=torch.uint8, device=x.device)
+    launch(encode, (triton.cdiv(len(coded), ROWS),), x, coded, coded.view(torch.float32), origin, x.numel(), BLOCK=BLOCK, CODED=CODED, ROWS=ROWS)
+    return coded

@@ -240,10 +240,11 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
 
 
-# -- AdamW with 8-bit moments ----------------------------------------------------------------------------------------------------------
+# -- 8 bits ----------------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 256  # numbers that share a scale
-ROW = 2 * BLOCK + 8  # bytes of a block: codes of m, codes of v, and both scales in fp32
+CODED = BLOCK + 4  # bytes of a block in 8 bits: codes, and their scale in fp32
+ROW = 2 * BLOCK + 8  # bytes of a block of moments: codes of m, codes of v, and both scales in fp32
 MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
 
 
@@ -257,6 +258,46 @@ def noise(counter: Tensor) -> Tensor:
     return counter ^ ((counter >> 33) & 0x7FFFFFFF)
 
 
+def in_blocks(x: Tensor) -> Tensor:
+    """Numbers of any shape as (blocks, BLOCK), fp32, with zeros at the end."""
+    blocks = -(-x.numel() // BLOCK)
+    return F.pad(x.flatten().float(), (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK)
+
+
+def noise_of(origin: Tensor, blocks: int) -> Tensor:
+    """`noise` of the counters from origin on, (blocks, BLOCK)."""
+    return noise(origin + torch.arange(blocks * BLOCK, device=origin.device)).view(blocks, BLOCK)
+
+
+def share(bits: Tensor, below: int) -> Tensor:
+    """16 of the bits, from `below` on, as numbers in [0, 1)."""
+    return ((bits >> below) & 0xFFFF).float() * (1 / 65536)
+
+
+def squared_codes(x: Tensor, largest: Tensor, chance: Tensor) -> Tensor:
+    """Codes c, int8, such that sign (c / 127)^2 largest is x on average over `chance`: rounded up or down at random."""
+    y = x.abs() * (127**2 / largest.clamp(min=1e-30))
+    low = y.sqrt().floor().clamp(max=126)
+    return (x.sign() * (low + (chance * (2 * low + 1) < y - low * low))).to(torch.int8)
+
+
+def encode8(x: Tensor, origin: Tensor) -> Tensor:
+    """Numbers of any shape in 8 bits, (ceil(n / BLOCK), CODED) uint8: of a block sign (c / 127)^2 max |x|, right on average.
+
+    The noise is a function of `origin`, int64 scalar, the counter of the first number.
+    """
+    wide = in_blocks(x)
+    largest = wide.abs().amax(1, keepdim=True)
+    codes = squared_codes(wide, largest, share(noise_of(origin, len(wide)), 32))
+    return torch.cat([codes.view(torch.uint8), largest.view(torch.uint8)], 1)
+
+
+def decode8(coded: Tensor) -> Tensor:
+    """The inverse of `encode8`: (blocks, BLOCK) fp32."""
+    c = coded[:, :BLOCK].view(torch.int8).float()
+    return c * c.abs() * (coded.view(torch.float32)[:, BLOCK // 4 :] / 127**2)
+
+
 def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
     """AdamW in place on weights in bf16, with moments that take a byte each.
 
@@ -265,40 +306,32 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
     is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin`.
 
     Args:
-        w: bf16, any contiguous shape of n numbers; g: as many, bf16 or fp32, multiplied by factor.
+        w: bf16, any contiguous shape of n numbers.
+        g: as many, bf16 or fp32, or as `encode8` returns them; multiplied by factor.
         moments: (ceil(n / BLOCK), ROW) uint8; zeros at first.
         factor: fp32 scalar on the device of the others.
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
         origin: int64 scalar, the counter of the first number.
         decay: whether weight decay acts.
     """
-    n, blocks = w.numel(), len(moments)
+    n = w.numel()
     shrink, beta1, beta2, rate, root = rates
-
-    def in_blocks(x: Tensor) -> Tensor:
-        return F.pad(x.flatten().float(), (0, blocks * BLOCK - n)).view(blocks, BLOCK)
-
     codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
     c_m, c_v = codes[:, :BLOCK].view(torch.int8).float(), codes[:, BLOCK:].float()
-    grad = in_blocks(g) * factor
+    grad = (decode8(g) if g.dtype == torch.uint8 else in_blocks(g)) * factor
     m = beta1 * (c_m * c_m.abs() * (scales[:, :1] / 127**2)) + (1 - beta1) * grad
     v = beta2 * (c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)) + (1 - beta2) * grad * grad
 
     weight = in_blocks(w) * (shrink if decay else 1) - rate * m / (v.sqrt() * root + 1e-8)
-    bits = noise(origin + torch.arange(blocks * BLOCK, device=w.device)).view(blocks, BLOCK)
+    bits = noise_of(origin, len(moments))
     cut = (weight.view(torch.int32) + ((bits >> 16) & 0xFFFF).int()) & -65536
     w.copy_(cut.view(torch.float32).flatten()[:n].view(w.shape))
 
-    def share(below: int) -> Tensor:
-        return ((bits >> below) & 0xFFFF).float() * (1 / 65536)
-
     largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
-    y = m.abs() * (127**2 / largest_m.clamp(min=1e-30))
-    low = y.sqrt().floor().clamp(max=126)
-    codes[:, :BLOCK] = (m.sign() * (low + (share(32) * (2 * low + 1) < y - low * low))).to(torch.int8).view(torch.uint8)
+    codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)
     y = v * (1 / largest_v.clamp(min=1e-30))
     low = (255 * y.sqrt().sqrt()).floor().clamp(max=254)
     under, over = (low / 255) ** 4, ((low + 1) / 255) ** 4
-    code = (low + (share(48) * (over - under) < y - under)).clamp(min=1)
+    code = (low + (share(bits, 48) * (over - under) < y - under)).clamp(min=1)
     codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
     scales[:, :1], scales[:, 1:] = largest_m, largest_v

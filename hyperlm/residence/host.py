@@ -6,9 +6,9 @@ micro-batches in fp32, goes home. Clipping needs the norm of all of them, which 
 made when a stage next comes to the device, by which it is exact and costs no visit of its own. (Clipped by its own norm, a stage is updated at
 once.) Sums run in the order of the micro-batches: in fp32 on a CPU the result equals that of `residence.device` bit for bit.
 
-Four lanes work at the same time: copies in, copies home, updates, and everything else. Traffic of a step in bytes a parameter, for matrices in
-bf16 and 8-bit moments: in 8 (forward: weights 2, moments 2, gradient 2; backward: weights 2), home 6 (weights 2, moments 2, gradient 2); clipped
-by layer, in 6 and home 4.
+Four lanes work at the same time: copies in, copies home, updates, and everything else. Traffic of a step in bytes a parameter, for weights in
+bf16, and moments and gradients in 8 bits: in 7 (forward: weights 2, moments 2, gradient 1; backward: weights 2), home 5 (weights 2, moments 2,
+gradient 1); clipped by layer, in 6 and home 4.
 """
 
 from collections import deque
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from hyperlm import model, tree
+from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK
+from hyperlm.kernels.reference import APART, BLOCK, CODED
 from hyperlm.loss import head_nats
 from hyperlm.optim import Optimizer, clip_factors, optimizer, origins, signed
-from hyperlm.plan import visits
+from hyperlm.plan import goes_home_in_8_bits, visits
 from hyperlm.precision import accumulate, compute_copy
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, slab
 from hyperlm.residence.device import Advance
@@ -34,6 +34,9 @@ from hyperlm.residence.lanes import Event, Lane, Ring
 from hyperlm.stages import moved, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
+
+
+GRADIENTS = 0x5DEECE66D << 20  # from where the random stream of a leaf's update starts to where that of its gradient does
 
 
 # -- pieces of a stage -----------------------------------------------------------------------------------------------------------------
@@ -110,6 +113,8 @@ class Traffic:
         decays = stages(tree.map(lambda spec: spec.decay, model.declaration(cfg.model)))
         self.decay = [tree.leaves(part) for part in decays]
         starts = [tree.leaves(part) for part in stages(origins(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
+        self.leaf_origin = [torch.tensor([signed(start + GRADIENTS) for start in own], device=device) for own in starts]
+        self.encode = kernels.table(("encode8",), device, cfg.kernels)["encode8"]
         self.origin = [
             [torch.tensor([signed(own[p.leaf] + p.first * BLOCK) for p in piece], device=device) for piece in pieces]
             for own, pieces in zip(starts, self.pieces, strict=True)
@@ -188,6 +193,11 @@ class Traffic:
             self.head_free = free
         else:
             self.slots.free[visit.slot] = free
+
+    def encoded(self, index: int, found: list[Tensor], step: int) -> list[Tensor]:
+        """A stage's gradient with its matrices in 8 bits; see `reference.encode8`."""
+        origin = self.leaf_origin[index] + signed(step * APART)
+        return [self.encode(g, origin[leaf]) if g.dim() > 1 else g for leaf, g in enumerate(found)]
 
     def bring_home(self, index: int, found: list[Tensor], to: Tree) -> None:
         """Send a stage's gradient home; `found` must outlive the copy."""
@@ -305,7 +315,12 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     traffic: Traffic | None = None
     inputs: Inputs | None = None
     gradients: Tree = None  # of the newest step, in host memory
-    at_once = cfg.optim.clip_scope == "layer"
+    at_once, coded = cfg.optim.clip_scope == "layer", goes_home_in_8_bits(cfg, dtype)
+
+    def room_for_gradient(p: Tensor) -> Tensor:
+        if coded and p.dim() > 1:
+            return torch.empty(-(-p.numel() // BLOCK), CODED, dtype=torch.uint8, device="meta")
+        return torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta")
 
     def prepare(state: State) -> None:
         nonlocal traffic, inputs, gradients
@@ -313,8 +328,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             traffic = Traffic(cfg, total, device, state.params, state.opt_state)
             inputs = Inputs(traffic, plan.kept)
             if not at_once:
-                like = tree.map(lambda p: torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta"), state.params)
-                gradients = moved(lambda part: in_host_memory(part, device, copy=False), like)
+                gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
 
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
@@ -346,8 +360,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         def block_of(layer: int, weights: Tree, a: int, x: Tensor) -> Tensor:
             return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer))[0]
 
-        order = [(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))]
-        rest = iter(order)
+        # The stages that come, and whether their pending update is made on the way; and inputs of blocks.
+        rest = iter([(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))])
+        wanted = iter([(layer, a) for layer in reversed(range(layers)) for a in groups])
         fetched: deque[Visit] = deque()
 
         def fetch_next() -> None:
@@ -359,11 +374,12 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             norms[visit.index] = tree.norm(found)
             found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if not at_once:
+                found = traffic.encoded(visit.index, found, state.step) if coded else found
                 traffic.bring_home(visit.index, found, stages(gradients)[visit.index])
                 held.append((traffic.home.mark(), [found]))
             else:
                 factor = clip_factors(norms[visit.index][None], cfg.optim.clip, "layer")[0][0]
-                factor = torch.where(torch.isfinite(norms[visit.index]), factor, 0)  # this stage alone then has no gradient
+                factor = torch.where(torch.isfinite(norms[visit.index]), factor, 0)  # if not, this stage alone has no gradient
                 found = [torch.nan_to_num_(g, 0, 0, 0).contiguous() for g in found]
                 visit = traffic.update(state, replace(visit, ready=traffic.main.mark()), found, factor, state.updates, here=True)
                 held.append((visit.ready, [found, factor]))
@@ -375,6 +391,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 event, _ = held.popleft()
                 traffic.main.wait(event)
 
+        # -- forward
         for _ in range(SLOTS - 1):
             fetch_next()
         with torch.no_grad():
@@ -392,6 +409,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 traffic.release(visit)
                 fetch_next()
 
+        # -- the head, forward and backward
         total_nats = torch.zeros((), device=device)
         visit = fetched.popleft()
         weights = weights_of(visit)
@@ -402,20 +420,19 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             total_nats.add_(nats.detach())
             return nats / count
 
-        # Of all groups together, since the gradient of the head is large: its sums over chunks of tokens are the only copy in fp32.
+        # Of all groups together: the gradient of the head is large, and so it is found whole, with no sum beside it.
         together = [groups] if grouping > 1 else [[a] for a in groups]
         ends = ([x[a].requires_grad_() for a in chosen] for chosen in together)
         found, d = pulled([partial(loss_of, chosen) for chosen in together], ends, weights, [None] * len(together))
         x = []
         inputs.gone()
-        order_of_inputs = [(layer, a) for layer in reversed(range(layers)) for a in groups]
-        wanted = iter(order_of_inputs)
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
         visit = learn(visit, weights, found)
         traffic.release(visit)
         fetch_next()
 
+        # -- backward
         def inputs_of(layer: int) -> Iterator[list[Tensor]]:
             for a in groups:
                 own, number = inputs.take(layer, a)
