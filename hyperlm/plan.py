@@ -74,7 +74,7 @@ def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
 
     def stand_in(op: str) -> Callable:
         reference = kernels.OPS[op]["torch"]
-        taken = triton and "triton" in kernels.OPS[op]
+        taken = triton and "triton" in kernels.OPS[op] and (config.kernels == "triton" or op not in kernels.UNPROVEN)
         fused = op == "softmax_attention" or taken  # torch's own attention is fused as well
         return partial(Fused.apply, reference) if fused else reference
 
