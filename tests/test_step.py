@@ -149,8 +149,8 @@ def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg, monkeypatch
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-7)
 
 
-def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike(cfg, monkeypatch):
-    settings, batches = config(cfg, state="int8", clip=0.5), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)]
+def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike(monkeypatch):
+    settings, batches = config(CASES["hybrid-ssm"], state="int8", clip=0.5), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)]
     (a, first), (_, exact) = after(settings, batches), after(in_host(settings), batches[:1])
     monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
     (b, last), (_, coded) = after(in_host(settings), batches), after(in_host(settings), batches[:1])
