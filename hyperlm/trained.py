@@ -30,11 +30,11 @@ def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
         CheckpointError: if it is missing or damaged.
     """
     dtype = compute_dtype(device)
-    fits = ROOM * dtype.itemsize * sum(plan.parameters(config).values()) < allowed_memory(device, 0)
+    fits = device.type == "cpu" or ROOM * dtype.itemsize * sum(plan.parameters(config).values()) < allowed_memory(device, 0)
 
     def place(stage: Tree) -> Tree:
-        return tree.map(lambda p: p.to(device), compute_copy(stage, dtype)) if fits or device.type == "cpu" else in_host_memory(stage, device)
+        return tree.map(lambda p: p.to(device), compute_copy(stage, dtype)) if fits else in_host_memory(stage, device)
 
     state, meta = checkpoint.restore(run, step, config, place, with_opt=False)
-    params = state.params if fits or device.type == "cpu" else streamed(state.params, dtype, device)
+    params = state.params if fits else streamed(state.params, dtype, device)
     return Trained(params, state.step, state.tokens, meta)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from configs import Config, Kind
-from hyperlm import env, plan, tree
+from hyperlm import env, plan
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import seconds
 from hyperlm.step import init_state, make_step

@@ -292,10 +292,15 @@ def encode8(x: Tensor, origin: Tensor) -> Tensor:
     return torch.cat([codes.view(torch.uint8), largest.view(torch.uint8)], 1)
 
 
+def squared(codes: Tensor, largest: Tensor) -> Tensor:
+    """The inverse of `squared_codes`, of bytes."""
+    c = codes.view(torch.int8).float()
+    return c * c.abs() * (largest / 127**2)
+
+
 def decode8(coded: Tensor) -> Tensor:
     """The inverse of `encode8`: (blocks, BLOCK) fp32."""
-    c = coded[:, :BLOCK].view(torch.int8).float()
-    return c * c.abs() * (coded.view(torch.float32)[:, BLOCK // 4 :] / 127**2)
+    return squared(coded[:, :BLOCK], coded.view(torch.float32)[:, BLOCK // 4 :])
 
 
 def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
@@ -317,9 +322,9 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
     n = w.numel()
     shrink, beta1, beta2, rate, root = rates
     codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
-    c_m, c_v = codes[:, :BLOCK].view(torch.int8).float(), codes[:, BLOCK:].float()
+    c_v = codes[:, BLOCK:].float()
     grad = (decode8(g) if g.dtype == torch.uint8 else in_blocks(g)) * factor
-    m = beta1 * (c_m * c_m.abs() * (scales[:, :1] / 127**2)) + (1 - beta1) * grad
+    m = beta1 * squared(codes[:, :BLOCK], scales[:, :1]) + (1 - beta1) * grad
     v = beta2 * (c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)) + (1 - beta2) * grad * grad
 
     weight = in_blocks(w) * (shrink if decay else 1) - rate * m / (v.sqrt() * root + 1e-8)
