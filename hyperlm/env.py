@@ -170,9 +170,9 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 
     def note(number: int, frame: Any) -> None:
         seen.append(signal.Signals(number))
-        print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
