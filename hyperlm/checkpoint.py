@@ -31,7 +31,7 @@ from hyperlm.stages import from_stages, names, stages
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
-FORMAT = 1
+FORMAT = 2
 WORST = 1e30  # validation loss of a checkpoint that has none: never the best, and valid JSON
 PREFIX, DIGITS = "step", 8
 

@@ -28,9 +28,9 @@ def normal(std: float) -> Init:
 
 
 def last_tap(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A convolution (channels, width) that passes the present position on and ignores the earlier ones."""
+    """A convolution (width, channels) that passes the present position on and ignores the earlier ones."""
     weight = torch.zeros(shape)
-    weight[:, -1] = 1
+    weight[-1] = 1
     return weight
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import OptimConfig
 from hyperlm import kernels, tree
-from hyperlm.kernels.reference import APART, BLOCK, ROW
+from hyperlm.kernels.reference import ALL, APART, BLOCK, CORRECTION, MOMENTS, ROW, UNDO, WEIGHTS
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -20,12 +20,12 @@ class Optimizer(NamedTuple):
     """How parameters are kept, and how they learn.
 
     keep(values) -> a parameter as it is stored, given fp32 values; init(params) -> opt_state; update(grads, opt_state, params, step, *, decay,
-    origin, factor=None) -> (params, opt_state).
+    origin, factor=None, what=ALL) -> (params, opt_state).
 
     `update` works in place: the tensors of params, opt_state and grads are consumed. Its `step` counts the updates made before (0 for the
     first) and decides learning rate and bias correction; `decay` has the structure of params, with True where weight decay acts; `origin` says
     where each leaf's random stream starts (see `origins`), (leaves,) int64 on their device; gradients are multiplied by `factor`, an
-    fp32 scalar on their device.
+    fp32 scalar on their device; `what` names the part of the update to make, if not all of it: see `reference.adamw8`.
     """
 
     keep: Callable[[Tensor], Tensor]
@@ -54,17 +54,47 @@ def scaled(grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
     return wide
 
 
-def adam_in_place(cfg: OptimConfig, rate: float, step: int, p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], decay: list[bool]) -> None:
-    decayed = [leaf for leaf, acts in zip(p, decay, strict=True) if acts]
-    if decayed and cfg.weight_decay:
-        torch._foreach_mul_(decayed, 1 - rate * cfg.weight_decay)
-    torch._foreach_lerp_(m, g, 1 - cfg.beta1)
-    torch._foreach_mul_(v, cfg.beta2)
-    torch._foreach_addcmul_(v, g, g, 1 - cfg.beta2)
-    scale = torch._foreach_sqrt(v)
-    torch._foreach_div_(scale, math.sqrt(1 - cfg.beta2 ** (step + 1)))
-    torch._foreach_add_(scale, 1e-8)
-    torch._foreach_addcdiv_(p, m, scale, -rate / (1 - cfg.beta1 ** (step + 1)))
+def adam_in_place(
+    cfg: OptimConfig, rate: float, step: int, p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], decay: list[bool],
+    factor: Tensor | None = None, what: int = ALL,
+) -> None:  # fmt: skip
+    """AdamW's update number `step` of p, m and v in place, or the part of it that `what` names: see `reference.adamw8`."""
+
+    def shrink(by: float) -> None:
+        if decayed := [leaf for leaf, acts in zip(p, decay, strict=True) if acts and cfg.weight_decay]:
+            torch._foreach_mul_(decayed, by)
+
+    def absorb(m: list[Tensor], v: list[Tensor], g: list[Tensor]) -> None:
+        torch._foreach_lerp_(m, g, 1 - cfg.beta1)
+        torch._foreach_mul_(v, cfg.beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - cfg.beta2)
+
+    def draw(m: list[Tensor], v: list[Tensor], sign: int = 1) -> None:
+        scale = torch._foreach_sqrt(v)
+        torch._foreach_div_(scale, math.sqrt(1 - cfg.beta2 ** (step + 1)))
+        torch._foreach_add_(scale, 1e-8)
+        torch._foreach_addcdiv_(p, m, scale, -sign * rate / (1 - cfg.beta1 ** (step + 1)))
+
+    if what in (WEIGHTS, CORRECTION, UNDO):
+        ahead = [x.clone() for x in m], [x.clone() for x in v]
+        absorb(*ahead, scaled(g, None))
+    if what in (ALL, MOMENTS, CORRECTION):
+        absorb(m, v, scaled(g, factor))
+    if what == ALL:
+        shrink(1 - rate * cfg.weight_decay)
+        draw(m, v)
+    elif what == WEIGHTS:
+        kept = [x.clone() for x in p]
+        shrink(1 - rate * cfg.weight_decay)
+        draw(*ahead)
+        for x, before in zip(p, kept, strict=True):
+            x.copy_(torch.where(factor > 0, x, before))
+    elif what in (CORRECTION, UNDO):
+        draw(*ahead, sign=-1)
+        if what == CORRECTION:
+            draw(m, v)
+        else:
+            shrink(1 / (1 - rate * cfg.weight_decay))
 
 
 def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
@@ -74,10 +104,10 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
         return {"m": tree.map(torch.zeros_like, params), "v": tree.map(torch.zeros_like, params)}
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None
+        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None, what: int = ALL
     ) -> tuple[Tree, Tree]:
         p, g, m, v = (tree.leaves(t) for t in (params, grads, opt_state["m"], opt_state["v"]))
-        adam_in_place(cfg, lr(step), step, p, scaled(g, factor), m, v, tree.leaves(decay))
+        adam_in_place(cfg, lr(step), step, p, g, m, v, tree.leaves(decay), factor, what)
         return params, opt_state
 
     return Optimizer(lambda values: values, init, update)
@@ -110,7 +140,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
         return rates_of[step, device]
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor, factor: Tensor | None = None
+        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor, factor: Tensor | None = None, what: int = ALL
     ) -> tuple[Tree, Tree]:
         p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
         device = p[0].device
@@ -119,11 +149,11 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
         starts = origin + signed(step * APART)
         vectors = [i for i, leaf in enumerate(p) if leaf.dtype == torch.float32]
         for i in sorted(set(range(len(p))) - set(vectors)):
-            one(p[i], g[i], moments[i], factor, rates(step, device), starts[i], acts[i])
+            one(p[i], g[i], moments[i], factor, rates(step, device), starts[i], acts[i], what)
         if vectors:
             own, both = [p[i] for i in vectors], [moments[i] for i in vectors]
-            pulled = scaled([g[i] for i in vectors], factor)
-            adam_in_place(cfg, lr(step), step, own, pulled, [x[0] for x in both], [x[1] for x in both], [acts[i] for i in vectors])
+            pulled = [g[i] for i in vectors]
+            adam_in_place(cfg, lr(step), step, own, pulled, [x[0] for x in both], [x[1] for x in both], [acts[i] for i in vectors], factor, what)
         return params, opt_state
 
     return Optimizer(keep, init, update)

@@ -125,11 +125,10 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
 
 
 def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head twice
-    (the second is scaled)."""
+    """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head."""
     cfg = config.model
     chunk = min(CHUNK_ELEMENTS, tokens * cfg.vocab_size) * (FP32 + 2 * dtype.itemsize)
-    return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + 2 * cfg.vocab_size * cfg.d_model * dtype.itemsize
+    return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
 
 
 def size(x: Any) -> int:
@@ -150,7 +149,7 @@ def goes_home_in_8_bits(config: Config, dtype: torch.dtype) -> bool:
 
 
 def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
-    """Bytes of all gradients at home; none where each stage is clipped by itself and updated at once."""
+    """Bytes of the gradients of these parameters as they go home; none where each stage is clipped by itself and updated at once."""
     if config.optim.clip_scope == "layer":
         return 0
     coded = goes_home_in_8_bits(config, dtype)
@@ -168,23 +167,22 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int) -> Plan:
     params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
     total, block = sum(count.values()), count["blocks"] // cfg.n_layers
     stage = max(size(params["embed"]), size(params["blocks"][0]))
-    converted = item < params["head"]["weight"].element_size()  # what is computed with is a copy
+    sent = {name: gradient_bytes(config, dtype, params[name]) for name in ("blocks", "head")}  # as they go home
+    copy = item if item < params["head"]["weight"].element_size() else 0  # what is computed with is a copy
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
     groups = t.grad_accum // group
+    moving = (size(opt_state) + gradient_bytes(config, dtype, params)) / total  # bytes a number that come and go with the weights
     most = min(PIECE, max(block, count["head"], count["embed"]))
-    at_once = config.optim.clip_scope == "layer"
-    pieces = (PIECES + at_once * -(-block // most)) * most * (item + round(size(opt_state) / total))
-    copy = item if converted else 0
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
-    sums = 2 * item + (FP32 if groups > 1 else 0)  # a stage's gradient, and that of the stage before on its way home
-    in_block = 2 * stream + round(1.1 * group * max(activations(config, dtype))) + block * (sums + copy)
-    in_head = 2 * stream + head_bytes(config, dtype, t.grad_accum * t.batch_size * config.data.seq_len) + count["head"] * copy
+    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers)  # gradients on their way home, a block's own or the head's
+    in_block = 2 * stream + round(1.1 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
+    in_head = 2 * stream + head_bytes(config, dtype, t.grad_accum * t.batch_size * config.data.seq_len) + count["head"] * copy + sent["head"]
     inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
     return Plan(
         "host",
         weights=SLOTS * stage + size(params["head"]),
         gradients=0,
-        optimizer=pieces,
+        optimizer=round(PIECES * most * moving),
         activations=inputs * boundary + max(in_block, in_head),
         host=size(params) + size(opt_state) + gradient_bytes(config, dtype, params) + t.grad_accum * (cfg.n_layers - kept) * boundary,
         group=group,

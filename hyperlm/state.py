@@ -4,16 +4,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hyperlm.kernels.reference import ALL
 from hyperlm.tree import Tree
 
 
 @dataclass(frozen=True)
 class Pending:
-    """An update that is decided and not made yet."""
+    """An update, or a part of one, that is decided and not made yet."""
 
     grads: Tree  # like the parameters, in host memory
     factors: Tensor  # of the gradient of each stage, from clipping
     updates: int  # that were made before
+    what: int = ALL  # the part; see `kernels.reference.adamw8`
+    moved: tuple[bool, ...] = ()  # of each stage, whether its weights have moved already
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def builds():
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
-        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True), 4, 3, capability
+        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability
         yield "encode8", adamw8.encode, dict(x="*bf16", codes="*u8", scales=f, origin="*i64", N=INTS) | shape, 4, 3, capability
 
 

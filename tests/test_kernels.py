@@ -163,9 +163,9 @@ def test_gradients_of_scan():
 
 
 def test_causal_convolution_equals_torch_and_goes_on_from_its_tail():
-    x, weight = normal(B, 20, 3 * H * K, seed=1), normal(3 * H * K, 4, seed=2)
+    x, weight = normal(B, 20, 3 * H * K, seed=1), normal(4, 3 * H * K, seed=2)
     padded = torch.nn.functional.pad(x.mT, (3, 0))
-    expected = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], groups=3 * H * K)).mT
+    expected = torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight.mT[:, None], groups=3 * H * K)).mT
     *whole, tail = ref.causal_conv(x, weight, H)
     for part, y in zip(expected.chunk(3, -1), whole, strict=True):
         torch.testing.assert_close(y, part.unflatten(-1, (H, K)).transpose(1, 2))
@@ -179,7 +179,7 @@ def test_causal_convolution_equals_torch_and_goes_on_from_its_tail():
 
 
 def test_tangent_features_are_elu_plus_one_of_radius_times_direction():
-    x, weight, r, beta = normal(B, 9, 3 * H * K, seed=1), normal(3 * H * K, 4, seed=2), normal(B, 2 * H, 9, seed=3).abs(), normal(H, seed=4).abs()
+    x, weight, r, beta = normal(B, 9, 3 * H * K, seed=1), normal(4, 3 * H * K, seed=2), normal(B, 2 * H, 9, seed=3).abs(), normal(H, seed=4).abs()
     *plain, _ = ref.causal_conv(x, weight, H)
     *found, _ = ref.tangent_features(x, weight, r, beta)
     for part in (0, 1):

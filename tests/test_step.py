@@ -1,6 +1,7 @@
 """The training step: accumulation, labels, skipping, and that it learns what there is to learn and nothing more."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from configs import Config, ModelConfig, OptimConfig, TrainConfig
 from conftest import CASES, TINY, generator, normal
 from hyperlm import model, tree
 from hyperlm.graph import replayed
+from hyperlm.kernels.reference import BLOCK, squared
 from hyperlm.loss import IGNORE
 from hyperlm.plan import visiting
-from hyperlm.residence import host
+from hyperlm.residence import host, pieces
+from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, weights
 from hyperlm.tree import Tree
 
@@ -131,7 +134,7 @@ def in_host(cfg: Config) -> Config:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, monkeypatch):
     """Updates in pieces and left pending, inputs sent away and brought back: nothing of it shows in a loss, a parameter or a moment."""
-    monkeypatch.setattr(host, "PIECE", 1 << 10)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
     monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers)))
     cfg = config(replace(CASES[case], dropout=0.1), clip=0.5, clip_scope=scope, state=state)
     batches = [tokens_of(3, 2, 17, seed=i) for i in range(20 if kept == 1 and state == "fp32" else 4)]
@@ -158,6 +161,67 @@ def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_le
     assert last["loss"].item() == pytest.approx(first["loss"].item(), rel=2e-2) and not same(a.params, b.params)
     again, _ = after(in_host(settings), batches)
     assert same((b.params, b.opt_state), (again.params, again.opt_state))
+
+
+@pytest.fixture
+def coded(monkeypatch) -> Callable[[bool], None]:
+    """Gradients go home in 8 bits, as on a GPU; called, it says whether weights move before the norm is known."""
+    monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    return lambda ahead: monkeypatch.setattr(host, "moves_ahead", lambda cfg, dtype: ahead)
+
+
+def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded):
+    settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [tokens_of(2, 2, 17, seed=i) for i in range(5)], []
+    for ahead in (False, True):
+        coded(ahead)
+        state, metrics = after(settings, batches)
+        ends.append((state.params, state.opt_state, metrics["loss"]))
+    assert same(*ends)
+
+
+def first_moments(state: State) -> list[torch.Tensor]:
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return squared(x[:, :BLOCK], x.view(torch.float32)[:, BLOCK // 2 : BLOCK // 2 + 1]) if x.dtype == torch.uint8 else x[0]
+
+    return [first(x) for x in tree.leaves(state.opt_state["moments"])]
+
+
+def test_weights_that_moved_too_far_are_corrected(coded):
+    """Clipped hard: uncorrected, first moments would be several times as large. What remains are roundings of bf16."""
+    settings, batches, ends = in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)], []
+    for ahead in (False, True):
+        coded(ahead)
+        step, settle, state, losses = make_step(settings, 100, CPU), make_settle(settings, 100, CPU), init_state(settings, 100, CPU), []
+        for i, batch in enumerate(batches):
+            state, metrics = step(state, batch)
+            state = settle(state) if i % 5 == 4 else state
+            losses.append(metrics["loss"].item())
+        ends.append((losses, settle(state)))
+    (exact, a), (found, b) = ends
+    assert found == pytest.approx(exact, rel=1e-2)
+    for part in (lambda state: tree.leaves(state.params), first_moments):
+        x, y = (torch.cat([leaf.flatten().float() for leaf in part(state)]) for state in (a, b))
+        assert float((x - y).norm() / x.norm()) < 0.05
+
+
+def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
+    coded(True)
+    cfg = in_host(config(state="int8", clip=0.2))
+    step, settle, state = make_step(cfg, 100, CPU), make_settle(cfg, 100, CPU), init_state(cfg, 100, CPU)
+    state, _ = step(state, tokens_of(1, 2, 9))
+    state = settle(state)
+    kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
+    state.params["blocks"][0]["mixer_norm.weight"][0] = math.nan  # and with it every gradient below
+    state, metrics = step(state, tokens_of(1, 2, 9, seed=1))
+    assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
+    state = settle(state)
+    state.params["blocks"][0]["mixer_norm.weight"][0] = kept[0]["blocks"][0]["mixer_norm.weight"][0]
+    assert same(kept[1], state.opt_state)
+    for x, y in zip(tree.leaves(kept[0]), tree.leaves(state.params), strict=True):
+        torch.testing.assert_close(x.float(), y.float(), rtol=2**-6, atol=1e-6)
+    state, metrics = step(state, tokens_of(1, 2, 9, seed=2))
+    assert not metrics["skipped"] and (state.step, state.updates) == (3, 2)
 
 
 def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
@@ -193,7 +257,7 @@ def losses_on(device: torch.device, settings: Config) -> list[float]:
 @pytest.mark.parametrize("optim", [{}, {"state": "int8"}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}])
 def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeypatch):
     """Whatever else works at the same time: nothing is read before it is there, or overwritten while it is read."""
-    monkeypatch.setattr(host, "PIECE", 1 << 10)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
     settings = config(cfg, **optim)
     on_gpu = losses_on(torch.device("cuda", 0), replace(settings, train=replace(settings.train, **options)))
     for found, truth in zip(on_gpu, losses_on(CPU, settings), strict=True):

@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperlm.kernels import reference
 from hyperlm.kernels.launch import launch
 from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
 ROWS = 4  # blocks that a program updates
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
+ALL, MOMENTS, WEIGHTS, CORRECTION = (tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION))
 
 
 @triton.jit
@@ -55,9 +57,15 @@ def encode(x, codes, scales, origin, N, BLOCK: tl.constexpr, CODED: tl.constexpr
 
 
 @triton.jit
+def drawn(m, v, rates):
+    """How far the weights move."""
+    return tl.load(rates + 3) * m / (tl.sqrt_rn(v) * tl.load(rates + 4) + 1e-8)
+
+
+@triton.jit
 def update(
     w, g, g_scales, codes, scales, factor, rates, origin, N,
-    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr,
+    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, WHAT: tl.constexpr,
 ):  # fmt: skip
     """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -69,46 +77,62 @@ def update(
     beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
 
     if DECODE:
-        grad = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
+        found = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
     else:
-        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    grad *= tl.load(factor)
-    m = squared(first, scale, there)
+        found = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    old_m = squared(first, scale, there)
     c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
-    v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * grad * grad
+    old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
+    grad = found * tl.load(factor)
+    m = beta1 * old_m + (1 - beta1) * grad
+    v = beta2 * old_v + (1 - beta2) * grad * grad
 
-    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
-    if DECAY:
-        weight *= tl.load(rates)
-    weight -= tl.load(rates + 3) * m / (tl.sqrt_rn(v) * tl.load(rates + 4) + 1e-8)
     bits = noise(tl.load(origin) + at)
-    cut = (weight.to(tl.int32, bitcast=True) + ((bits >> 16) & 0xFFFF).to(tl.int32)) & -65536
-    tl.store(w + at, cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty), mask=inside)
+    if WHAT != MOMENTS:
+        kept = tl.load(w + at, mask=inside, other=0.0)
+        weight = kept.to(tl.float32)
+        again = bits
+        if WHAT == ALL or WHAT == WEIGHTS:
+            if DECAY:
+                weight *= tl.load(rates)
+            weight -= drawn(m, v, rates)
+        else:
+            weight += drawn(beta1 * old_m + (1 - beta1) * found, beta2 * old_v + (1 - beta2) * found * found, rates)
+            if WHAT == CORRECTION:
+                weight -= drawn(m, v, rates)
+            elif DECAY:
+                weight /= tl.load(rates)
+            again = noise(bits)  # not the noise that rounded the weights before
+        cut = (weight.to(tl.int32, bitcast=True) + ((again >> 16) & 0xFFFF).to(tl.int32)) & -65536
+        rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
+        if WHAT == WEIGHTS:
+            rounded = tl.where(tl.load(factor) > 0, rounded, kept)
+        tl.store(w + at, rounded, mask=inside)
+    if WHAT == ALL or WHAT == MOMENTS or WHAT == CORRECTION:
+        largest = tl.max(tl.abs(m), 1)
+        tl.store(scale, largest, mask=there)
+        tl.store(first, squared_codes(m, largest, bits), mask=there[:, None])
 
-    largest = tl.max(tl.abs(m), 1)
-    tl.store(scale, largest, mask=there)
-    tl.store(first, squared_codes(m, largest, bits), mask=there[:, None])
-
-    largest = tl.max(v, 1)
-    tl.store(scale + 1, largest, mask=there)
-    y = v * (1 / tl.maximum(largest, 1e-30))[:, None]
-    low = tl.minimum(tl.floor(255 * tl.sqrt_rn(tl.sqrt_rn(y))), 254)
-    under, over = low / 255, (low + 1) / 255
-    under, over = under * under * (under * under), over * over * (over * over)
-    code = low + (share(bits, 48) * (over - under) < y - under).to(tl.float32)
-    code = tl.where(v > 0, tl.maximum(code, 1), 0)
-    tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
+        largest = tl.max(v, 1)
+        tl.store(scale + 1, largest, mask=there)
+        y = v * (1 / tl.maximum(largest, 1e-30))[:, None]
+        low = tl.minimum(tl.floor(255 * tl.sqrt_rn(tl.sqrt_rn(y))), 254)
+        under, over = low / 255, (low + 1) / 255
+        under, over = under * under * (under * under), over * over * (over * over)
+        code = low + (share(bits, 48) * (over - under) < y - under).to(tl.float32)
+        code = tl.where(v > 0, tl.maximum(code, 1), 0)
+        tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
 
 
-def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
+def adamw8(
+    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = reference.ALL
+) -> None:
     """`reference.adamw8`."""
     coded = g.dtype == torch.uint8
     launch(
         update, (triton.cdiv(len(moments), ROWS),),
         w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, w.numel(),
-        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded,
+        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what,
     )  # fmt: skip
 
 

@@ -42,10 +42,10 @@ def convolved_at(x, weight, tail, b, n, channel, N, C, K: tl.constexpr, ROWS: tl
     z = tl.zeros((ROWS, K), tl.float32)
     if UNROLL:
         for tap in tl.static_range(W):
-            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + tap * C + channel).to(tl.float32)[None, :]
     else:
         for tap in range(W):
-            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + channel * W + tap).to(tl.float32)[None, :]
+            z += inputs_at(x, tail, b, n - (W - 1) + tap, channel, N, C, TAIL) * tl.load(weight + tap * C + channel).to(tl.float32)[None, :]
     return z
 
 
@@ -170,7 +170,7 @@ def lift_backward(
 def taps_backward(
     x, weight, tail, dz, dx, d_weight, N, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """dx (B, N, C) of dz, and of each program its part of d_weight (programs, C, W)."""
+    """dx (B, N, C) of dz, and of each program its part of d_weight (programs, W, C)."""
     b = tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     dw0, dw1 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -183,16 +183,16 @@ def taps_backward(
         dw1 += own * inputs_at(x, tail, b, n - 2, channel, N, C, TAIL)
         dw2 += own * inputs_at(x, tail, b, n - 1, channel, N, C, TAIL)
         dw3 += own * inputs_at(x, tail, b, n, channel, N, C, TAIL)
-        dx_c = own * tl.load(weight + channel * W + W - 1).to(tl.float32)[None, :]
+        dx_c = own * tl.load(weight + (W - 1) * C + channel).to(tl.float32)[None, :]
         for by in tl.static_range(1, W):
             later = tl.load(dz + at + by * C, mask=(n + by < N)[:, None], other=0.0).to(tl.float32)
-            dx_c += later * tl.load(weight + channel * W + W - 1 - by).to(tl.float32)[None, :]
+            dx_c += later * tl.load(weight + (W - 1 - by) * C + channel).to(tl.float32)[None, :]
         tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=(n < N)[:, None])
-    to = d_weight + ((b * tl.num_programs(0) + tl.program_id(0)) * C + channel) * W
+    to = d_weight + (b * tl.num_programs(0) + tl.program_id(0)) * W * C + channel
     tl.store(to, tl.sum(dw0, 0))
-    tl.store(to + 1, tl.sum(dw1, 0))
-    tl.store(to + 2, tl.sum(dw2, 0))
-    tl.store(to + 3, tl.sum(dw3, 0))
+    tl.store(to + C, tl.sum(dw1, 0))
+    tl.store(to + 2 * C, tl.sum(dw2, 0))
+    tl.store(to + 3 * C, tl.sum(dw3, 0))
 
 
 def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def backward(
         K=k, ROWS=rows, TAIL=tail is not None, LIFT=lift.kind, warps=warps, stages=1,
     )  # fmt: skip
     programs = triton.cdiv(n, TAP_ROWS * TAP_TILES)
-    dx, d_weight = torch.empty_like(x), torch.empty(b * programs, c, 4, device=x.device)
+    dx, d_weight = torch.empty_like(x), torch.empty(b * programs, 4, c, device=x.device)
     launch(
         taps_backward, (programs, c // tap_channels(c), b),
         x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=tap_channels(c), TILES=TAP_TILES, TAIL=tail is not None, warps=8, stages=1,
@@ -251,7 +251,7 @@ def backward(
 
 
 class Convolution(torch.autograd.Function):
-    """(x (B, N, C), weight (C, W), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or None."""
+    """(x (B, N, C), weight (W, C), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or None."""
 
     @staticmethod
     def forward(

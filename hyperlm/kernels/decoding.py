@@ -19,10 +19,10 @@ def newest(x, weight, tail, next_tail, b, H, part, h, K: tl.constexpr):
     C = 3 * H * K
     channel = (part * H + h) * K + tl.arange(0, K)
     now = tl.load(x + b * C + channel)
-    z = now.to(tl.float32) * tl.load(weight + channel * W + W - 1).to(tl.float32)
+    z = now.to(tl.float32) * tl.load(weight + (W - 1) * C + channel).to(tl.float32)
     for tap in tl.static_range(W - 1):
         before = tl.load(tail + (b * (W - 1) + tap) * C + channel)
-        z += before.to(tl.float32) * tl.load(weight + channel * W + tap).to(tl.float32)
+        z += before.to(tl.float32) * tl.load(weight + tap * C + channel).to(tl.float32)
         if tap > 0:
             tl.store(next_tail + (b * (W - 1) + tap - 1) * C + channel, before)
     tl.store(next_tail + (b * (W - 1) + W - 2) * C + channel, now.to(next_tail.dtype.element_ty))

@@ -29,18 +29,18 @@ def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = Non
 
     Args:
         x: (B, N, 3 H K).
-        weight: (3 H K, W); column W-1 multiplies the present position.
+        weight: (W, 3 H K); row W-1 multiplies the present position.
         tail: (B, W-1, 3 H K), the inputs before `x`; zeros if None.
 
     Returns:
         q, k, v (B, H, N, K), and the last W-1 inputs as the next tail.
     """
-    width = weight.shape[-1]
+    width = weight.shape[0]
     if tail is None:
         tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat([tail.to(x.dtype), x], 1)
     n = x.shape[1]
-    y = F.silu(sum(padded[:, i : i + n] * weight[:, i] for i in range(width)))
+    y = F.silu(sum(padded[:, i : i + n] * weight[i] for i in range(width)))
     q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v, padded[:, n:]
 
@@ -303,34 +303,61 @@ def decode8(coded: Tensor) -> Tensor:
     return squared(coded[:, :BLOCK], coded.view(torch.float32)[:, BLOCK // 4 :])
 
 
-def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool) -> None:
+ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = range(5)  # what an update changes; see `adamw8`
+
+
+def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = ALL) -> None:
     """AdamW in place on weights in bf16, with moments that take a byte each.
 
     In a block of BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are small, as in
     Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that their expectation
     is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin`.
 
+    An update can be made in two parts, with the bits that it would have as one: WEIGHTS, and later MOMENTS. Where WEIGHTS was made with factor 1
+    and the factor turns out to be another, CORRECTION makes the moments' part and moves the weights to where they should be, up to one more
+    rounding; UNDO takes them back.
+
     Args:
         w: bf16, any contiguous shape of n numbers.
         g: as many, bf16 or fp32, or as `encode8` returns them; multiplied by factor.
         moments: (ceil(n / BLOCK), ROW) uint8; zeros at first.
-        factor: fp32 scalar on the device of the others.
+        factor: fp32 scalar on the device of the others. WEIGHTS with factor 0 changes nothing, even if g is not finite.
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
         origin: int64 scalar, the counter of the first number.
         decay: whether weight decay acts.
+        what: of ALL, MOMENTS, WEIGHTS, CORRECTION and UNDO.
     """
     n = w.numel()
     shrink, beta1, beta2, rate, root = rates
     codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
     c_v = codes[:, BLOCK:].float()
-    grad = (decode8(g) if g.dtype == torch.uint8 else in_blocks(g)) * factor
-    m = beta1 * squared(codes[:, :BLOCK], scales[:, :1]) + (1 - beta1) * grad
-    v = beta2 * (c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)) + (1 - beta2) * grad * grad
+    found = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
+    old_m, old_v = squared(codes[:, :BLOCK], scales[:, :1]), c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)
 
-    weight = in_blocks(w) * (shrink if decay else 1) - rate * m / (v.sqrt() * root + 1e-8)
+    def absorbed(grad: Tensor) -> tuple[Tensor, Tensor]:
+        return beta1 * old_m + (1 - beta1) * grad, beta2 * old_v + (1 - beta2) * grad * grad
+
+    def drawn(m: Tensor, v: Tensor) -> Tensor:
+        """How far the weights move."""
+        return rate * m / (v.sqrt() * root + 1e-8)
+
+    m, v = absorbed(found * factor)
     bits = noise_of(origin, len(moments))
-    cut = (weight.view(torch.int32) + ((bits >> 16) & 0xFFFF).int()) & -65536
-    w.copy_(cut.view(torch.float32).flatten()[:n].view(w.shape))
+    if what != MOMENTS:
+        weight, kept = in_blocks(w), in_blocks(w)
+        shrink = shrink if decay else 1
+        if what in (ALL, WEIGHTS):
+            weight = weight * shrink - drawn(m, v)
+        else:
+            weight = weight + drawn(*absorbed(found))
+            weight = weight - drawn(m, v) if what == CORRECTION else weight / shrink
+        again = bits if what in (ALL, WEIGHTS) else noise(bits)  # not the noise that rounded the weights before
+        cut = ((weight.view(torch.int32) + ((again >> 16) & 0xFFFF).int()) & -65536).view(torch.float32)
+        if what == WEIGHTS:
+            cut = torch.where(factor > 0, cut, kept)
+        w.copy_(cut.flatten()[:n].view(w.shape))
+    if what in (WEIGHTS, UNDO):
+        return
 
     largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
     codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)

@@ -84,7 +84,7 @@ class Mixer(nn.Module):
         d, k, h = cfg.d_model, cfg.head_dim, cfg.n_heads
         self.n_heads, self.head_dim = h, k
         self.qkv = matrix(3 * d, d)
-        self.conv = declare((3 * d, CONV_WIDTH), last_tap)
+        self.conv = declare((CONV_WIDTH, 3 * d), last_tap)
         self.log_beta = declare((h,), constant(0.0))  # inverse temperature, in units of sqrt(K)
         self.norm = declare((h, k), constant(1.0))
         self.gate_down = matrix(cfg.gate_rank, d)

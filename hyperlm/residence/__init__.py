@@ -7,4 +7,4 @@ norm are not finite, as they were), summed nats, and the norm of the gradient of
 """
 
 PIECE = 1 << 23  # parameters that are updated at a time
-SLOTS, PIECES, INPUTS = 3, 4, 2  # buffers on the device for stages, for pieces of an update, and for inputs of blocks
+SLOTS, PIECES, INPUTS = 3, 6, 2  # buffers on the device for stages, for pieces of an update, and for inputs of blocks
