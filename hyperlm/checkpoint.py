@@ -120,7 +120,7 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
     trees = {name: tree.map(lambda x: to_numpy(x, not in_place), t) for name, t in (("params", state.params), ("opt", state.opt_state))}
     meta = {
         "format": FORMAT,
-        **{name: getattr(state, name) for name in ("step", "updates", "tokens", "seed")},
+        **{name: getattr(state, name) for name in ("step", "updates", "tokens", "seed", "clipped")},
         "fingerprint": corpus.fingerprint,
         "chat": corpus.chat,
         "val_loss": WORST if val_loss is None else val_loss,
@@ -219,7 +219,7 @@ def restore(
             meta = reader.restore(path.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             if meta["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {meta['format']}, and this version reads {FORMAT}")
-            counters = {name: int(meta[name]) for name in ("step", "updates", "tokens", "seed")}
+            counters = {name: int(meta[name]) for name in ("step", "updates", "tokens", "seed")} | {"clipped": bool(meta["clipped"])}
 
             def read(name: str, like: Tree, above: str) -> Tree:
                 """A tree like the parameters, of which the paths in item `name` begin with `above`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import OptimConfig
 from hyperlm import kernels, tree
-from hyperlm.kernels.reference import ALL, APART, BLOCK, CORRECTION, MOMENTS, ROW, UNDO, WEIGHTS
+from hyperlm.kernels.reference import ALL, APART, BLOCK, ROW
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -46,57 +46,6 @@ def schedule(cfg: OptimConfig, total: int) -> Callable[[int], float]:
     return lr
 
 
-def scaled(grads: list[Tensor], factor: Tensor | None) -> list[Tensor]:
-    """Gradients in fp32 (fp64 stays) times `factor`; those in fp32 are overwritten."""
-    wide = [g.float() if g.dtype == torch.bfloat16 else g for g in grads]
-    if factor is not None:
-        torch._foreach_mul_(wide, factor)
-    return wide
-
-
-def adam_in_place(
-    cfg: OptimConfig, rate: float, step: int, p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], decay: list[bool],
-    factor: Tensor | None = None, what: int = ALL,
-) -> None:  # fmt: skip
-    """AdamW's update number `step` of p, m and v in place, or the part of it that `what` names: see `reference.adamw8`."""
-
-    def shrink(by: float) -> None:
-        if decayed := [leaf for leaf, acts in zip(p, decay, strict=True) if acts and cfg.weight_decay]:
-            torch._foreach_mul_(decayed, by)
-
-    def absorb(m: list[Tensor], v: list[Tensor], g: list[Tensor]) -> None:
-        torch._foreach_lerp_(m, g, 1 - cfg.beta1)
-        torch._foreach_mul_(v, cfg.beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - cfg.beta2)
-
-    def draw(m: list[Tensor], v: list[Tensor], sign: int = 1) -> None:
-        scale = torch._foreach_sqrt(v)
-        torch._foreach_div_(scale, math.sqrt(1 - cfg.beta2 ** (step + 1)))
-        torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(p, m, scale, -sign * rate / (1 - cfg.beta1 ** (step + 1)))
-
-    if what in (WEIGHTS, CORRECTION, UNDO):
-        ahead = [x.clone() for x in m], [x.clone() for x in v]
-        absorb(*ahead, scaled(g, None))
-    if what in (ALL, MOMENTS, CORRECTION):
-        absorb(m, v, scaled(g, factor))
-    if what == ALL:
-        shrink(1 - rate * cfg.weight_decay)
-        draw(m, v)
-    elif what == WEIGHTS:
-        kept = [x.clone() for x in p]
-        shrink(1 - rate * cfg.weight_decay)
-        draw(*ahead)
-        for x, before in zip(p, kept, strict=True):
-            x.copy_(torch.where(factor > 0, x, before))
-    elif what in (CORRECTION, UNDO):
-        draw(*ahead, sign=-1)
-        if what == CORRECTION:
-            draw(m, v)
-        else:
-            shrink(1 / (1 - rate * cfg.weight_decay))
-
-
 def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), elementwise, in the dtype of the parameters: fp32."""
 
@@ -106,8 +55,23 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
     def update(
         grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None, what: int = ALL
     ) -> tuple[Tree, Tree]:
+        if what != ALL:
+            raise NotImplementedError("updates in parts are those of 8-bit moments")
         p, g, m, v = (tree.leaves(t) for t in (params, grads, opt_state["m"], opt_state["v"]))
-        adam_in_place(cfg, lr(step), step, p, g, m, v, tree.leaves(decay), factor, what)
+        g = [x.float() if x.dtype == torch.bfloat16 else x for x in g]
+        if factor is not None:
+            torch._foreach_mul_(g, factor)
+        rate = lr(step)
+        decayed = [leaf for leaf, acts in zip(p, tree.leaves(decay), strict=True) if acts]
+        if decayed and cfg.weight_decay:
+            torch._foreach_mul_(decayed, 1 - rate * cfg.weight_decay)
+        torch._foreach_lerp_(m, g, 1 - cfg.beta1)
+        torch._foreach_mul_(v, cfg.beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - cfg.beta2)
+        scale = torch._foreach_sqrt(v)
+        torch._foreach_div_(scale, math.sqrt(1 - cfg.beta2 ** (step + 1)))
+        torch._foreach_add_(scale, 1e-8)
+        torch._foreach_addcdiv_(p, m, scale, -rate / (1 - cfg.beta1 ** (step + 1)))
         return params, opt_state
 
     return Optimizer(lambda values: values, init, update)
@@ -118,7 +82,8 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
     opt_state is {"moments": ...}: of a matrix (blocks, ROW) uint8, of a vector both moments, (2, n) fp32.
     """
-    rates_of: dict[tuple, Tensor] = {}  # of the newest step, on each device
+    rates_of: dict[tuple, Tensor] = {}  # of the two newest steps, on each device
+    one: dict[torch.device, Callable] = {}  # the kernel for each device
 
     def keep(values: Tensor) -> Tensor:
         return values.bfloat16() if values.dim() > 1 else values
@@ -133,7 +98,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
     def rates(step: int, device: torch.device) -> Tensor:
         if (step, device) not in rates_of:
-            for key in [key for key in rates_of if key[1] == device]:
+            for key in [key for key in rates_of if key[0] < step - 1]:
                 del rates_of[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
             rates_of[step, device] = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device=device)
@@ -144,16 +109,12 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
     ) -> tuple[Tree, Tree]:
         p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
         device = p[0].device
-        one = kernels.table(("adamw8",), device, backend)["adamw8"]
+        if device not in one:
+            one[device] = kernels.table(("adamw8",), device, backend)["adamw8"]
         factor = torch.ones((), device=device) if factor is None else factor
-        starts = origin + signed(step * APART)
-        vectors = [i for i, leaf in enumerate(p) if leaf.dtype == torch.float32]
-        for i in sorted(set(range(len(p))) - set(vectors)):
-            one(p[i], g[i], moments[i], factor, rates(step, device), starts[i], acts[i], what)
-        if vectors:
-            own, both = [p[i] for i in vectors], [moments[i] for i in vectors]
-            pulled = [g[i] for i in vectors]
-            adam_in_place(cfg, lr(step), step, own, pulled, [x[0] for x in both], [x[1] for x in both], [acts[i] for i in vectors], factor, what)
+        starts = (origin + signed(step * APART)).unbind()
+        for own in zip(p, g, moments, starts, acts, strict=True):
+            one[device](*own[:3], factor, rates(step, device), *own[3:], what)
         return params, opt_state
 
     return Optimizer(keep, init, update)

@@ -10,6 +10,12 @@ def stages(params: Tree) -> list[Tree]:
     return [params["embed"], *params["blocks"], params["head"]]
 
 
+def stage_of(params: Tree, index: int) -> Tree:
+    """One of `stages`."""
+    last = len(params["blocks"]) + 1
+    return params["embed"] if index == 0 else params["head"] if index == last else params["blocks"][index - 1]
+
+
 def from_stages(parts: list[Tree]) -> Tree:
     """The inverse of `stages`."""
     return {"embed": parts[0], "blocks": parts[1:-1], "head": parts[-1]}

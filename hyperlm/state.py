@@ -29,4 +29,5 @@ class State:
     updates: int  # steps whose update was applied; the rest had a non-finite gradient
     tokens: int  # target tokens seen
     seed: int
+    clipped: bool = True  # whether the newest gradient was, or there is none yet
     pending: Pending | None = None  # the newest of these updates, if `step.settle` has yet to make it

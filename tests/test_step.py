@@ -14,7 +14,7 @@ from hyperlm.graph import replayed
 from hyperlm.kernels.reference import BLOCK, squared
 from hyperlm.loss import IGNORE
 from hyperlm.plan import visiting
-from hyperlm.residence import host, pieces
+from hyperlm.residence import host, traffic
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, weights
 from hyperlm.tree import Tree
@@ -129,13 +129,13 @@ def in_host(cfg: Config) -> Config:
     return replace(cfg, train=replace(cfg.train, residence="host"))
 
 
-@pytest.mark.parametrize(("case", "kept"), [*((case, 1) for case in CASES), ("phase7", 0), ("phase7", 99), ("hybrid-ssm", 0), ("hybrid-ssm", 99)])
+@pytest.mark.parametrize(("case", "kept", "shared"), [*((case, 1, False) for case in CASES), ("phase7", 0, True), ("hybrid-ssm", 0, False), ("hybrid-ssm", 99, True)])
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, monkeypatch):
+def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared, monkeypatch):
     """Updates in pieces and left pending, inputs sent away and brought back: nothing of it shows in a loss, a parameter or a moment."""
-    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
-    monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers)))
+    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
+    monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared))
     cfg = config(replace(CASES[case], dropout=0.1), clip=0.5, clip_scope=scope, state=state)
     batches = [tokens_of(3, 2, 17, seed=i) for i in range(20 if kept == 1 and state == "fp32" else 4)]
     (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
@@ -167,7 +167,7 @@ def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_le
 def coded(monkeypatch) -> Callable[[bool], None]:
     """Gradients go home in 8 bits, as on a GPU; called, it says whether weights move before the norm is known."""
     monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
-    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
     return lambda ahead: monkeypatch.setattr(host, "moves_ahead", lambda cfg, dtype: ahead)
 
 
@@ -253,11 +253,11 @@ def losses_on(device: torch.device, settings: Config) -> list[float]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"residence": "host"}, {"residence": "host", "device_memory": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"residence": "host"}, {"residence": "host", "device_memory": 0.95}])
 @pytest.mark.parametrize("optim", [{}, {"state": "int8"}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}])
 def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeypatch):
     """Whatever else works at the same time: nothing is read before it is there, or overwritten while it is read."""
-    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
     settings = config(cfg, **optim)
     on_gpu = losses_on(torch.device("cuda", 0), replace(settings, train=replace(settings.train, **options)))
     for found, truth in zip(on_gpu, losses_on(CPU, settings), strict=True):

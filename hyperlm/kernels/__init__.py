@@ -45,7 +45,6 @@ else:
 
 WITHOUT_HEADS = ("adamw8", "add_norm", "encode8", "scan")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
-UNPROVEN = ("add_norm",)  # compiled and interpreted, but not yet run on a GPU: taken only if asked for
 
 
 class KernelError(ValueError):
@@ -94,8 +93,7 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
         KernelError: if the backend asked for cannot run; nothing is replaced silently.
     """
     if kernels == "auto":
-        unproven = "not yet run on a GPU" if op in UNPROVEN else ""
-        reason = unusable(op, "triton", device, head_dim, dtype) or unproven or ("an interpreter is slow" if INTERPRETED else "")
+        reason = unusable(op, "triton", device, head_dim, dtype) or ("an interpreter is slow" if INTERPRETED else "")
         return Choice(op, "torch", reason) if reason else Choice(op, "triton", "fastest here")
     if reason := unusable(op, kernels, device, head_dim, dtype):
         raise KernelError(f"--kernels {kernels}: {reason}; use --kernels auto")

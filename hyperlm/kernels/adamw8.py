@@ -11,7 +11,9 @@ from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
 ROWS = 4  # blocks that a program updates
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
-ALL, MOMENTS, WEIGHTS, CORRECTION = (tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION))
+ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = (
+    tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO)
+)
 
 
 @triton.jit
@@ -63,6 +65,26 @@ def drawn(m, v, rates):
 
 
 @triton.jit
+def moved(weight, found, old_m, old_v, factor, rates, DECAY: tl.constexpr, WHAT: tl.constexpr):
+    """See `reference.moved`."""
+    beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
+    grad = found * tl.load(factor)
+    m = beta1 * old_m + (1 - beta1) * grad
+    v = beta2 * old_v + (1 - beta2) * grad * grad
+    if WHAT == ALL or WHAT == WEIGHTS:
+        if DECAY:
+            weight *= tl.load(rates)
+        weight -= drawn(m, v, rates)
+    elif WHAT == CORRECTION or WHAT == UNDO:
+        weight += drawn(beta1 * old_m + (1 - beta1) * found, beta2 * old_v + (1 - beta2) * found * found, rates)
+        if WHAT == CORRECTION:
+            weight -= drawn(m, v, rates)
+        elif DECAY:
+            weight /= tl.load(rates)
+    return weight, m, v
+
+
+@triton.jit
 def update(
     w, g, g_scales, codes, scales, factor, rates, origin, N,
     BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, WHAT: tl.constexpr,
@@ -74,7 +96,6 @@ def update(
     inside, there = at < N, block * BLOCK < N
     first = codes + block[:, None] * ROW + columns[None, :]
     scale = scales + block * (ROW // 4) + BLOCK // 2
-    beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
 
     if DECODE:
         found = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
@@ -83,26 +104,13 @@ def update(
     old_m = squared(first, scale, there)
     c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
-    grad = found * tl.load(factor)
-    m = beta1 * old_m + (1 - beta1) * grad
-    v = beta2 * old_v + (1 - beta2) * grad * grad
-
     bits = noise(tl.load(origin) + at)
+    kept = tl.load(w + at, mask=inside, other=0.0)
+    weight, m, v = moved(kept.to(tl.float32), found, old_m, old_v, factor, rates, DECAY, WHAT)
     if WHAT != MOMENTS:
-        kept = tl.load(w + at, mask=inside, other=0.0)
-        weight = kept.to(tl.float32)
         again = bits
-        if WHAT == ALL or WHAT == WEIGHTS:
-            if DECAY:
-                weight *= tl.load(rates)
-            weight -= drawn(m, v, rates)
-        else:
-            weight += drawn(beta1 * old_m + (1 - beta1) * found, beta2 * old_v + (1 - beta2) * found * found, rates)
-            if WHAT == CORRECTION:
-                weight -= drawn(m, v, rates)
-            elif DECAY:
-                weight /= tl.load(rates)
-            again = noise(bits)  # not the noise that rounded the weights before
+        if WHAT == CORRECTION or WHAT == UNDO:  # not the noise that rounded the weights before
+            again = noise(bits)
         cut = (weight.to(tl.int32, bitcast=True) + ((again >> 16) & 0xFFFF).to(tl.int32)) & -65536
         rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
         if WHAT == WEIGHTS:
@@ -124,10 +132,30 @@ def update(
         tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
 
 
+@triton.jit
+def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The same for weights and moments (2, N) in fp32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    kept, found = tl.load(w + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    old_m, old_v = tl.load(moments + at, mask=inside, other=0.0), tl.load(moments + N + at, mask=inside, other=0.0)
+    weight, m, v = moved(kept, found, old_m, old_v, factor, rates, DECAY, WHAT)
+    if WHAT == WEIGHTS:
+        weight = tl.where(tl.load(factor) > 0, weight, kept)
+    if WHAT != MOMENTS:
+        tl.store(w + at, weight, mask=inside)
+    if WHAT == ALL or WHAT == MOMENTS or WHAT == CORRECTION:
+        tl.store(moments + at, m, mask=inside)
+        tl.store(moments + N + at, v, mask=inside)
+
+
 def adamw8(
     w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = reference.ALL
 ) -> None:
     """`reference.adamw8`."""
+    if w.dtype == torch.float32:
+        launch(update_wide, (triton.cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, WHAT=what, BLOCK=1024)
+        return
     coded = g.dtype == torch.uint8
     launch(
         update, (triton.cdiv(len(moments), ROWS),),

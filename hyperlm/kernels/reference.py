@@ -306,8 +306,31 @@ def decode8(coded: Tensor) -> Tensor:
 ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = range(5)  # what an update changes; see `adamw8`
 
 
+def moved(
+    weight: Tensor, found: Tensor, old_m: Tensor, old_v: Tensor, factor: Tensor, rates: Tensor, decay: bool, what: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and both moments after the part of an update that `what` names, in fp32 and before rounding; see `adamw8`."""
+    shrink, beta1, beta2, rate, root = rates
+    shrink = shrink if decay else 1
+
+    def absorbed(grad: Tensor) -> tuple[Tensor, Tensor]:
+        return beta1 * old_m + (1 - beta1) * grad, beta2 * old_v + (1 - beta2) * grad * grad
+
+    def drawn(m: Tensor, v: Tensor) -> Tensor:
+        """How far the weights move."""
+        return rate * m / (v.sqrt() * root + 1e-8)
+
+    m, v = absorbed(found * factor)
+    if what in (ALL, WEIGHTS):
+        weight = weight * shrink - drawn(m, v)
+    elif what in (CORRECTION, UNDO):
+        weight = weight + drawn(*absorbed(found))
+        weight = weight - drawn(m, v) if what == CORRECTION else weight / shrink
+    return weight, m, v
+
+
 def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = ALL) -> None:
-    """AdamW in place on weights in bf16, with moments that take a byte each.
+    """AdamW in place on matrices in bf16, with moments that take a byte each; and on vectors in fp32, with moments in fp32.
 
     In a block of BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are small, as in
     Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that their expectation
@@ -318,52 +341,42 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
     rounding; UNDO takes them back.
 
     Args:
-        w: bf16, any contiguous shape of n numbers.
+        w: bf16 or fp32, any contiguous shape of n numbers.
         g: as many, bf16 or fp32, or as `encode8` returns them; multiplied by factor.
-        moments: (ceil(n / BLOCK), ROW) uint8; zeros at first.
+        moments: (ceil(n / BLOCK), ROW) uint8; of w in fp32, m and v, (2, ...) fp32; zeros at first.
         factor: fp32 scalar on the device of the others. WEIGHTS with factor 0 changes nothing, even if g is not finite.
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
         origin: int64 scalar, the counter of the first number.
         decay: whether weight decay acts.
         what: of ALL, MOMENTS, WEIGHTS, CORRECTION and UNDO.
     """
+    touches_weights, touches_moments = what != MOMENTS, what not in (WEIGHTS, UNDO)
+    if w.dtype == torch.float32:
+        weight, *both = moved(w, g.float(), *moments, factor, rates, decay, what)
+        if touches_weights:
+            w.copy_(torch.where(factor > 0, weight, w) if what == WEIGHTS else weight)
+        if touches_moments:
+            moments.copy_(torch.stack(both))
+        return
+
     n = w.numel()
-    shrink, beta1, beta2, rate, root = rates
     codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
     c_v = codes[:, BLOCK:].float()
     found = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
     old_m, old_v = squared(codes[:, :BLOCK], scales[:, :1]), c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)
-
-    def absorbed(grad: Tensor) -> tuple[Tensor, Tensor]:
-        return beta1 * old_m + (1 - beta1) * grad, beta2 * old_v + (1 - beta2) * grad * grad
-
-    def drawn(m: Tensor, v: Tensor) -> Tensor:
-        """How far the weights move."""
-        return rate * m / (v.sqrt() * root + 1e-8)
-
-    m, v = absorbed(found * factor)
+    weight, m, v = moved(in_blocks(w), found, old_m, old_v, factor, rates, decay, what)
     bits = noise_of(origin, len(moments))
-    if what != MOMENTS:
-        weight, kept = in_blocks(w), in_blocks(w)
-        shrink = shrink if decay else 1
-        if what in (ALL, WEIGHTS):
-            weight = weight * shrink - drawn(m, v)
-        else:
-            weight = weight + drawn(*absorbed(found))
-            weight = weight - drawn(m, v) if what == CORRECTION else weight / shrink
+    if touches_weights:
         again = bits if what in (ALL, WEIGHTS) else noise(bits)  # not the noise that rounded the weights before
-        cut = ((weight.view(torch.int32) + ((again >> 16) & 0xFFFF).int()) & -65536).view(torch.float32)
-        if what == WEIGHTS:
-            cut = torch.where(factor > 0, cut, kept)
-        w.copy_(cut.flatten()[:n].view(w.shape))
-    if what in (WEIGHTS, UNDO):
-        return
-
-    largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
-    codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)
-    y = v * (1 / largest_v.clamp(min=1e-30))
-    low = (255 * y.sqrt().sqrt()).floor().clamp(max=254)
-    under, over = (low / 255) ** 4, ((low + 1) / 255) ** 4
-    code = (low + (share(bits, 48) * (over - under) < y - under)).clamp(min=1)
-    codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
-    scales[:, :1], scales[:, 1:] = largest_m, largest_v
+        rounded = (weight.view(torch.int32) + ((again >> 16) & 0xFFFF).int()) & -65536
+        rounded = rounded.view(torch.float32).flatten()[:n].view(w.shape)
+        w.copy_(torch.where(factor > 0, rounded, w) if what == WEIGHTS else rounded)
+    if touches_moments:
+        largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
+        codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)
+        y = v * (1 / largest_v.clamp(min=1e-30))
+        low = (255 * y.sqrt().sqrt()).floor().clamp(max=254)
+        under, over = (low / 255) ** 4, ((low + 1) / 255) ** 4
+        code = (low + (share(bits, 48) * (over - under) < y - under)).clamp(min=1)
+        codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
+        scales[:, :1], scales[:, 1:] = largest_m, largest_v

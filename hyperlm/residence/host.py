@@ -6,13 +6,14 @@ micro-batches in fp32, goes home. Sums run in the order of the micro-batches: in
 for bit.
 
 Clipping needs the norm of all gradients, which is known at the end. The update is therefore left pending and made when a stage next comes to the
-device, by which it is exact and costs no visit of its own. Where gradients go home in 8 bits, the bus is spared further: forward it is the
-limit, and backward the matrix units are. So in the backward pass, as soon as a stage's gradient is there, its weights move as if nothing will be
-clipped, and forward they come alone; what is pending is the moments' part, which is made backward, beside the next gradient. If the norm was
-too large after all, the weights are corrected when they come forward. (Clipped by its own norm, a stage is updated at once.)
+device, by which it is exact and costs no visit of its own. Where gradients go home in 8 bits, the bus is spared further: forward it is the limit,
+and backward the matrix units are. So if nothing was clipped in the step before, the weights move as soon as their gradient is there, as if nothing
+will be, and forward they come alone; what is pending is the moments' part of the update, which is made backward, beside the next gradient. If
+the norm was too large after all, the weights are corrected when they come forward. (Clipped by its own norm, a stage is updated at once.)
 
-Traffic of a step in bytes a parameter, for weights in bf16, and moments and gradients in 8 bits: forward in 2 (weights), backward in 5 (weights 2,
-moments 2, gradient 1) and home 5; clipped by layer, in 6 and home 4.
+Traffic of a step in bytes a parameter, for weights in bf16, and moments and gradients in 8 bits: where nothing is clipped, forward in 2 (weights),
+backward in 5 (weights 2, moments 2, gradient 1) and home 5; where it is, forward in 5 and home 4, backward in 2 and home 1; clipped by layer, in 6
+and home 4.
 """
 
 import math
@@ -31,9 +32,9 @@ from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import goes_home_in_8_bits, visits
+from hyperlm.plan import goes_home_in_8_bits, slot_count, visits
 from hyperlm.precision import accumulate, compute_copy
-from hyperlm.residence import INPUTS, SLOTS, slab
+from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
 from hyperlm.residence.lanes import Event
 from hyperlm.residence.pieces import cut, pieces_of
@@ -41,6 +42,9 @@ from hyperlm.residence.traffic import Inputs, Traffic, Visit
 from hyperlm.stages import moved, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
+
+SETTLED = 1 << 24  # numbers that `settle` updates at a time
+
 
 def in_host_memory(stage: Tree, device: torch.device, *, copy: bool = True) -> Tree:
     """A stage in a slab of host memory, pinned if `device` is a GPU; only room for one where not to copy."""
@@ -64,7 +68,7 @@ def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[Stat
             if pending.what == UNDO and not pending.moved[index]:
                 continue
             *leaves, acts, start = (tree.leaves(x) for x in stage)
-            for part in (part for piece in pieces_of(leaves[1]) for part in piece):
+            for part in (part for piece in pieces_of(leaves[1], SETTLED) for part in piece):
                 at_home = [cut(x[part.leaf], part) for x in leaves]
                 g, p, *moments = (x.to(device) for x in at_home)
                 origin = torch.tensor([signed(start[part.leaf] + part.first * BLOCK)], device=device)
@@ -90,13 +94,14 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
-    grouping = plan.group
+    grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
     inputs: Inputs | None = None
     gradients: Tree = None  # of the newest step, in host memory
     newest: Pending | None = None  # what the newest step left pending
     at_once, coded = cfg.optim.clip_scope == "layer", goes_home_in_8_bits(cfg, dtype)
     ahead = not at_once and moves_ahead(cfg, dtype)
+    copied = cfg.optim.state == "fp32" and dtype != torch.float32 and not at_once  # a stage is free as soon as it is copied to compute with
 
     def room_for_gradient(p: Tensor) -> Tensor:
         if coded and p.dim() > 1:
@@ -108,15 +113,21 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         if traffic is None:
             if not at_once:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
-            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients)
+            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan.shared)
             inputs = Inputs(traffic, plan.kept)
-        if state.pending is None or state.pending is not newest:
-            traffic.forget()
+        traffic.expect(state.params, unchanged=newest is not None and state.pending is newest)
 
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
         traffic.main.wait(visit.ready)
-        return tree.map(lambda p: p.detach().requires_grad_(), compute_copy(visit.stored, dtype))
+        weights = tree.map(lambda p: p.detach().requires_grad_(), compute_copy(visit.stored, dtype))
+        if copied:
+            traffic.release(visit)
+        return weights
+
+    def leave(visit: Visit) -> None:
+        if not copied:
+            traffic.release(visit)
 
     def pulled(
         outputs: list[Callable[..., Tensor]], into: Iterator[list[Tensor]], weights: Tree, pull: list[Tensor | None]
@@ -145,13 +156,18 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer))[0]
 
         # The stages that come, and whether their pending update is made on the way; and inputs of blocks.
-        rest = iter([(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))])
+        rest = deque([(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))])
         wanted = iter([(layer, a) for layer in reversed(range(layers)) for a in groups])
         fetched: deque[Visit] = deque()
 
-        def fetch_next() -> None:
-            if (following := next(rest, None)) is not None:
-                fetched.append(traffic.fetch(state, following[0], update=following[1]))
+        def fetch_ahead() -> None:
+            """Called when no stage is in use."""
+            while rest and len(fetched) < slots - 1:
+                index, update = rest[0]
+                if plan.shared and fetched and layers + 1 in (index, fetched[-1].index):  # the head takes the place of all
+                    break
+                rest.popleft()
+                fetched.append(traffic.fetch(state, index, update=update))
 
         def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
             """What becomes of a stage's gradient."""
@@ -166,7 +182,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             else:
                 found = traffic.encoded(visit.index, found, state.step) if coded else found
                 factor = torch.isfinite(norm).float()
-                if ahead:
+                if ahead and not state.clipped:
                     visit = traffic.ahead(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 traffic.bring_home(visit.index, found, stages(gradients)[visit.index])
                 held.append((traffic.home.mark(), [found, factor]))
@@ -179,24 +195,23 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 traffic.main.wait(event)
 
         # -- forward
-        for _ in range(SLOTS - 1):
-            fetch_next()
+        fetch_ahead()
         with torch.no_grad():
             visit = fetched.popleft()
             weights = weights_of(visit)
             x = [model.embed(weights, t, cfg.model, ctx) for t, ctx in zip(tokens, contexts, strict=True)]
-            traffic.release(visit)
+            leave(visit)
             weights = None
-            fetch_next()
+            fetch_ahead()
             for layer in range(layers):
                 visit = fetched.popleft()
                 weights = weights_of(visit)
                 for a in groups:
                     inputs.put(layer, a, x[a])
                     x[a] = block_of(layer, weights, a, x[a])
-                traffic.release(visit)
+                leave(visit)
                 weights = None  # a copy, perhaps: not beside the next
-                fetch_next()
+                fetch_ahead()
 
         # -- the head, forward and backward
         total_nats = torch.zeros((), device=device)
@@ -218,9 +233,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
         visit = learn(visit, weights, found)
-        traffic.release(visit)
+        leave(visit)
         weights = found = None
-        fetch_next()
+        fetch_ahead()
 
         # -- backward
         def inputs_of(layer: int) -> Iterator[list[Tensor]]:
@@ -235,25 +250,25 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             weights = weights_of(visit)
             found, d = pulled([partial(block_of, layer, weights, a) for a in groups], inputs_of(layer), weights, d)
             visit = learn(visit, weights, found)
-            traffic.release(visit)
+            leave(visit)
             weights = found = None
-            fetch_next()
+            fetch_ahead()
         visit = fetched.popleft()
         weights = weights_of(visit)
         found, _ = pulled([partial(model.embed, weights, tokens[a], cfg.model, contexts[a]) for a in groups], iter([[]] * len(d)), weights, d)
         visit = learn(visit, weights, found)
-        traffic.release(visit)
+        leave(visit)
 
         let_go()
         factors, norm = clip_factors(torch.stack(norms), cfg.optim.clip, cfg.optim.clip_scope)
         *total_norm, least = torch.stack([norm, total_nats, factors.min()]).tolist()  # waits for the device
         finite = all(map(math.isfinite, total_norm))
-        newest = None
-        if ahead:
-            what = UNDO if not finite else MOMENTS if least == 1 else CORRECTION
+        clipped, newest = least != 1, None
+        if ahead and not state.clipped:
+            what = UNDO if not finite else CORRECTION if clipped else MOMENTS
             newest = Pending(gradients, factors, state.updates, what, tuple(torch.stack(norms).isfinite().tolist()))
         elif finite and not at_once:
             newest = Pending(gradients, factors, state.updates)
-        return replace(state, pending=newest), total_nats, norm, finite
+        return replace(state, pending=newest, clipped=clipped), total_nats, norm, finite
 
     return advance

@@ -1,7 +1,6 @@
 """Lanes: what a device does at the same time. CUDA streams and events; on a CPU everything happens in order, and nothing needs to wait."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -19,10 +18,8 @@ class Lane:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=priority) if own else torch.cuda.current_stream(device)
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        with torch.cuda.stream(self.stream):
-            yield
+    def open(self) -> AbstractContextManager:
+        return torch.cuda.stream(self.stream)
 
     def mark(self) -> Event:
         """What has been given to the lane so far, for others to wait for."""

@@ -1,13 +1,14 @@
 """Pieces of a stage, so that some of it can move while the rest is computed with."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyperlm import tree
 from hyperlm.kernels.reference import BLOCK
-from hyperlm.residence import PIECE, slab
+from hyperlm.residence import slab
 from hyperlm.tree import Tree
 
 
@@ -21,10 +22,10 @@ class Part:
     whole: bool  # they are all of the leaf
 
 
-def pieces_of(leaves: list[Tensor]) -> list[list[Part]]:
-    """The leaves of a stage, in order, in pieces of at most PIECE numbers."""
+def pieces_of(leaves: list[Tensor], numbers: int) -> list[list[Part]]:
+    """The leaves of a stage, in order, in pieces of about so many numbers."""
     pieces: list[list[Part]] = [[]]
-    room = most = PIECE // BLOCK
+    room = most = max(1, numbers // BLOCK)
     for index, leaf in enumerate(leaves):
         first, end = 0, -(-leaf.numel() // BLOCK)
         while first < end:
@@ -38,23 +39,38 @@ def pieces_of(leaves: list[Tensor]) -> list[list[Part]]:
 
 
 def cut(leaf: Tensor, part: Part) -> Tensor:
-    """The numbers of a part; of moments in 8 bits, its rows."""
+    """The numbers of a part; of what is in 8 bits, its rows."""
     if part.whole:
         return leaf
     return leaf[part.first : part.last] if leaf.dtype == torch.uint8 else leaf.view(-1)[part.first * BLOCK : part.last * BLOCK]
 
 
-def place(view: Tensor) -> tuple[int, int]:
-    """Where in its storage a view begins and ends, in bytes."""
-    start = view.storage_offset() * view.element_size()
-    return start, start + view.nbytes
+class Cut(NamedTuple):
+    """What a piece has of a packed tree."""
+
+    views: list[Tensor]  # of each part
+    memory: Tensor  # from the first byte of the first to the last of the last, uint8
 
 
-def most_of(trees: tuple[Tree, ...], pieces: list[list[Part]]) -> int:
-    """Bytes of the largest piece, of all these trees together."""
+def cut_up(stage: Tree, pieces: list[list[Part]]) -> list[Cut]:
+    """A packed stage, or a tree like it, in pieces."""
+    leaves, whole = tree.leaves(stage), slab.slab(stage)
 
-    def size(leaves: list[Tensor], piece: list[Part]) -> int:
-        cuts = [cut(leaves[part.leaf], part) for part in piece]
-        return slab.padded(place(cuts[-1])[1] - place(cuts[0])[0])
+    def of(piece: list[Part]) -> Cut:
+        views = [cut(leaves[part.leaf], part) for part in piece]
+        start = views[0].storage_offset() * views[0].element_size()
+        end = views[-1].storage_offset() * views[-1].element_size() + views[-1].nbytes
+        return Cut(views, whole[start:end])
 
-    return max(sum(size(tree.leaves(own), piece) for own in trees) for piece in pieces)
+    return [of(piece) for piece in pieces]
+
+
+def copy_in(memory: Tensor, model: Cut) -> Cut:
+    """The same views, in `memory`."""
+    start = model.memory.storage_offset()
+
+    def moved(x: Tensor) -> Tensor:
+        at = x.storage_offset() * x.element_size() - start
+        return memory[at : at + x.nbytes].view(x.dtype).view(x.shape)
+
+    return Cut([moved(x) for x in model.views], memory[: model.memory.nbytes])

@@ -6,6 +6,7 @@ Four lanes work at the same time: copies in, copies home, updates, and everythin
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.kernels.reference import APART, BLOCK, MOMENTS, UNDO, WEIGHTS
 from hyperlm.optim import Optimizer, optimizer, origins, signed
-from hyperlm.residence import INPUTS, PIECES, SLOTS, slab
+from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
-from hyperlm.residence.pieces import Part, cut, most_of, pieces_of, place
-from hyperlm.stages import stages
+from hyperlm.residence.pieces import Cut, Part, copy_in, cut, cut_up, pieces_of
+from hyperlm.stages import stage_of, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
 
@@ -37,8 +38,10 @@ class Visit:
 class Slots:
     """Device memory for stages; the one that has not been used for longest is taken next."""
 
-    def __init__(self, count: int, size: int, device: torch.device) -> None:
-        self.memory = [slab.allocate(size, device) for _ in range(count)]
+    def __init__(self, count: int, size: int, least: int, device: torch.device) -> None:
+        """least: bytes that they have together, at least."""
+        self.whole = slab.allocate(max(count * size, least), device)
+        self.memory = list(self.whole[: count * size].split(size))
         self.free: list[tuple[Event, ...]] = [()] * count  # what has to happen before each is overwritten
         self.order = list(range(count))
         self.held: dict[int, Visit] = {}  # by slot, the newest visit, whose stage is still there
@@ -49,6 +52,11 @@ class Slots:
         self.held.pop(number, None)
         lane.wait(*self.free[number])
         return number
+
+    def take_all(self, lane: Lane) -> None:
+        self.held.clear()
+        for free in self.free:
+            lane.wait(*free)
 
     def find(self, index: int) -> Visit | None:
         """The stage, if it is still there."""
@@ -63,29 +71,54 @@ class Slots:
 class Traffic:
     """Stages on their way."""
 
-    def __init__(self, cfg: Config, total: int, device: torch.device, params: Tree, opt_state: Tree, gradients: Tree | None) -> None:
-        self.device = device
+    def __init__(self, cfg: Config, total: int, device: torch.device, params: Tree, opt_state: Tree, gradients: Tree | None, slots: int, shared: bool) -> None:
+        """slots: stages that there is room for on the device, the head aside unless `shared`: it then takes the place of all of them."""
+        self.device, self.params = device, params
         self.main, self.into, self.home = Lane(device, own=False), Lane(device), Lane(device)
         self.work = Lane(device, priority=-1)
         self.optimizer: Optimizer = optimizer(cfg.optim, total, cfg.kernels)
         self.encode = kernels.table(("encode8",), device, cfg.kernels)["encode8"]
         parts = stages(params)
         self.head = len(parts) - 1
-        self.slots = Slots(SLOTS, max(slab.size(part) for part in parts[:-1]), device)
-        self.head_memory = slab.allocate(slab.size(parts[-1]), device)
+        self.shared, of_head = shared, slab.size(parts[-1])
+        self.slots = Slots(slots, max(slab.padded(slab.size(part)) for part in parts[:-1]), of_head if shared else 0, device)
+        self.head_memory = self.slots.whole if shared else slab.allocate(of_head, device)
         self.head_free: tuple[Event, ...] = ()
         self.written: list[Event] = [None] * len(parts)  # when each stage in host memory is up to date
         self.sent: list[Event] = [None] * len(parts)  # and each gradient
-        self.pieces = [pieces_of(tree.leaves(part)) for part in parts]
-        self.decay = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, model.declaration(cfg.model)))]
+        moving = [stages(x) for x in (*opt_state.values(), gradients) if x is not None]  # what comes and goes with the weights
+        numbers = int(PIECE / (sum(slab.size(part) for own in moving for part in own) / tree.count(params)))
+        self.pieces = [pieces_of(tree.leaves(part), numbers) for part in parts]
+        decays = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, model.declaration(cfg.model)))]
+        self.decay = [[[own[p.leaf] for p in piece] for piece in pieces] for own, pieces in zip(decays, self.pieces, strict=True)]
         starts = [tree.leaves(part) for part in stages(origins(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
         self.leaf_origin = [torch.tensor([signed(start + GRADIENTS) for start in own], device=device) for own in starts]
         self.origin = [
             [torch.tensor([signed(own[p.leaf] + p.first * BLOCK) for p in piece], device=device) for piece in pieces]
             for own, pieces in zip(starts, self.pieces, strict=True)
         ]
-        moving = [stages(x) for x in (*opt_state.values(), gradients) if x is not None]
-        self.buffers = Ring(PIECES, max(most_of(own, pieces) for own, pieces in zip(zip(*moving, strict=True), self.pieces, strict=True)), device)
+        self.cuts: dict[tuple, tuple[Tree, list[Cut]]] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
+        self.landed: dict[tuple, list[Cut]] = {}  # of buffers, by what comes into them
+        self.stored: dict[tuple, Tree] = {}  # of stages, by their memory on the device
+        sizes = [
+            sum(slab.padded(own.memory.nbytes) for own in piece)
+            for index, of_stage in enumerate(zip(*moving, strict=True))
+            for piece in zip(*(self.cuts_of(index, part) for part in of_stage), strict=True)
+        ]
+        self.buffers = Ring(PIECES, max(sizes), device)
+
+    def cuts_of(self, index: int, stage: Tree) -> list[Cut]:
+        if (index, id(stage)) not in self.cuts:
+            self.cuts[index, id(stage)] = stage, cut_up(stage, self.pieces[index])  # with the tree, whose identity is its own while it lives
+        return self.cuts[index, id(stage)][1]
+
+    def landing(self, number: int, coming: list[Cut]) -> list[Cut]:
+        """Room for pieces of several trees in a buffer."""
+        key = (number, *(id(x.memory) for x in coming))
+        if key not in self.landed:
+            starts = accumulate((slab.padded(x.memory.nbytes) for x in coming), initial=0)
+            self.landed[key] = [copy_in(self.buffers.buffers[number][at:], x) for at, x in zip(starts, coming, strict=False)]
+        return self.landed[key]
 
     # -- stages
 
@@ -95,16 +128,20 @@ class Traffic:
             visit = held
             self.work.wait(*self.slots.free[held.slot])
         else:
-            host = stages(state.params)[index]
+            host = stage_of(state.params, index)
             slot = None if index == self.head else self.slots.take(self.into)
             memory = self.head_memory if slot is None else self.slots.memory[slot]
-            if slot is None:
+            if slot is None and self.shared:
+                self.slots.take_all(self.into)
+            elif slot is None:
                 self.into.wait(*self.head_free)
             self.into.wait(self.written[index])
             whole = slab.slab(host)
             with self.into.open():
                 memory[: len(whole)].copy_(whole, non_blocking=True)
-            visit = Visit(index, slab.views(memory, host), slot, self.into.mark())
+            if (index, slot) not in self.stored:
+                self.stored[index, slot] = slab.views(memory, host)
+            visit = Visit(index, self.stored[index, slot], slot, self.into.mark())
         if update and (pending := state.pending) is not None and pending.what != MOMENTS:
             if pending.what != UNDO or pending.moved[index]:
                 visit = self.late(state, visit, pending)
@@ -113,15 +150,22 @@ class Traffic:
     def release(self, visit: Visit) -> None:
         """The main lane has no more use of it."""
         free = (self.main.mark(), self.written[visit.index])
-        if visit.slot is None:
+        if visit.slot is None and self.shared:
+            self.slots.free = [free] * len(self.slots.free)
+        elif visit.slot is None:
             self.head_free = free
         else:
             self.slots.free[visit.slot] = free
             self.slots.held[visit.slot] = visit
 
-    def forget(self) -> None:
-        """Host memory may have changed: what is on the device is no longer what is there."""
-        self.slots.held.clear()
+    def expect(self, params: Tree, *, unchanged: bool) -> None:
+        """These parameters are next. unchanged: they are as they were when stages last left for home; else what is on the device is not used."""
+        if not unchanged:
+            self.slots.held.clear()
+        if params is not self.params:
+            self.cuts.clear()
+            self.landed.clear()
+            self.params = params
 
     # -- updates
 
@@ -135,37 +179,29 @@ class Traffic:
         """
         index, done = visit.index, visit.ready
         self.into.wait(self.written[index])
-        hosts, at_home, stored, decay = [tree.leaves(x) for x in coming], tree.leaves(home), tree.leaves(visit.stored), self.decay[visit.index]
-        for piece, origin in zip(self.pieces[index], self.origin[index], strict=True):
-            buffer, number = self.buffers.take(self.into)
-            brought, ranges, at = [], [], 0
+        sources, weights, at_home = [self.cuts_of(index, x) for x in coming], self.cuts_of(index, visit.stored), self.cuts_of(index, home)
+        for i, (piece, origin, acts) in enumerate(zip(self.pieces[index], self.origin[index], self.decay[index], strict=True)):
+            own = [source[i] for source in sources]
+            _, number = self.buffers.take(self.into)
+            here = self.landing(number, own)
             with self.into.open():
-                for leaves in hosts:
-                    cuts = [cut(leaves[part.leaf], part) for part in piece]
-                    first, end = place(cuts[0])[0], place(cuts[-1])[1]
-                    memory = slab.slab(cuts)[first:end]
-                    copy = buffer[at : at + end - first]
-                    copy.copy_(memory, non_blocking=True)
-                    brought.append([copy[place(x)[0] - first : place(x)[1] - first].view(x.dtype).view(x.shape) for x in cuts])
-                    ranges.append((memory, copy))
-                    at += slab.padded(end - first)
+                for to, source in zip(here, own, strict=True):
+                    to.memory.copy_(source.memory, non_blocking=True)
             self.work.wait(visit.ready, self.into.mark())
-            weights = [cut(stored[part.leaf], part) for part in piece]
             with self.work.open():
-                fn(piece, origin, brought, weights, [decay[part.leaf] for part in piece])
+                fn(piece, origin, [x.views for x in here], weights[i].views, acts)
                 done = self.work.mark()
             self.home.wait(done)
             with self.home.open():
-                for memory, copy in ranges[kept:]:
-                    memory.copy_(copy, non_blocking=True)
-                first, end = place(weights[0])[0], place(weights[-1])[1]
-                slab.slab(at_home)[first:end].copy_(slab.slab(stored)[first:end], non_blocking=True)
+                for to, source in zip(own[kept:], here[kept:], strict=True):
+                    to.memory.copy_(source.memory, non_blocking=True)
+                at_home[i].memory.copy_(weights[i].memory, non_blocking=True)
             self.buffers.free[number] = (self.home.mark(),)
         self.written[index] = self.home.mark()
         return replace(visit, ready=done)
 
     def moments_of(self, state: State, index: int) -> tuple[list[str], list[Tree]]:
-        return list(state.opt_state), [stages(part)[index] for part in state.opt_state.values()]
+        return list(state.opt_state), [stage_of(part, index) for part in state.opt_state.values()]
 
     def late(self, state: State, visit: Visit, pending: Pending) -> Visit:
         """The part of the pending update that weights must not be used without."""
@@ -179,7 +215,7 @@ class Traffic:
             )
 
         self.into.wait(self.sent[visit.index])
-        return self.through(visit, stages(state.params)[visit.index], [stages(pending.grads)[visit.index], *moments], 1, fn)
+        return self.through(visit, stage_of(state.params, visit.index), [stage_of(pending.grads, visit.index), *moments], 1, fn)
 
     def at_once(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The whole update, by a gradient that is on the device."""
@@ -189,13 +225,13 @@ class Traffic:
             own = [cut(grads[part.leaf], part) for part in piece]
             self.optimizer.update(own, dict(zip(names, brought, strict=True)), weights, state.updates, decay=acts, origin=origin, factor=factor)
 
-        return self.through(visit, stages(state.params)[visit.index], moments, 0, fn)
+        return self.through(visit, stage_of(state.params, visit.index), moments, 0, fn)
 
     def ahead(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The weights' part of the update, by a gradient that is on the device; and before it the moments' part of the one before, if pending."""
         names, moments = self.moments_of(state, visit.index)
         pending = state.pending if state.pending is not None and state.pending.what == MOMENTS else None
-        coming = moments if pending is None else [stages(pending.grads)[visit.index], *moments]
+        coming = moments if pending is None else [stage_of(pending.grads, visit.index), *moments]
 
         def fn(piece: list[Part], origin: Tensor, brought: list, weights: list, acts: list) -> None:
             opt_state = dict(zip(names, brought[-len(names) :], strict=True))
@@ -207,7 +243,7 @@ class Traffic:
 
         if pending is not None:
             self.into.wait(self.sent[visit.index])
-        return self.through(visit, stages(state.params)[visit.index], coming, 1 if pending is not None else len(coming), fn)
+        return self.through(visit, stage_of(state.params, visit.index), coming, 1 if pending is not None else len(coming), fn)
 
     # -- gradients
 
