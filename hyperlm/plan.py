@@ -22,7 +22,7 @@ from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 128 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 192 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 
 
@@ -181,7 +181,8 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     groups = t.grad_accum // group
     moving = (size(opt_state) + gradient_bytes(config, dtype, params)) / total  # bytes a number that come and go with the weights
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
-    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers)  # gradients on their way home, a block's own or the head's
+    # Gradients on their way home, a block's own or the head's; or that of the block before, until it is updated.
+    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or block * item
     in_block = 2 * stream + round(0.95 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
     in_head = 2 * stream + head_bytes(config, dtype, t.grad_accum * t.batch_size * config.data.seq_len) + count["head"] * copy + sent["head"]
     inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum

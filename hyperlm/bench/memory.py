@@ -43,6 +43,7 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
     if device.type == "cuda":
         row["reserved GiB"] = torch.cuda.max_memory_reserved(device) / env.GIB
         row["process GiB"] = env.used_memory(device) / env.GIB
+        row["retries"] = torch.cuda.memory_stats(device)["num_alloc_retries"]
     row["host GiB"] = env.peak_memory(torch.device("cpu")) / env.GIB
     if t.residence == "host":
         there, back = plan.traffic(config, dtype, planned)
@@ -56,5 +57,6 @@ def run(kinds: list[Kind], config: Config, device: torch.device, budget: float =
     notes = [
         "process: all that the driver counts on this GPU, other processes included; host: the most that this process had resident",
         "GB/s: bytes that a step moves, from the plan, over the time that it takes",
+        "retries: how often memory was so tight that the allocator had to give blocks back first, which is slow",
     ]
     return Result("memory", rows, notes)

@@ -120,10 +120,11 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
         traffic.main.wait(visit.ready)
-        weights = tree.map(lambda p: p.detach().requires_grad_(), compute_copy(visit.stored, dtype))
+        weights = compute_copy(visit.stored, dtype)
         if copied:
+            weights = tree.map(lambda p: p.clone() if p.dim() < 2 else p, weights)  # matrices are copies already
             traffic.release(visit)
-        return weights
+        return tree.map(lambda p: p.detach().requires_grad_(), weights)
 
     def leave(visit: Visit) -> None:
         if not copied:

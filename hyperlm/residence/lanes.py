@@ -36,7 +36,8 @@ class Ring:
 
     def __init__(self, count: int, size: int, device: torch.device) -> None:
         self.buffers = [allocate(size, device) for _ in range(count)]
-        self.free: list[tuple[Event, ...]] = [()] * count
+        # What the allocator hands out may still be read by operations that were given to the current stream before.
+        self.free: list[tuple[Event, ...]] = [(Lane(device, own=False).mark(),)] * count
         self.next = 0
 
     def take(self, lane: Lane) -> tuple[Tensor, int]:

@@ -42,7 +42,7 @@ class Slots:
         """least: bytes that they have together, at least."""
         self.whole = slab.allocate(max(count * size, least), device)
         self.memory = list(self.whole[: count * size].split(size))
-        self.free: list[tuple[Event, ...]] = [()] * count  # what has to happen before each is overwritten
+        self.free: list[tuple[Event, ...]] = [(Lane(device, own=False).mark(),)] * count  # what has to happen before each is overwritten
         self.order = list(range(count))
         self.held: dict[int, Visit] = {}  # by slot, the newest visit, whose stage is still there
 
@@ -83,7 +83,7 @@ class Traffic:
         self.shared, of_head = shared, slab.size(parts[-1])
         self.slots = Slots(slots, max(slab.padded(slab.size(part)) for part in parts[:-1]), of_head if shared else 0, device)
         self.head_memory = self.slots.whole if shared else slab.allocate(of_head, device)
-        self.head_free: tuple[Event, ...] = ()
+        self.head_free: tuple[Event, ...] = (self.main.mark(),)
         self.written: list[Event] = [None] * len(parts)  # when each stage in host memory is up to date
         self.sent: list[Event] = [None] * len(parts)  # and each gradient
         moving = [stages(x) for x in (*opt_state.values(), gradients) if x is not None]  # what comes and goes with the weights
