@@ -53,8 +53,9 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
         return {"m": tree.map(torch.zeros_like, params), "v": tree.map(torch.zeros_like, params)}
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None, what: int = ALL
-    ) -> tuple[Tree, Tree]:
+        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None,
+        what: int = ALL,
+    ) -> tuple[Tree, Tree]:  # fmt: skip
         if what != ALL:
             raise NotImplementedError("updates in parts are those of 8-bit moments")
         p, g, m, v = (tree.leaves(t) for t in (params, grads, opt_state["m"], opt_state["v"]))

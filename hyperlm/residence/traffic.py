@@ -15,7 +15,7 @@ from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.kernels.reference import APART, BLOCK, MOMENTS, UNDO, WEIGHTS
 from hyperlm.optim import Optimizer, optimizer, origins, signed
-from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, slab
+from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
 from hyperlm.residence.pieces import Cut, Part, copy_in, cut, cut_up, pieces_of
 from hyperlm.stages import stage_of, stages
@@ -71,7 +71,9 @@ class Slots:
 class Traffic:
     """Stages on their way."""
 
-    def __init__(self, cfg: Config, total: int, device: torch.device, params: Tree, opt_state: Tree, gradients: Tree | None, slots: int, shared: bool) -> None:
+    def __init__(
+        self, cfg: Config, total: int, device: torch.device, params: Tree, opt_state: Tree, gradients: Tree | None, slots: int, shared: bool
+    ) -> None:
         """slots: stages that there is room for on the device, the head aside unless `shared`: it then takes the place of all of them."""
         self.device, self.params = device, params
         self.main, self.into, self.home = Lane(device, own=False), Lane(device), Lane(device)
