@@ -157,9 +157,14 @@ def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
     return sum(-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
 
 
+def free_once_copied(config: Config, dtype: torch.dtype) -> bool:
+    """Whether a stage in the host residence is computed with as a copy, and not needed on the device beside it."""
+    return config.optim.state == "fp32" and dtype == torch.bfloat16 and config.optim.clip_scope == "global"
+
+
 def slot_count(config: Config, dtype: torch.dtype) -> int:
-    """Stages that the host residence has room for on the device: where a copy is computed with, a stage is free as soon as it is copied."""
-    return SLOTS - (config.optim.state == "fp32" and dtype == torch.bfloat16)
+    """Stages that the host residence has room for on the device."""
+    return SLOTS - free_once_copied(config, dtype)
 
 
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False) -> Plan:

@@ -102,6 +102,8 @@ def builds():
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
         yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability
+        wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
+        yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
         yield "encode8", adamw8.encode, dict(x="*bf16", codes="*u8", scales=f, origin="*i64", N=INTS) | shape, 4, 3, capability
 
 

@@ -302,6 +302,19 @@ def test_adamw_with_8_bit_moments(n, decay, coded, what):
     torch.testing.assert_close(moments.view(torch.float32)[:, 128:], exact_moments.view(torch.float32)[:, 128:], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("what", [reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO])
+@pytest.mark.parametrize("decay", [True, False])
+def test_adamw_of_vectors(decay, what):
+    results = []
+    for backend in ("triton", "torch"):
+        w, g, moments = (normal(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate(((1500,), (1500,), (2, 1500))))
+        rates, factor = torch.tensor([0.999, 0.9, 0.95, 0.02, 1.5], device=DEVICE), torch.tensor(0.7, device=DEVICE)
+        OPS["adamw8"][backend](w, g, moments.abs_(), factor, rates, torch.tensor(0, device=DEVICE), decay, what)
+        results.append((w, moments))
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
+
+
 def test_kernels_work_under_torch_func():
     q, k, v = (spread(1, 1, 20, 32, seed=i, dtype=torch.float32, grad=False) for i in range(3))
     log_decay = torch.full((1, 1, 20), -0.1, device=DEVICE)

@@ -32,14 +32,14 @@ from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import goes_home_in_8_bits, slot_count, visits
+from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits
 from hyperlm.precision import accumulate, compute_copy
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
 from hyperlm.residence.lanes import Event
 from hyperlm.residence.pieces import cut, pieces_of
 from hyperlm.residence.traffic import Inputs, Traffic, Visit
-from hyperlm.stages import moved, stages
+from hyperlm.stages import moved, stage_of, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
 
@@ -101,7 +101,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     newest: Pending | None = None  # what the newest step left pending
     at_once, coded = cfg.optim.clip_scope == "layer", goes_home_in_8_bits(cfg, dtype)
     ahead = not at_once and moves_ahead(cfg, dtype)
-    copied = cfg.optim.state == "fp32" and dtype != torch.float32 and not at_once  # a stage is free as soon as it is copied to compute with
+    copied = free_once_copied(cfg, dtype)
 
     def room_for_gradient(p: Tensor) -> Tensor:
         if coded and p.dim() > 1:
@@ -150,6 +150,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         tokens, targets = batch[:, :, :-1].clamp(min=0), batch[:, :, 1:]
         contexts = [model.context(dtype, t, cfg.model, cfg.kernels, key=key) for t, key in zip(tokens, keys, strict=True)]
         layers, groups = len(blocks), range(len(batch))
+        goes_ahead = ahead and not state.clipped
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
         held: deque[tuple[Event, Any]] = deque()  # what other lanes still read
 
@@ -182,10 +183,11 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 held.append((visit.ready, [found, factor]))
             else:
                 found = traffic.encoded(visit.index, found, state.step) if coded else found
-                factor = torch.isfinite(norm).float()
-                if ahead and not state.clipped:
+                factor = None
+                if goes_ahead:
+                    factor = torch.isfinite(norm).float()
                     visit = traffic.ahead(state, replace(visit, ready=traffic.main.mark()), found, factor)
-                traffic.bring_home(visit.index, found, stages(gradients)[visit.index])
+                traffic.bring_home(visit.index, found, stage_of(gradients, visit.index))
                 held.append((traffic.home.mark(), [found, factor]))
             let_go(but=1)
             return visit
@@ -265,7 +267,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         *total_norm, least = torch.stack([norm, total_nats, factors.min()]).tolist()  # waits for the device
         finite = all(map(math.isfinite, total_norm))
         clipped, newest = least != 1, None
-        if ahead and not state.clipped:
+        if goes_ahead:
             what = UNDO if not finite else CORRECTION if clipped else MOMENTS
             newest = Pending(gradients, factors, state.updates, what, tuple(torch.stack(norms).isfinite().tolist()))
         elif finite and not at_once:
