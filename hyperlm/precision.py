@@ -1,6 +1,6 @@
 """What is computed with, and what is added up in: parameters and sums of gradients are fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ def compute_copy(params: Tree, dtype: torch.dtype) -> Tree:
     return tree.map(lambda p: p.detach().to(dtype) if p.dim() > 1 else p.detach(), params)
 
 
-def accumulate(sums: list[Tensor] | None, grads: Sequence[Tensor]) -> list[Tensor]:
-    """Add gradients to their fp32 sums in place; the first ones are copied, since whoever computed them may overwrite them."""
+def summed(sums: list[Tensor] | None, grads: Sequence[Tensor], accumulate: Callable[[Tensor, Tensor], None]) -> list[Tensor]:
+    """Gradients added to their fp32 sums, in place by an `accumulate` of the dispatch table; the first ones are copied, since whoever computed
+    them may overwrite them."""
     if sums is None:
         return [g.to(torch.float32, copy=True) for g in grads]
-    torch._foreach_add_(sums, list(grads))
+    for total, g in zip(sums, grads, strict=True):
+        accumulate(total, g)
     return sums

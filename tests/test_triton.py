@@ -281,6 +281,15 @@ def test_one_token_of_phase_8(dtype, k):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("n", [1, 4096, 10000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_accumulate(dtype, n):
+    total, x = normal(n, seed=1).float().to(DEVICE), normal(n, seed=2).to(DEVICE, dtype)
+    expected = total + x.float()
+    OPS["accumulate"]["triton"](total, x)
+    assert torch.equal(total, expected)
+
+
 @pytest.mark.parametrize("what", [reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO])
 @pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize("decay", [True, False])

@@ -9,6 +9,7 @@ import torch
 from hyperlm.kernels import reference
 
 OPS: dict[str, dict[str, Callable]] = {
+    "accumulate": {"torch": reference.accumulate},
     "adamw8": {"torch": reference.adamw8},
     "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
@@ -29,8 +30,9 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import adamw8, add_norm, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
+    from hyperlm.kernels import accumulate, adamw8, add_norm, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
 
+    OPS["accumulate"]["triton"] = accumulate.accumulate
     OPS["adamw8"]["triton"] = adamw8.adamw8
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
@@ -43,7 +45,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("adamw8", "add_norm", "encode8", "scan")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "scan")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

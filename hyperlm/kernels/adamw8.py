@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels import reference
+from hyperlm.kernels import reference, special
 from hyperlm.kernels.launch import launch
 from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
@@ -34,7 +34,7 @@ def share(bits, BELOW: tl.constexpr):
 def squared_codes(x, largest, bits):
     """Codes (ROWS, BLOCK) uint8 of x; see `reference.squared_codes`."""
     y = tl.abs(x) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
-    low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126)
+    low = tl.minimum(tl.floor(special.sqrt(y, False)), 126)
     code = low + (share(bits, 32) * (2 * low + 1) < y - low * low).to(tl.float32)
     return tl.where(x < 0, -code, code).to(tl.int32).to(tl.uint8)
 
@@ -61,7 +61,7 @@ def encode(x, codes, scales, origin, N, BLOCK: tl.constexpr, CODED: tl.constexpr
 @triton.jit
 def drawn(m, v, rates):
     """How far the weights move."""
-    return tl.load(rates + 3) * m / (tl.sqrt_rn(v) * tl.load(rates + 4) + 1e-8)
+    return tl.load(rates + 3) * m * special.reciprocal(special.sqrt(v, False) * tl.load(rates + 4) + 1e-8, False)
 
 
 @triton.jit
@@ -123,11 +123,10 @@ def update(
 
         largest = tl.max(v, 1)
         tl.store(scale + 1, largest, mask=there)
-        y = v * (1 / tl.maximum(largest, 1e-30))[:, None]
-        low = tl.minimum(tl.floor(255 * tl.sqrt_rn(tl.sqrt_rn(y))), 254)
-        under, over = low / 255, (low + 1) / 255
-        under, over = under * under * (under * under), over * over * (over * over)
-        code = low + (share(bits, 48) * (over - under) < y - under).to(tl.float32)
+        y = v * (255**4 / tl.maximum(largest, 1e-28))[:, None]
+        low = tl.minimum(tl.floor(special.sqrt(special.sqrt(y, False), False)), 254)
+        under, over = low * low, (low + 1) * (low + 1)
+        code = low + (share(bits, 48) * (over * over - under * under) < y - under * under).to(tl.float32)
         code = tl.where(v > 0, tl.maximum(code, 1), 0)
         tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
 

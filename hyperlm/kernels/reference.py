@@ -248,6 +248,11 @@ ROW = 2 * BLOCK + 8  # bytes of a block of moments: codes of m, codes of v, and 
 MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
 
 
+def accumulate(total: Tensor, x: Tensor) -> None:
+    """total += x, in place; total in fp32, x in any dtype and of the same shape."""
+    total.add_(x)
+
+
 APART = -7046029254386353131  # odd: multiples of it, counters of different streams, are far from each other
 
 
@@ -374,9 +379,9 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
     if touches_moments:
         largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
         codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)
-        y = v * (1 / largest_v.clamp(min=1e-30))
-        low = (255 * y.sqrt().sqrt()).floor().clamp(max=254)
-        under, over = (low / 255) ** 4, ((low + 1) / 255) ** 4
+        y = v * (255**4 / largest_v.clamp(min=1e-28))
+        low = y.sqrt().sqrt().floor().clamp(max=254)
+        under, over = low**4, (low + 1) ** 4
         code = (low + (share(bits, 48) * (over - under) < y - under)).clamp(min=1)
         codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
         scales[:, :1], scales[:, 1:] = largest_m, largest_v

@@ -2,7 +2,7 @@
 
 Triton's own log2 is a polynomial of 13 instructions, its division a sequence of several, and an instruction that minds denormal numbers is
 followed by three that do: these take and give zero for them. Errors (PTX manual): lg2.approx 2^-22 absolute for arguments between 1/2 and
-2 and relative elsewhere, ex2.approx 2^-22 relative, rsqrt.approx 2^-22.9 relative.
+2 and relative elsewhere, ex2.approx 2^-22 relative, rsqrt.approx 2^-22.9 relative, sqrt.approx and rcp.approx 2^-23 relative.
 """
 
 import triton
@@ -30,3 +30,17 @@ def rsqrt(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
         return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.rsqrt(x)
+
+
+@triton.jit
+def sqrt(x, EXACT: tl.constexpr):
+    if APPROXIMATE and not EXACT:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def reciprocal(x, EXACT: tl.constexpr):
+    if APPROXIMATE and not EXACT:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return 1 / x

@@ -16,7 +16,7 @@ from hyperlm.declare import constant, declare
 from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import Context, LayerCache, Mixer, Radius
 
-SLOWEST, FASTEST = 1e-3, 0.3  # initial decay rates per token, spread over the heads
+SLOWEST, FASTEST = 1e-2, 1.0  # initial decay rates per token, spread over the heads
 
 
 class Phase8(Mixer):

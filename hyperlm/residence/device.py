@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from hyperlm import model, tree
+from hyperlm import kernels, model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip, optimizer, origins
-from hyperlm.precision import accumulate, compute_copy
+from hyperlm.precision import compute_copy, summed
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
@@ -23,6 +23,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
     """Micro-batch after micro-batch through the whole model; on a GPU replayed from a CUDA graph."""
     dtype = compute_dtype(device)
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
+    accumulate = kernels.table(("accumulate",), device, cfg.kernels)["accumulate"]
     weights: Tree = None  # what is computed with
 
     def refresh(params: Tree) -> None:
@@ -53,7 +54,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
         for tokens, key in zip(batch, keys, strict=True):
             nats, grads = of_micro_batch(tokens, key, divisor)
             total += nats
-            sums = accumulate(sums, grads)
+            sums = summed(sums, grads, accumulate)
         return total, tree.unflatten(sums, params)
 
     return gradients

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from configs import Config
-from hyperlm import model, tree
+from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
 from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits
-from hyperlm.precision import accumulate, compute_copy
+from hyperlm.precision import compute_copy, summed
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
 from hyperlm.residence.lanes import Event
@@ -93,6 +93,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
+    accumulate = kernels.table(("accumulate",), device, cfg.kernels)["accumulate"]
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
     grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
@@ -138,7 +139,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         for x, output, d in zip(into, outputs, pull, strict=True):  # `into` first: it ends with what follows its last item
             grads = torch.autograd.grad(output(*x), [*leaves, *x], d)
             inner += grads[len(leaves) :]
-            sums = list(grads[: len(leaves)]) if len(outputs) == 1 else accumulate(sums, grads[: len(leaves)])
+            sums = list(grads[: len(leaves)]) if len(outputs) == 1 else summed(sums, grads[: len(leaves)], accumulate)
         return sums, inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:

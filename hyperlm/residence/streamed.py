@@ -42,8 +42,10 @@ class Streamed:
         while coming:
             stored, number, ready = coming.popleft()
             self.main.wait(ready)
-            yield compute_copy(stored, self.dtype)
-            self.ring.free[number] = (self.main.mark(),)
+            try:
+                yield compute_copy(stored, self.dtype)
+            finally:  # after the last block too, though nobody asks for another
+                self.ring.free[number] = (self.main.mark(),)
             fetch()
 
 
