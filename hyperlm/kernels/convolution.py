@@ -175,19 +175,26 @@ def taps_backward(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     dw0, dw1 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
     dw2, dw3 = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
-    for tile in range(TILES):
+    first = -1 if TAIL and tl.program_id(0) == 0 else 0  # the rows of the tail come before the first tile
+    for tile in range(first, TILES):
         n = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        own = inputs_at(x, tail, b, n, channel, N, C, TAIL)
+        dx_c = tl.zeros((ROWS, CHANNELS), tl.float32)
+        # Row n was read with tap W-1 for output n, and with the taps before it for those after.
+        pull = inputs_at(dz, dz, b, n, channel, N, C, False)
+        dw3 += own * pull
+        dx_c += pull * tl.load(weight + 3 * C + channel).to(tl.float32)[None, :]
+        pull = inputs_at(dz, dz, b, n + 1, channel, N, C, False)
+        dw2 += own * pull
+        dx_c += pull * tl.load(weight + 2 * C + channel).to(tl.float32)[None, :]
+        pull = inputs_at(dz, dz, b, n + 2, channel, N, C, False)
+        dw1 += own * pull
+        dx_c += pull * tl.load(weight + 1 * C + channel).to(tl.float32)[None, :]
+        pull = inputs_at(dz, dz, b, n + 3, channel, N, C, False)
+        dw0 += own * pull
+        dx_c += pull * tl.load(weight + channel).to(tl.float32)[None, :]
         at = (b * N + n).to(tl.int64)[:, None] * C + channel[None, :]
-        own = tl.load(dz + at, mask=(n < N)[:, None], other=0.0).to(tl.float32)
-        dw0 += own * inputs_at(x, tail, b, n - 3, channel, N, C, TAIL)
-        dw1 += own * inputs_at(x, tail, b, n - 2, channel, N, C, TAIL)
-        dw2 += own * inputs_at(x, tail, b, n - 1, channel, N, C, TAIL)
-        dw3 += own * inputs_at(x, tail, b, n, channel, N, C, TAIL)
-        dx_c = own * tl.load(weight + (W - 1) * C + channel).to(tl.float32)[None, :]
-        for by in tl.static_range(1, W):
-            later = tl.load(dz + at + by * C, mask=(n + by < N)[:, None], other=0.0).to(tl.float32)
-            dx_c += later * tl.load(weight + (W - 1 - by) * C + channel).to(tl.float32)[None, :]
-        tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=(n < N)[:, None])
+        tl.store(dx + at, dx_c.to(dx.dtype.element_ty), mask=((n >= 0) & (n < N))[:, None])
     to = d_weight + (b * tl.num_programs(0) + tl.program_id(0)) * W * C + channel
     tl.store(to, tl.sum(dw0, 0))
     tl.store(to + C, tl.sum(dw1, 0))
