@@ -24,7 +24,7 @@ from hyperlm.kernels.layout import token_major
 W = tl.constexpr(4)
 FLOOR = tl.constexpr(TINY)
 PLAIN, FEATURES, POINTS = (tl.constexpr(i) for i in range(3))  # what becomes of q and k
-TAP_ROWS, TAP_TILES = 16, 8  # of a tile of `taps_backward`, and tiles of a program
+TAP_ROWS, TAP_TILES = 32, 16  # of a tile of `taps_backward`, and tiles of a program
 
 
 @triton.jit
@@ -202,18 +202,19 @@ def taps_backward(
     tl.store(to + 3 * C, tl.sum(dw3, 0))
 
 
-def tile(K: int, dtype: torch.dtype, lift: int) -> tuple[int, int]:
+def tile(K: int, dtype: torch.dtype, lift: int, *, backward: bool) -> tuple[int, int]:
     """Rows of a tile, and the warps that work on it, for heads of width K."""
     if lift == POINTS.value:
         return {32: 32, 64: 32, 128: 16, 256: 16}[K], 8
     if dtype == torch.float32:
         return (16, 8) if K != 128 else (32, 8)
-    return {32: 64, 64: 64, 128: 32, 256: 16}[K], 8
+    rows = {32: 64, 64: 64, 128: 32, 256: 16}[K]
+    return (rows // 2, 4) if backward else (rows, 4)
 
 
 def tap_channels(c: int) -> int:
     """Channels of a tile of `taps_backward`, which divide c."""
-    return math.gcd(c, 128)
+    return math.gcd(c, 64)
 
 
 class Lift(NamedTuple):
@@ -239,7 +240,7 @@ def backward(
     dq, dk, dv = (token_major(d.transpose(1, 2)) for d in (dq, dk, dv))
     if not dq.stride(1) == dk.stride(1) == dv.stride(1):
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    rows, warps = tile(k, x.dtype, lift.kind)
+    rows, warps = tile(k, x.dtype, lift.kind, backward=True)
     programs = triton.cdiv(n, rows)
     dz, d_r = torch.empty_like(x), None if r is None else torch.empty_like(r)
     d_beta = None if beta is None else torch.empty(b * programs, 2, h, device=x.device)
@@ -252,7 +253,7 @@ def backward(
     dx, d_weight = torch.empty_like(x), torch.empty(b * programs, 4, c, device=x.device)
     launch(
         taps_backward, (programs, c // tap_channels(c), b),
-        x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=tap_channels(c), TILES=TAP_TILES, TAIL=tail is not None, warps=8, stages=1,
+        x, weight, tail, dz, dx, d_weight, n, c, ROWS=TAP_ROWS, CHANNELS=tap_channels(c), TILES=TAP_TILES, TAIL=tail is not None, warps=4, stages=1,
     )  # fmt: skip
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 
@@ -268,7 +269,7 @@ class Convolution(torch.autograd.Function):
         k = c // 3 // heads
         out = torch.empty(3, b, n, heads, k, device=x.device, dtype=x.dtype)
         times = None if cos is None else torch.empty(2, b, heads, n, device=x.device)
-        rows, warps = tile(k, x.dtype, lift.kind)
+        rows, warps = tile(k, x.dtype, lift.kind, backward=False)
         launch(
             convolve, (triton.cdiv(n, rows), 3 * heads, b),
             x, weight, tail, *lift, out, times, b, n, heads, out.stride(0), out.stride(2),
