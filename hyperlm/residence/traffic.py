@@ -1,6 +1,7 @@
 """What moves between host and device, and the order that it must keep: stages and their updates, gradients, inputs of blocks.
 
-Four lanes work at the same time: copies in, copies home, updates, and everything else.
+Six lanes work at the same time: copies in, copies home, the same of the inputs of blocks, updates, and everything else. What waits in a lane
+holds up all that comes after it: inputs have lanes of their own because their copies wait for the computation of a block, and stages do not.
 """
 
 from collections import deque
@@ -267,7 +268,8 @@ class Inputs:
     """The input of every block for every group of micro-batches, from the forward pass until the backward pass takes it."""
 
     def __init__(self, traffic: Traffic, kept: int) -> None:
-        self.traffic, self.kept = traffic, kept  # blocks whose inputs stay on the device
+        self.main, self.into, self.home = traffic.main, Lane(traffic.device), Lane(traffic.device)
+        self.device, self.kept = traffic.device, kept  # blocks whose inputs stay on the device
         self.here: dict[tuple[int, int], Tensor] = {}
         self.away: dict[tuple[int, int], Tensor] = {}  # in host memory
         self.left: dict[tuple[int, int], Event] = {}
@@ -279,14 +281,13 @@ class Inputs:
         if layer < self.kept:
             self.here[layer, group] = x
             return
-        t = self.traffic
         if (layer, group) not in self.away:
-            memory = slab.allocate(x.nbytes, torch.device("cpu"), pin=t.device.type == "cuda")
+            memory = slab.allocate(x.nbytes, torch.device("cpu"), pin=self.device.type == "cuda")
             self.away[layer, group] = memory.view(x.dtype).view(x.shape)
-        t.home.wait(t.main.mark())
-        with t.home.open():
+        self.home.wait(self.main.mark())
+        with self.home.open():
             self.away[layer, group].copy_(x, non_blocking=True)
-        self.left[layer, group] = t.home.mark()
+        self.left[layer, group] = self.home.mark()
         self.leaving.append((self.left[layer, group], x))  # whose memory may only be used again after that
         self.gone(but=2)
 
@@ -294,29 +295,29 @@ class Inputs:
         """Forget the inputs that have been put, but for the newest, which may still be on their way."""
         while len(self.leaving) > but:
             event, _ = self.leaving.popleft()
-            self.traffic.main.wait(event)
+            self.main.wait(event)
 
     def prefetch(self, layer: int, group: int) -> None:
         if layer < self.kept or layer < 0:
             return
-        t, x = self.traffic, self.away[layer, group]
+        x = self.away[layer, group]
         if self.ring is None or len(self.ring.buffers[0]) < x.nbytes:
-            self.ring = Ring(INPUTS, x.nbytes, t.device)
-        buffer, number = self.ring.take(t.into)
-        t.into.wait(self.left[layer, group])
-        with t.into.open():
+            self.ring = Ring(INPUTS, x.nbytes, self.device)
+        buffer, number = self.ring.take(self.into)
+        self.into.wait(self.left[layer, group])
+        with self.into.open():
             own = buffer[: x.nbytes].view(x.dtype).view(x.shape)
             own.copy_(x, non_blocking=True)
-        self.coming[layer, group] = own, number, t.into.mark()
+        self.coming[layer, group] = own, number, self.into.mark()
 
     def take(self, layer: int, group: int) -> tuple[Tensor, int | None]:
         """The input, and the buffer to give back."""
         if layer < self.kept:
             return self.here.pop((layer, group)), None
         x, number, ready = self.coming.pop((layer, group))
-        self.traffic.main.wait(ready)
+        self.main.wait(ready)
         return x, number
 
     def release(self, number: int | None) -> None:
         if number is not None:
-            self.ring.free[number] = (self.traffic.main.mark(),)
+            self.ring.free[number] = (self.main.mark(),)
