@@ -25,7 +25,8 @@ class Optimizer(NamedTuple):
     `update` works in place: the tensors of params, opt_state and grads are consumed. Its `step` counts the updates made before (0 for the
     first) and decides learning rate and bias correction; `decay` has the structure of params, with True where weight decay acts; `origin` says
     where each leaf's random stream starts (see `origins`), (leaves,) int64 on their device; gradients are multiplied by `factor`, an
-    fp32 scalar on their device; `what` names the part of the update to make, if not all of it: see `reference.adamw8`.
+    fp32 scalar on their device, and by 0 they count as 0 even where they are not finite; `what` names the part of the update to make, if
+    not all of it: see `reference.adamw8`.
     """
 
     keep: Callable[[Tensor], Tensor]
@@ -62,6 +63,7 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
         g = [x.float() if x.dtype == torch.bfloat16 else x for x in g]
         if factor is not None:
             torch._foreach_mul_(g, factor)
+            g = [torch.nan_to_num_(x, 0, 0, 0) for x in g]  # infinity times 0
         rate = lr(step)
         decayed = [leaf for leaf, acts in zip(p, tree.leaves(decay), strict=True) if acts]
         if decayed and cfg.weight_decay:

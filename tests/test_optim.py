@@ -43,6 +43,19 @@ def test_updating_leaf_by_leaf_equals_updating_at_once():
         assert torch.equal(part[name], whole[name])
 
 
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
+    rule, ends = optim.optimizer(OptimConfig(state=state), 10), []
+    for bad in (math.nan, math.inf, 0.0):
+        w = [rule.keep(normal(3, 256, seed=1).float()), rule.keep(normal(256, seed=2).float())]
+        moments, options = rule.init(w), dict(decay=[True, False], origin=torch.tensor([1, 2]))
+        for step, (factor, value) in enumerate(((1.0, 0.3), (0.0, bad))):
+            rule.update([torch.full_like(x, value, dtype=torch.float32) for x in w], moments, w, step, factor=torch.tensor(factor), **options)
+        ends.append(tree.leaves([w, moments]))
+    for end in ends[:2]:
+        assert all(torch.equal(x, y) for x, y in zip(end, ends[2], strict=True))
+
+
 def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
     lr = optim.schedule(OptimConfig(lr=1.0, warmup_steps=10, lr_floor=0.1), 110)
     assert lr(0) == pytest.approx(0.1) and lr(9) == pytest.approx(1.0) and lr(10) == pytest.approx(1.0)

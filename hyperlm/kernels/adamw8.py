@@ -68,7 +68,7 @@ def drawn(m, v, rates):
 def moved(weight, found, old_m, old_v, factor, rates, DECAY: tl.constexpr, WHAT: tl.constexpr):
     """See `reference.moved`."""
     beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
-    grad = found * tl.load(factor)
+    grad = tl.where(tl.load(factor) > 0, found * tl.load(factor), 0.0)
     m = beta1 * old_m + (1 - beta1) * grad
     v = beta2 * old_v + (1 - beta2) * grad * grad
     if WHAT == ALL or WHAT == WEIGHTS:

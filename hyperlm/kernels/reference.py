@@ -325,7 +325,7 @@ def moved(
         """How far the weights move."""
         return rate * m / (v.sqrt() * root + 1e-8)
 
-    m, v = absorbed(found * factor)
+    m, v = absorbed(torch.where(factor > 0, found * factor, 0))
     if what in (ALL, WEIGHTS):
         weight = weight * shrink - drawn(m, v)
     elif what in (CORRECTION, UNDO):
@@ -349,7 +349,7 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
         w: bf16 or fp32, any contiguous shape of n numbers.
         g: as many, bf16 or fp32, or as `encode8` returns them; multiplied by factor.
         moments: (ceil(n / BLOCK), ROW) uint8; of w in fp32, m and v, (2, ...) fp32; zeros at first.
-        factor: fp32 scalar on the device of the others. WEIGHTS with factor 0 changes nothing, even if g is not finite.
+        factor: fp32 scalar on the device of the others. By 0, g counts as 0 even where it is not finite; and WEIGHTS changes nothing.
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
         origin: int64 scalar, the counter of the first number.
         decay: whether weight decay acts.

@@ -57,7 +57,7 @@ def append(buffer: Tensor, new: Tensor, position: int) -> Tensor:
 
 
 class Radius(nn.Module):
-    """Radii of the polar lift, r = R_MIN + (R_MAX - R_MIN) sigmoid(w . x + b), for `count` heads: (B, N, D) -> (B, count, N), fp32.
+    """Radii of the polar lift, r = R_MIN + (R_MAX - R_MIN) sigmoid(w . x + b), for `count` heads: w . x (B, N, count) -> (B, count, N), fp32.
 
     Geometry enters the models only here: with norm-fixed queries and keys a hyperbolic score is dot-product attention in disguise.
     """
@@ -68,9 +68,8 @@ class Radius(nn.Module):
         self.weight = declare((count, cfg.d_model), constant(0.0), decay=True)  # radii start equal: random ones would drown the directions
         self.bias = declare((count,), constant(math.log(share / (1 - share))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = F.linear(x, self.weight) + self.bias  # wide, as the bias is
-        return (R_MIN + (R_MAX - R_MIN) * torch.sigmoid(logits)).mT
+    def forward(self, product: Tensor) -> Tensor:
+        return (R_MIN + (R_MAX - R_MIN) * torch.sigmoid(product + self.bias)).mT  # wide, as the bias is
 
 
 class Mixer(nn.Module):
@@ -96,8 +95,13 @@ class Mixer(nn.Module):
         """Inverse temperature of each head, (H,)."""
         return self.head_dim**0.5 * torch.exp(self.log_beta)
 
-    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        """Convolution, the kind's core, norm and gate: x (B, N, D), qkv (B, N, 3 D), gate (B, N, D) -> (B, N, D) and the next cache."""
+    def narrow(self) -> list[Tensor]:
+        """The kind's own projections of x to a few numbers a token, (numbers, D) each."""
+        return []
+
+    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        """Convolution, the kind's core, norm and gate: qkv (B, N, 3 D), gate (B, N, D) and the products of `narrow` (B, N, numbers) -> (B, N, D)
+        and the next cache."""
         raise NotImplementedError
 
     @staticmethod
@@ -107,6 +111,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        gate = F.linear(F.linear(x, self.gate_down), self.gate_up)
-        y, entries = self.mix(x, F.linear(x, self.qkv), gate, cache, ctx)
+        narrow = [self.gate_down, *self.narrow()]  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
+        low, *few = F.linear(x, torch.cat(narrow)).split([len(weight) for weight in narrow], -1)
+        y, entries = self.mix(F.linear(x, self.qkv), F.linear(low, self.gate_up), few, cache, ctx)
         return F.linear(y, self.out), entries

@@ -21,14 +21,17 @@ class Phase7(Mixer):
         self.score = cfg.score
         self.radius = Radius(cfg, 2 * cfg.n_heads)
 
-    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        r = self.radius(x)
+    def narrow(self) -> list[Tensor]:
+        return [self.radius.weight]
+
+    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        r = self.radius(few[0])
         if ctx.gauges is not None:
             ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
         tail, entries = None if cache is None else cache["tail"], {}
         t_q, s_q, t_k, s_k, v, tail = ctx.ops["hyperbolic_points"](qkv, self.conv, r, ctx.cos, ctx.sin, tail)
         if cache is not None:
-            end = ctx.position + x.shape[1]
+            end = ctx.position + qkv.shape[1]
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("t_k", t_k), ("s_k", s_k), ("v", v))}
             t_k, s_k, v = (entries[name][:, :, :end] for name in ("t_k", "s_k", "v"))
         o = ctx.ops["hyperbolic_attention"](t_q, s_q, t_k, s_k, v, self.beta, self.score)

@@ -31,13 +31,16 @@ class Phase8(Mixer):
         self.decay = declare((h, cfg.d_model), constant(0.0), decay=True)
         self.decay_bias = declare((h,), constant([math.log(math.expm1(rate)) for rate in rates]))  # inverse of softplus
 
-    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        r = self.radius(x)
+    def narrow(self) -> list[Tensor]:
+        return [self.radius.weight, self.decay]
+
+    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        r = self.radius(few[0])
         if ctx.gauges is not None:
             ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
-        log_decay = -F.softplus(F.linear(x, self.decay) + self.decay_bias).mT.contiguous()  # (B, H, N), wide as the bias is
+        log_decay = -F.softplus(few[1] + self.decay_bias).mT.contiguous()  # (B, H, N), wide as the bias is
         tail, state = (None, None) if cache is None else (cache["tail"], cache["state"])
-        if cache is not None and x.shape[1] == 1:
+        if cache is not None and qkv.shape[1] == 1:
             token = (qkv[:, 0], self.conv, r[..., 0], self.beta, log_decay[..., 0])
             y, state, tail = ctx.ops["tangent_step"](*token, state, tail, self.norm, gate[:, 0])
             return y[:, None], {"tail": tail, "state": state}

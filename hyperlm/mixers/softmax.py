@@ -13,13 +13,13 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
 class Softmax(Mixer):
     ops = ("causal_conv", "softmax_attention", "norm_gate")
 
-    def mix(self, x: Tensor, qkv: Tensor, gate: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
         q = (rotate(direction(widen(q)), ctx.cos, ctx.sin) * self.beta[:, None, None]).to(v.dtype)
         k = rotate(direction(widen(k)), ctx.cos, ctx.sin).to(v.dtype)
         entries = {}
         if cache is not None:
-            end = ctx.position + x.shape[1]
+            end = ctx.position + qkv.shape[1]
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("k", k), ("v", v))}
             k, v = (entries[name][:, :, :end] for name in ("k", "v"))
         o = ctx.ops["softmax_attention"](q, k, v)

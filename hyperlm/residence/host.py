@@ -179,7 +179,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
                 factor = torch.where(torch.isfinite(norm), factor, 0)  # if not, this stage alone has no gradient
-                found = [torch.nan_to_num_(g, 0, 0, 0).contiguous() for g in found]
+                found = [g.contiguous() for g in found]
                 visit = traffic.at_once(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 held.append((visit.ready, [found, factor]))
             else:
