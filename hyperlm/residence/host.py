@@ -100,6 +100,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     inputs: Inputs | None = None
     gradients: Tree = None  # of the newest step, in host memory
     newest: Pending | None = None  # what the newest step left pending
+    held: deque[tuple[Event, Any]] = deque()  # what other lanes still read; of the last stage, into the next step
     at_once, coded = cfg.optim.clip_scope == "layer", goes_home_in_8_bits(cfg, dtype)
     ahead = not at_once and moves_ahead(cfg, dtype)
     copied = free_once_copied(cfg, dtype)
@@ -153,8 +154,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         layers, groups = len(blocks), range(len(batch))
         goes_ahead = ahead and not state.clipped
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
-        held: deque[tuple[Event, Any]] = deque()  # what other lanes still read
-
         def block_of(layer: int, weights: Tree, a: int, x: Tensor) -> Tensor:
             return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer))[0]
 
@@ -190,13 +189,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                     visit = traffic.ahead(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 traffic.bring_home(visit.index, found, stage_of(gradients, visit.index))
                 held.append((traffic.home.mark(), [found, factor]))
-            let_go(but=1)
-            return visit
-
-        def let_go(but: int = 0) -> None:
-            while len(held) > but:
+            while len(held) > 1:
                 event, _ = held.popleft()
                 traffic.main.wait(event)
+            return visit
 
         # -- forward
         fetch_ahead()
@@ -263,7 +259,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         visit = learn(visit, weights, found)
         leave(visit)
 
-        let_go()
         factors, norm = clip_factors(torch.stack(norms), cfg.optim.clip, cfg.optim.clip_scope)
         *total_norm, least = torch.stack([norm, total_nats, factors.min()]).tolist()  # waits for the device
         finite = all(map(math.isfinite, total_norm))
