@@ -36,7 +36,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         for part in windows.split(batch):
             part = part.to(device)
             features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels)
-            part_nats, part_tokens = head_nats(features.flatten(0, 1), params["head"]["weight"], part[:, 1:].flatten())
+            part_nats, part_tokens = head_nats(features.flatten(0, 1), params["head"]["weight"], part[:, 1:].flatten(), kernels=config.kernels)
             source_nats += part_nats.cpu()
             source_tokens += int(part_tokens)
             bar.update(len(part))

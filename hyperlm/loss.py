@@ -1,94 +1,85 @@
-"""Cross entropy of the head, in chunks: a sum of nats and a count, never a mean, so that parts add up exactly.
+"""Cross entropy of the head, in chunks of the vocabulary: a sum of nats and a count, never a mean, so that parts add up exactly.
 
-The (T, V) logits never exist whole. With gradients, chunks are of the vocabulary: once for the normaliser of every token, once more for the
-gradients, so that each row of the head's is a single product over all tokens, with no sum beside it. Without, chunks are of tokens.
+Once through the chunks for the normaliser of every token, and with gradients once more for these, in place of the logits: so each row of the
+head's gradient is a single product over all tokens, with no sum beside it. What fits one chunk is computed once.
 Axes: T tokens, D model width, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
+from hyperlm import kernels as table
+from hyperlm.kernels.reference import wide
+
 IGNORE = -1  # a target that does not count
-CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MiB in fp32
+# Logits at a time: what plain torch makes of them takes several copies in fp32, and a kernel works in their place.
+AT_ONCE = {"torch": 1 << 24, "triton": 1 << 26}
+OPS = ("pull_logits", "take_logits")
 
 
-def chunks(length: int, width: int) -> list[slice]:
-    """`length` rows in chunks, of which the product with `width` others has at most CHUNK_ELEMENTS."""
-    size = max(1, CHUNK_ELEMENTS // width)
-    return [slice(start, min(length, start + size)) for start in range(0, length, size)]
-
-
-def chunk_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats (T,) of wide logits (T, V), zero where ignored."""
-    picked = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets == IGNORE, 0, torch.logsumexp(logits, -1) - picked)
+def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
+    """The vocabulary in chunks of at most `at_once` logits of so many tokens."""
+    size = max(1, at_once // tokens)
+    size = size // 128 * 128 or size  # rows that a kernel reads in whole
+    return [slice(start, min(vocabulary, start + size)) for start in range(0, vocabulary, size)]
 
 
 class HeadNats(torch.autograd.Function):
-    """(features, weight, targets) -> nats, with the gradients found on the way."""
+    """(features, weight, targets, backend, at_once) -> nats, with the gradients found on the way, if they are wanted."""
 
     @staticmethod
-    def forward(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-        parts, rows = chunks(weight.shape[0], features.shape[0]), torch.arange(features.shape[0], device=features.device)
-
-        def logits_of(part: slice) -> Tensor:
-            return (features @ weight[part].mT).to(wide)
-
-        def own(part: slice) -> tuple[Tensor, Tensor]:
-            """Of every token, the place of its target in a chunk (some place, if it is in another), and whether it is there."""
-            place = targets - part.start
-            there = (place >= 0) & (targets < part.stop)
-            return torch.where(there, place, 0), there
-
-        log_z = torch.full((features.shape[0],), -torch.inf, device=features.device, dtype=wide)
+    def forward(features: Tensor, weight: Tensor, targets: Tensor, backend: str, at_once: int, pulled: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ops = table.table(OPS, features.device, backend)
+        parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
+        log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
         picked = torch.zeros_like(log_z)
         for part in parts:
-            logits = logits_of(part)
-            place, there = own(part)
-            log_z = torch.logaddexp(log_z, torch.logsumexp(logits, -1))
-            picked += torch.where(there, logits[rows, place], 0)
+            logits = features @ weight[part].mT
+            ops["take_logits"](logits, part.start, targets, log_z, picked)
         counted = targets != IGNORE
-        nats = torch.where(counted, log_z - picked, 0).sum()
+        nats = torch.where(counted, log_z - picked, 0).sum(dtype=log_z.dtype if pulled else torch.float64)
+        if not pulled:
+            return nats, None, None
 
-        d_features, d_weight = torch.zeros_like(features, dtype=wide), torch.empty_like(weight)
+        d_features, d_weight = None, torch.empty_like(weight)
         log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
         for part in parts:
-            logits = logits if len(parts) == 1 else logits_of(part)
-            p = logits.sub_(log_z[:, None]).exp_()  # softmax; then its difference from the target
-            place, there = own(part)
-            p[rows, place] -= there.to(wide)
-            p = p.to(features.dtype)
-            d_features += p @ weight[part]
-            torch.mm(p.mT, features, out=d_weight[part])
+            logits = logits if len(parts) == 1 else features @ weight[part].mT
+            ops["pull_logits"](logits, part.start, targets, log_z)
+            own = logits @ weight[part]
+            d_features = own if len(parts) == 1 else own.to(log_z.dtype) if d_features is None else d_features.add_(own)
+            torch.mm(logits.mT, features, out=d_weight[part])
         return nats, d_features.to(features.dtype), d_weight
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         _, d_features, d_weight = output
-        ctx.mark_non_differentiable(d_features, d_weight)
-        ctx.save_for_backward(d_features, d_weight)
+        if d_weight is not None:
+            ctx.mark_non_differentiable(d_features, d_weight)
+            ctx.save_for_backward(d_features, d_weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_features, d_weight = ctx.saved_tensors
-        return d_features.mul_(grad.to(d_features.dtype)), d_weight.mul_(grad.to(d_weight.dtype)), None  # in place: there is no second time
+        # in place: there is no second time
+        return d_features.mul_(grad.to(d_features.dtype)), d_weight.mul_(grad.to(d_weight.dtype)), None, None, None, None
 
 
-def head_nats(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def logits_at_once(device: torch.device, backend: str) -> int:
+    return AT_ONCE[table.select("pull_logits", device, backend).backend]
+
+
+def head_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str = "auto", at_once: int = 0) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of the next token.
 
     Args:
         features: (T, D), normalised, any float dtype.
         weight: (V, D), the head.
         targets: (T,) int64; IGNORE where a position does not count.
+        at_once: logits that may exist at the same time; 0 for a default.
 
     Returns:
-        nats and the number of counted targets, scalars; nats at least in fp32. Differentiable once.
+        nats and the number of counted targets, scalars; nats at least in fp32, without gradients in fp64. Differentiable once.
     """
-    count = (targets != IGNORE).sum()
-    if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
-        return HeadNats.apply(features, weight, targets)[0], count
-    parts = chunks(features.shape[0], weight.shape[0])
-    total = sum(chunk_nats((features[part] @ weight.mT).double(), targets[part]).sum() for part in parts)
-    return total, count
+    pulled = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    return HeadNats.apply(features, weight, targets, kernels, at_once, pulled)[0], (targets != IGNORE).sum()

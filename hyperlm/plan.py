@@ -17,7 +17,7 @@ from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference import BLOCK, CODED
-from hyperlm.loss import CHUNK_ELEMENTS
+from hyperlm.loss import AT_ONCE
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
 from hyperlm.tree import Tree
 
@@ -39,6 +39,7 @@ class Plan:
     group: int = 1  # micro-batches at a time
     kept: int = 0  # blocks whose inputs stay on the device
     shared: bool = False  # whether the head takes the place of the other stages
+    logits: int = 0  # of the head at a time, in the room that a block needs at another; 0 for the default
 
     @property
     def device(self) -> int:
@@ -68,10 +69,15 @@ class Fused(torch.autograd.Function):
         return out
 
 
+def has_kernels(config: Config, dtype: torch.dtype) -> bool:
+    """Whether operations will run in Triton: bf16 says that there is a GPU."""
+    return dtype == torch.bfloat16 and config.kernels != "torch"
+
+
 def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
-    """For every op, a function for the meta device that saves as much as what will run: Triton where bf16 says that there is a GPU."""
+    """For every op, a function for the meta device that saves as much as what will run."""
     cfg = config.model
-    triton = dtype == torch.bfloat16 and config.kernels != "torch" and cfg.head_dim in kernels.HEAD_DIMS
+    triton = has_kernels(config, dtype) and cfg.head_dim in kernels.HEAD_DIMS
 
     def stand_in(op: str) -> Callable:
         reference = kernels.OPS[op]["torch"]
@@ -128,7 +134,8 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
 def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head."""
     cfg = config.model
-    chunk = min(CHUNK_ELEMENTS, tokens * cfg.vocab_size) * (FP32 + 2 * dtype.itemsize)
+    backend, each = ("triton", dtype.itemsize) if has_kernels(config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
+    chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
     return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
 
 
@@ -189,7 +196,11 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     # Gradients on their way home, a block's own or the head's; or that of the block before, until it is updated.
     leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or block * item
     in_block = 2 * stream + round(0.95 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
-    in_head = 2 * stream + head_bytes(config, dtype, t.grad_accum * t.batch_size * config.data.seq_len) + count["head"] * copy + sent["head"]
+    tokens = t.grad_accum * t.batch_size * config.data.seq_len
+    in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
+    logits = 0
+    if has_kernels(config, dtype) and in_block > in_head:
+        logits = min(AT_ONCE["triton"] + (in_block - in_head) // item, tokens * cfg.vocab_size)
     inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
     return Plan(
         "host",
@@ -201,6 +212,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
         group=group,
         kept=kept,
         shared=shared,
+        logits=logits,
     )
 
 

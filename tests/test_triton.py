@@ -281,6 +281,28 @@ def test_one_token_of_phase_8(dtype, k):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [1, 300, 5000])
+def test_cross_entropy_of_a_chunk(dtype, width):
+    """Logits of up to 60, targets before, among and after those of the chunk, or none; some normaliser from before, or none."""
+    logits, first = (20 * normal(7, width, seed=1)).to(DEVICE, dtype), 100
+    targets = torch.tensor([-1, 0, 99, 100, 100 + width // 2, 99 + width, 100 + width], device=DEVICE)
+    before = torch.tensor([0.0, -torch.inf, 30.0, -50.0, 100.0, -torch.inf, 2.0], device=DEVICE)
+    x, oracle = logits.double(), before.double()
+    there = (targets >= first) & (targets < first + width)
+    rows, place = torch.arange(7, device=DEVICE)[there], targets[there] - first
+    oracle = torch.logaddexp(oracle, torch.logsumexp(x, 1))
+    log_z, picked = before.clone(), torch.full((7,), 3.0, device=DEVICE)
+    OPS["take_logits"]["triton"](logits, first, targets, log_z, picked)
+    torch.testing.assert_close(log_z.double(), oracle, rtol=1e-6, atol=1e-5)
+    assert torch.equal(picked[there], 3 + logits[rows, place].float()) and (picked[~there] == 3).all()
+    truth = (x - oracle[:, None]).exp()
+    truth[rows, place] -= 1
+    log_z[0], truth[0] = torch.inf, 0  # a token that does not count
+    OPS["pull_logits"]["triton"](logits, first, targets, log_z)
+    torch.testing.assert_close(logits.double(), truth, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 4096, 10000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_accumulate(dtype, n):

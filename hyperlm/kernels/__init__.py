@@ -18,8 +18,10 @@ OPS: dict[str, dict[str, Callable]] = {
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
     "norm_gate": {"torch": reference.norm_gate},
+    "pull_logits": {"torch": reference.pull_logits},
     "scan": {"torch": reference.scan},
     "softmax_attention": {"torch": reference.softmax_attention},
+    "take_logits": {"torch": reference.take_logits},
     "tangent_features": {"torch": reference.tangent_features},
     "tangent_step": {"torch": reference.tangent_step},
 }
@@ -30,7 +32,7 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import accumulate, adamw8, add_norm, convolution, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
+    from hyperlm.kernels import accumulate, adamw8, add_norm, convolution, cross_entropy, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
 
     OPS["accumulate"]["triton"] = accumulate.accumulate
     OPS["adamw8"]["triton"] = adamw8.adamw8
@@ -41,11 +43,13 @@ else:
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
     OPS["norm_gate"]["triton"] = norm_gate.norm_gate
+    OPS["pull_logits"]["triton"] = cross_entropy.pull_logits
     OPS["scan"]["triton"] = scan.scan
+    OPS["take_logits"]["triton"] = cross_entropy.take_logits
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "scan")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "pull_logits", "scan", "take_logits")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

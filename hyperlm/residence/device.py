@@ -41,7 +41,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
         with torch.profiler.record_function("forward"):
             inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
             features = model.hidden(weights, inputs, cfg.model, kernels=cfg.kernels, key=key, recompute=cfg.train.recompute, run=run)
-            nats, _ = head_nats(features.flatten(0, 1), weights["head"]["weight"], targets.flatten())
+            nats, _ = head_nats(features.flatten(0, 1), weights["head"]["weight"], targets.flatten(), kernels=cfg.kernels)
         with torch.profiler.record_function("backward"):
             return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
 

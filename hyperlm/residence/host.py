@@ -219,8 +219,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         weights = weights_of(visit)
 
         def loss_of(chosen: Sequence[int], *x: Tensor) -> Tensor:
-            features = [model.finish(weights, own, cfg.model, contexts[a]) for a, own in zip(chosen, x, strict=True)]
-            nats, _ = head_nats(torch.cat(features).flatten(0, 1), weights["weight"], targets[chosen[0] : chosen[-1] + 1].flatten())
+            features = [model.finish(weights, x_a, cfg.model, contexts[a]) for a, x_a in zip(chosen, x, strict=True)]
+            own = targets[chosen[0] : chosen[-1] + 1].flatten()
+            nats, _ = head_nats(torch.cat(features).flatten(0, 1), weights["weight"], own, kernels=cfg.kernels, at_once=plan.logits)
             total_nats.add_(nats.detach())
             return nats / count
 
