@@ -193,7 +193,7 @@ def standard() -> Config:
     return Config()
 
 
-def max() -> Config:  # noqa: A001 - the preset's public name
+def max() -> Config:
     """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers.
 
     `python train.py --preset max` trains it from 45 GiB of host memory, with `--optim.state int8` from 18. With that and `--train.device-memory 5.81`,

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 Tree = Any
 
 
-def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 - the field's name for it
+def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
     """Apply `fn` leaf by leaf; the trees in `rest` have the structure of `tree`."""
     return _pytree.tree_map(fn, tree, *rest)
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SMALLEST
 
 import bench
 import train
-from conftest import SMALLEST
 from hyperlm import cli
 from hyperlm.bench.report import table
 from hyperlm.bench.speed import exponent

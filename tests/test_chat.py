@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALLEST, TINY, generator
 
 import chat
 import train
 from configs import ModelConfig
-from conftest import SMALLEST, TINY, generator
 from hyperlm import cli, model, sample
 from hyperlm.sample import Sampling
 

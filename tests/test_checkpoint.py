@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CASES, TINY, generator
 
 from configs import Config, TrainConfig
-from conftest import CASES, TINY, generator
 from hyperlm import checkpoint, tree
 from hyperlm.data import Corpus
 from hyperlm.step import init_state, make_step

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import write_prose
 
 from configs import Config, DataConfig, ModelConfig, TrainConfig
-from conftest import write_prose
 from hyperlm import data
 from hyperlm.data import corpus as preparation
 from hyperlm.data import sources

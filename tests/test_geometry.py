@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import normal
+
 from hyperlm import geometry as g
 
 RADII = [0.05, 0.5, 1.0, 2.0, 4.0]

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import normal
 from torch.autograd import gradcheck
 
-from conftest import normal
 from hyperlm import kernels
 from hyperlm.geometry import direction, distance, lift, lift_rounded
 from hyperlm.kernels import reference as ref

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import generator, normal
-from hyperlm import loss
 
+from hyperlm import loss
 
 at_once = pytest.mark.parametrize("at_once", [1, 100, 0], ids=["one number a chunk", "few", "all"])
 

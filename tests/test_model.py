@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CASES, TINY, generator
 
 from configs import PRESETS, resolve
-from conftest import CASES, TINY, generator
 from hyperlm import model, tree
 from hyperlm.loss import head_nats
 

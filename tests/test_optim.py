@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import normal
 
 from configs import OptimConfig
-from conftest import normal
 from hyperlm import optim, tree
 from hyperlm.kernels import reference
 

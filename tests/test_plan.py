@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CASES
 
 from configs import Config, DataConfig, TrainConfig
-from conftest import CASES
 from hyperlm import model, plan, tree
 from hyperlm.step import init_state
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from hyperlm.kernels import special  # noqa: E402
-from hyperlm.kernels.reference import TIP  # noqa: E402
+from hyperlm.kernels import special
+from hyperlm.kernels.reference import TIP
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COUNT = 1 << 14

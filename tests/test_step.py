@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CASES, TINY, generator, normal
 
 from configs import Config, ModelConfig, OptimConfig, TrainConfig
-from conftest import CASES, TINY, generator, normal
 from hyperlm import model, tree
 from hyperlm.graph import replayed
 from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared

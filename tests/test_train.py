@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CASES, SMALLEST
 
 import train
-from conftest import CASES, SMALLEST
 from hyperlm import checkpoint, cli, data, runs, tree
 
 REPOSITORY = Path(train.__file__).parent

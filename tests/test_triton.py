@@ -5,13 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import normal
 
 from configs import ModelConfig
-from conftest import normal
 from hyperlm import kernels, model, tree
 from hyperlm.geometry import direction, time_of
-from hyperlm.kernels import OPS
-from hyperlm.kernels import reference
+from hyperlm.kernels import OPS, reference
 from hyperlm.kernels.reference import TIP
 from hyperlm.loss import head_nats
 from hyperlm.mixers.frame import R_MAX, R_MIN, rope_angles

@@ -32,7 +32,18 @@ except ImportError:  # it exists for Linux alone
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
-    from hyperlm.kernels import accumulate, adamw8, add_norm, convolution, cross_entropy, decoding, hyperbolic_attention, linear_attention, norm_gate, scan
+    from hyperlm.kernels import (
+        accumulate,
+        adamw8,
+        add_norm,
+        convolution,
+        cross_entropy,
+        decoding,
+        hyperbolic_attention,
+        linear_attention,
+        norm_gate,
+        scan,
+    )
 
     OPS["accumulate"]["triton"] = accumulate.accumulate
     OPS["adamw8"]["triton"] = adamw8.adamw8

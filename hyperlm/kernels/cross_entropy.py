@@ -3,7 +3,6 @@
 A program works on a row of logits (T, C): T tokens, C numbers of the vocabulary from `first` on.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
