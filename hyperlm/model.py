@@ -77,8 +77,11 @@ class FFN(nn.Module):
         self.down_low, self.down_high = matrix(r, 4 * d), matrix(d, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(F.linear(F.linear(x, self.up_low), self.up_high))
-        return F.linear(F.linear(x, self.down_low), self.down_high)
+        return F.linear(self.low(x), self.down_high)
+
+    def low(self, x: Tensor) -> Tensor:
+        """All but the last product, (B, N, D/8)."""
+        return F.linear(F.gelu(F.linear(F.linear(x, self.up_low), self.up_high)), self.down_low)
 
 
 class Block(nn.Module):
@@ -102,7 +105,27 @@ class Block(nn.Module):
         x, n = self.mixer_norm(x, y, ctx)
         y, more = self.mixer(n, cache, ctx)
         x, n = self.ffn_norm(x, drop(y, 2), ctx)
+        if ctx.unread and not self.rate:
+            return Unread.apply(x, self.ffn.low(n), self.ffn.down_high), entries | more
         return x + drop(self.ffn(n), 3), entries | more
+
+
+class Unread(torch.autograd.Function):
+    """x + y weight^T where nobody reads it: no values, but their gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(()).expand_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, weight = ctx.saved_tensors
+        d_y = d.to(y.dtype)
+        return d, d_y @ weight, d_y.flatten(0, -2).mT @ y.flatten(0, -2)
 
 
 class Head(nn.Module):

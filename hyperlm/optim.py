@@ -12,6 +12,7 @@ from torch import Tensor
 from configs import OptimConfig
 from hyperlm import kernels, tree
 from hyperlm.kernels.reference import ALL, APART, BLOCK, ROW
+from hyperlm.kernels.reference import norm as norm_of
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -165,10 +166,10 @@ def clip_factors(norms: Tensor, limit: float, scope: str) -> tuple[Tensor, Tenso
     return (limit / (norms if scope == "layer" else total.expand_as(norms)).clamp(min=1e-30)).clamp(max=1), total
 
 
-def clip(grads: Tree, limit: float, scope: str) -> tuple[Tree, Tensor]:
-    """Scale `grads` in place by `clip_factors`; also returns their global norm before."""
+def clip(grads: Tree, limit: float, scope: str, norm: Callable[[list[Tensor]], Tensor] = norm_of) -> tuple[Tree, Tensor]:
+    """Scale `grads` in place by `clip_factors`; also returns their global norm before. norm: that of the dispatch table."""
     parts = stages(grads)
-    factors, total = clip_factors(torch.stack([tree.norm(part) for part in parts]), limit, scope)
+    factors, total = clip_factors(torch.stack([norm(tree.leaves(part)) for part in parts]), limit, scope)
     if limit:
         for part, factor in zip(parts, factors, strict=True):
             torch._foreach_mul_(tree.leaves(part), factor)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree
 
 Tree = Any
@@ -41,11 +40,6 @@ def by_path(tree: Tree) -> dict[str, Any]:
 def unflatten(values: list[Any], like: Tree) -> Tree:
     """The inverse of `leaves`: `values` in the structure of `like`."""
     return _pytree.tree_unflatten(values, _pytree.tree_structure(like))
-
-
-def norm(tree: Tree) -> Tensor:
-    """Euclidean norm over all leaves, fp32, on the leaves' device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(leaves(tree), 2, dtype=torch.float32)))
 
 
 def count(tree: Tree) -> int:

@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import accumulate, adamw8, add_norm, convolution, cross_entropy, decoding, norm_gate, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, norm_gate, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -104,7 +104,8 @@ def builds():
         args = dict(logits="*bf16", targets="*i64", log_z=f, first=INTS, C=INTS, BLOCK=cross_entropy.BLOCK)
         yield "take_logits", cross_entropy.take, args | dict(picked=f), 8, 3, capability
         yield "pull_logits", cross_entropy.pull, args, 8, 3, capability
-        yield "accumulate", accumulate.add, dict(total=f, x="*bf16", N=INTS, BLOCK=accumulate.BLOCK), 8, 3, capability
+        yield "accumulate", gradients.add, dict(total=f, x="*bf16", N=INTS, BLOCK=gradients.BLOCK), 8, 3, capability
+        yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
         yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability

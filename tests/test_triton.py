@@ -311,6 +311,13 @@ def test_accumulate(dtype, n):
     assert torch.equal(total, expected)
 
 
+def test_norm():
+    parts = [normal(*shape, seed=i).to(DEVICE, dtype) for i, (shape, dtype) in enumerate([((1,), torch.float32), ((300, 211), torch.bfloat16), ((40000,), torch.float32)])]
+    truth = torch.cat([x.double().flatten() for x in parts]).norm()
+    for backend in ("triton", "torch"):
+        torch.testing.assert_close(OPS["norm"][backend](parts).double(), truth, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("what", [reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO])
 @pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize("decay", [True, False])

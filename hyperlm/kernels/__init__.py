@@ -17,6 +17,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
+    "norm": {"torch": reference.norm},
     "norm_gate": {"torch": reference.norm_gate},
     "pull_logits": {"torch": reference.pull_logits},
     "scan": {"torch": reference.scan},
@@ -33,19 +34,19 @@ else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
     from hyperlm.kernels import (
-        accumulate,
         adamw8,
         add_norm,
         convolution,
         cross_entropy,
         decoding,
+        gradients,
         hyperbolic_attention,
         linear_attention,
         norm_gate,
         scan,
     )
 
-    OPS["accumulate"]["triton"] = accumulate.accumulate
+    OPS["accumulate"]["triton"] = gradients.accumulate
     OPS["adamw8"]["triton"] = adamw8.adamw8
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
@@ -53,6 +54,7 @@ else:
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
+    OPS["norm"]["triton"] = gradients.norm
     OPS["norm_gate"]["triton"] = norm_gate.norm_gate
     OPS["pull_logits"]["triton"] = cross_entropy.pull_logits
     OPS["scan"]["triton"] = scan.scan
@@ -60,7 +62,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "pull_logits", "scan", "take_logits")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "norm", "pull_logits", "scan", "take_logits")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

@@ -4,6 +4,8 @@ Axes: B batch, H heads, N sequence, M keys, K head dim, V value dim, C channels.
 come back in the dtype of the values; float64 stays float64, so that each function is its own oracle.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -274,6 +276,11 @@ def pull_logits(logits: Tensor, first: int, targets: Tensor, log_z: Tensor) -> N
 def accumulate(total: Tensor, x: Tensor) -> None:
     """total += x, in place; total in fp32, x in any dtype and of the same shape."""
     total.add_(x)
+
+
+def norm(parts: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all of these, fp32 scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)))
 
 
 APART = -7046029254386353131  # odd: multiples of it, counters of different streams, are far from each other

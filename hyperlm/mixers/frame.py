@@ -33,6 +33,7 @@ class Context(NamedTuple):
     position: int  # how many positions the cache already holds
     key: Tensor | None = None  # int64 scalar that dropout is a function of; None outside training
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
+    unread: bool = False  # whether of what a block returns gradients alone are wanted
 
 
 def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
 
 def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     gradients, rule = make_gradients(cfg, device), optimizer(cfg.optim, total, cfg.kernels)
+    measured = kernels.table(("norm",), device, cfg.kernels)["norm"]
     declared = model.declaration(cfg.model)
     decay = tree.map(lambda spec: spec.decay, declared)
     starts = tree.leaves(origins(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
@@ -70,7 +71,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nats, grads = gradients(state.params, batch, keys, count)
         with torch.no_grad(), torch.profiler.record_function("update"):
-            grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope)
+            grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope, measured)
             finite = bool(torch.isfinite(norm + nats))
             if finite:
                 params, opt_state = rule.update(grads, state.opt_state, state.params, state.updates, decay=decay, origin=origin)

@@ -93,7 +93,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-    accumulate = kernels.table(("accumulate",), device, cfg.kernels)["accumulate"]
+    ops = kernels.table(("accumulate", "norm"), device, cfg.kernels)
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
     grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
@@ -140,7 +140,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         for x, output, d in zip(into, outputs, pull, strict=True):  # `into` first: it ends with what follows its last item
             grads = torch.autograd.grad(output(*x), [*leaves, *x], d)
             inner += grads[len(leaves) :]
-            sums = list(grads[: len(leaves)]) if len(outputs) == 1 else summed(sums, grads[: len(leaves)], accumulate)
+            sums = list(grads[: len(leaves)]) if len(outputs) == 1 else summed(sums, grads[: len(leaves)], ops["accumulate"])
         return sums, inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
@@ -154,8 +154,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         layers, groups = len(blocks), range(len(batch))
         goes_ahead = ahead and not state.clipped
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
-        def block_of(layer: int, weights: Tree, a: int, x: Tensor) -> Tensor:
-            return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer))[0]
+        def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, unread: bool = False) -> Tensor:
+            return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer)._replace(unread=unread))[0]
 
         # The stages that come, and whether their pending update is made on the way; and inputs of blocks.
         rest = deque([(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))])
@@ -173,7 +173,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
 
         def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
             """What becomes of a stage's gradient."""
-            norm = norms[visit.index] = tree.norm(found)
+            norm = norms[visit.index] = ops["norm"](found)
             found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
@@ -249,7 +249,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         for layer in reversed(range(layers)):
             visit = fetched.popleft()
             weights = weights_of(visit)
-            found, d = pulled([partial(block_of, layer, weights, a) for a in groups], inputs_of(layer), weights, d)
+            found, d = pulled([partial(block_of, layer, weights, a, unread=True) for a in groups], inputs_of(layer), weights, d)
             visit = learn(visit, weights, found)
             leave(visit)
             weights = found = None
