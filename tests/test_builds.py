@@ -39,9 +39,9 @@ def builds():
                 x, f = f"*{name}", "*fp32"
                 sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v"), INTS)
                 common = sizes | dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "write", "totals", "starts"), f) | dict(STARTS=True, MARK=la.MARK)
-                gradients = dict.fromkeys(("do", "dq", "dk", "dv", "marks"), x) | dict.fromkeys(("ends", "rows", "columns", "first"), f)
-                gradients |= dict(stride_do=INTS, ROLE=0, ROLES=3, ENDS=True)
-                sweeps = (la.backward_sweep, gradients), (la.forward_sweep, dict(o=x, last=f))
+                pulls = dict.fromkeys(("do", "dq", "dk", "dv", "marks"), x) | dict.fromkeys(("ends", "rows", "columns", "first"), f)
+                pulls |= dict(stride_do=INTS, ROLE=0, ROLES=3, ENDS=True)
+                sweeps = (la.backward_sweep, pulls), (la.forward_sweep, dict(o=x, last=f))
                 for (kernel, more), decay, even in product(sweeps, (False, True), (True, False)):
                     c = la.config(k, k, dtype, capability == 90, decay, even, backward=kernel is la.backward_sweep)
                     shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay, EVEN=even)
