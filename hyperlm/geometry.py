@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12  # squared length below which a direction is taken as zero
+R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
 
 
 def direction(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, norm_gate, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, norm_gate, radii, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -101,6 +101,10 @@ def builds():
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
+        sizes = dict.fromkeys(("T", "N", "G", "H", "stride"), INTS) | dict(TOKENS=radii.TOKENS, COLUMNS=radii.COLUMNS)
+        args = dict(product="*bf16") | dict.fromkeys(("radius_bias", "decay_bias"), f) | sizes
+        yield "radii", radii.forward, args | dict(r=f, log_decay=f), 4, 3, capability
+        yield "radii_backward", radii.backward_of, args | dict(d_r=f, d_log_decay=f, d_product="*bf16", d_bias=f), 4, 3, capability
         args = dict(logits="*bf16", targets="*i64", log_z=f, first=INTS, C=INTS, BLOCK=cross_entropy.BLOCK)
         yield "take_logits", cross_entropy.take, args | dict(picked=f), 8, 3, capability
         yield "pull_logits", cross_entropy.pull, args, 8, 3, capability

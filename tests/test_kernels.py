@@ -8,9 +8,8 @@ from conftest import normal
 from torch.autograd import gradcheck
 
 from hyperlm import kernels
-from hyperlm.geometry import direction, distance, lift, lift_rounded
+from hyperlm.geometry import R_MAX, R_MIN, direction, distance, lift, lift_rounded
 from hyperlm.kernels import reference as ref
-from hyperlm.mixers.frame import R_MAX, R_MIN
 
 B, H, K, V = 2, 3, 4, 5
 LENGTHS = [1, 2, 63, 64, 65, 100, 200]
@@ -186,6 +185,13 @@ def test_tangent_features_are_elu_plus_one_of_radius_times_direction():
         y = plain[part] / plain[part].norm(dim=-1, keepdim=True) * (beta[:, None] * r[:, part * H : part * H + H])[..., None]
         torch.testing.assert_close(found[part], torch.where(y > 0, y + 1, y.exp()))
     torch.testing.assert_close(found[2], plain[2])
+
+
+def test_radii_lie_between_their_limits_and_decays_below_zero():
+    product = torch.tensor([[[-50.0, 0.0, 50.0, -50.0, 0.0, 50.0]]], dtype=torch.float64)
+    r, log_decay = ref.radii(product, torch.zeros(3).double(), torch.zeros(3).double())
+    torch.testing.assert_close(r[0, :, 0], torch.tensor([R_MIN, (R_MIN + R_MAX) / 2, R_MAX]).double())
+    torch.testing.assert_close(log_decay[0, :, 0], torch.tensor([0.0, -math.log(2), -50.0]).double())
 
 
 def test_norm_gate_leaves_each_head_with_its_weights_as_root_mean_square():

@@ -9,11 +9,11 @@ from conftest import normal
 
 from configs import ModelConfig
 from hyperlm import kernels, model, tree
-from hyperlm.geometry import direction, time_of
+from hyperlm.geometry import R_MAX, R_MIN, direction, time_of
 from hyperlm.kernels import OPS, reference
 from hyperlm.kernels.reference import TIP
 from hyperlm.loss import head_nats
-from hyperlm.mixers.frame import R_MAX, R_MIN, rope_angles
+from hyperlm.mixers.frame import rope_angles
 
 pytestmark = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
 
@@ -238,6 +238,15 @@ def test_a_convolution_goes_on_from_its_tail(op, cut):
     for i, y in enumerate(whole):
         torch.testing.assert_close(torch.cat([first[i], second[i]], 2), y)
     torch.testing.assert_close(tail, last)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize(("radii", "decays"), [(2, 0), (16, 8), (6, 3), (80, 40)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_radii(dtype, radii, decays, n):
+    product = spread(2, n, 5 + radii + decays, seed=1, dtype=dtype)[..., 5:]  # as part of a wider one
+    biases = [spread(size, seed=2 + size, dtype=torch.float32) if size else None for size in (radii, decays)]
+    compare("radii", [product, *biases], dtype)
 
 
 @pytest.mark.parametrize("n", LENGTHS)

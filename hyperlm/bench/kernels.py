@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperlm import env, geometry, kernels
 from hyperlm.bench.report import Result, Row
-from hyperlm.mixers.frame import R_MAX, R_MIN
+from hyperlm.geometry import R_MAX, R_MIN
 
 Shape = tuple[int, int, int, int]  # B, H, N, K
 Inputs = dict[str, Tensor]  # bf16 (B, H, N, K), token-major in memory, and what else an op takes, fp32

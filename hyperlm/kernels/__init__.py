@@ -20,6 +20,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "norm": {"torch": reference.norm},
     "norm_gate": {"torch": reference.norm_gate},
     "pull_logits": {"torch": reference.pull_logits},
+    "radii": {"torch": reference.radii},
     "scan": {"torch": reference.scan},
     "softmax_attention": {"torch": reference.softmax_attention},
     "take_logits": {"torch": reference.take_logits},
@@ -43,6 +44,7 @@ else:
         hyperbolic_attention,
         linear_attention,
         norm_gate,
+        radii,
         scan,
     )
 
@@ -57,12 +59,13 @@ else:
     OPS["norm"]["triton"] = gradients.norm
     OPS["norm_gate"]["triton"] = norm_gate.norm_gate
     OPS["pull_logits"]["triton"] = cross_entropy.pull_logits
+    OPS["radii"]["triton"] = radii.radii
     OPS["scan"]["triton"] = scan.scan
     OPS["take_logits"]["triton"] = cross_entropy.take_logits
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "norm", "pull_logits", "scan", "take_logits")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "norm", "pull_logits", "radii", "scan", "take_logits")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperlm.geometry import arcosh1p, direction, lift_rounded, rotate
+from hyperlm.geometry import R_MAX, R_MIN, arcosh1p, direction, lift_rounded, rotate
 
 CHUNK = 64  # positions handled as one small quadratic problem in linear attention
 EPS = 1e-6  # of every RMSNorm
@@ -81,6 +81,23 @@ def hyperbolic_points(
     points = (lift_rounded(rotate(direction(widen(y)), cos, sin), radius, y.dtype) for y, radius in zip((q, k), r.chunk(2, 1), strict=True))
     (t_q, s_q), (t_k, s_k) = points
     return t_q, s_q, t_k, s_k, v, tail
+
+
+def radii(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """What the products of a token with a few weights mean: the radii of heads, and how much they forget.
+
+    Args:
+        product: (B, N, G + H).
+        radius_bias: (G,), wide.
+        decay_bias: (H,), wide, if there are decays.
+
+    Returns:
+        r = R_MIN + (R_MAX - R_MIN) sigmoid(product + bias) of the first G, (B, G, N), and log_decay = -softplus(product + bias) of the others,
+        (B, H, N); both wide.
+    """
+    x, y = widen(product).tensor_split([len(radius_bias)], -1)
+    r = R_MIN + (R_MAX - R_MIN) * torch.sigmoid(x + radius_bias)
+    return r.mT, None if decay_bias is None else -F.softplus(y + decay_bias).mT.contiguous()
 
 
 def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:

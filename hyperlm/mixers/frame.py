@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from configs import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
+from hyperlm.geometry import R_MAX, R_MIN
 
 CONV_WIDTH = 4
-R_MIN, R_MAX = 0.05, 4.0  # radii of the polar lift: from near the origin to where sinh r is 27
 R_START = 1.0  # of every token before training
 CAPACITY = 64  # positions that an empty cache has room for
 
@@ -58,7 +58,7 @@ def append(buffer: Tensor, new: Tensor, position: int) -> Tensor:
 
 
 class Radius(nn.Module):
-    """Radii of the polar lift, r = R_MIN + (R_MAX - R_MIN) sigmoid(w . x + b), for `count` heads: w . x (B, N, count) -> (B, count, N), fp32.
+    """Radii of the polar lift for `count` heads, r = R_MIN + (R_MAX - R_MIN) sigmoid(w . x + b): see `reference.radii`.
 
     Geometry enters the models only here: with norm-fixed queries and keys a hyperbolic score is dot-product attention in disguise.
     """
@@ -68,9 +68,6 @@ class Radius(nn.Module):
         share = (R_START - R_MIN) / (R_MAX - R_MIN)
         self.weight = declare((count, cfg.d_model), constant(0.0), decay=True)  # radii start equal: random ones would drown the directions
         self.bias = declare((count,), constant(math.log(share / (1 - share))))
-
-    def forward(self, product: Tensor) -> Tensor:
-        return (R_MIN + (R_MAX - R_MIN) * torch.sigmoid(product + self.bias)).mT  # wide, as the bias is
 
 
 class Mixer(nn.Module):
@@ -100,7 +97,7 @@ class Mixer(nn.Module):
         """The kind's own projections of x to a few numbers a token, (numbers, D) each."""
         return []
 
-    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+    def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """Convolution, the kind's core, norm and gate: qkv (B, N, 3 D), gate (B, N, D) and the products of `narrow` (B, N, numbers) -> (B, N, D)
         and the next cache."""
         raise NotImplementedError
@@ -112,7 +109,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        narrow = [self.gate_down, *self.narrow()]  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
-        low, *few = F.linear(x, torch.cat(narrow)).split([len(weight) for weight in narrow], -1)
+        narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
+        low, few = F.linear(x, narrow).tensor_split([len(self.gate_down)], -1)
         y, entries = self.mix(F.linear(x, self.qkv), F.linear(low, self.gate_up), few, cache, ctx)
         return F.linear(y, self.out), entries

@@ -14,7 +14,7 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, Radius, a
 
 
 class Phase7(Mixer):
-    ops = ("hyperbolic_points", "hyperbolic_attention", "norm_gate")
+    ops = ("radii", "hyperbolic_points", "hyperbolic_attention", "norm_gate")
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -24,8 +24,8 @@ class Phase7(Mixer):
     def narrow(self) -> list[Tensor]:
         return [self.radius.weight]
 
-    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        r = self.radius(few[0])
+    def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        r, _ = ctx.ops["radii"](few, self.radius.bias)
         if ctx.gauges is not None:
             ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
         tail, entries = None if cache is None else cache["tail"], {}

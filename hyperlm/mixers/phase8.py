@@ -8,7 +8,6 @@ embedding and no normaliser. Decoding carries a K x K state per head, whatever t
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ModelConfig
@@ -20,7 +19,7 @@ SLOWEST, FASTEST = 1e-2, 1.0  # initial decay rates per token, spread over the h
 
 
 class Phase8(Mixer):
-    ops = ("tangent_features", "linear_attention", "norm_gate", "tangent_step")
+    ops = ("radii", "tangent_features", "linear_attention", "norm_gate", "tangent_step")
     cache_grows = False
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -34,11 +33,10 @@ class Phase8(Mixer):
     def narrow(self) -> list[Tensor]:
         return [self.radius.weight, self.decay]
 
-    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        r = self.radius(few[0])
+    def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+        r, log_decay = ctx.ops["radii"](few, self.radius.bias, self.decay_bias)
         if ctx.gauges is not None:
             ctx.gauges.append(dict(zip("qk", r.chunk(2, 1), strict=True)))
-        log_decay = -F.softplus(few[1] + self.decay_bias).mT.contiguous()  # (B, H, N), wide as the bias is
         tail, state = (None, None) if cache is None else (cache["tail"], cache["state"])
         if cache is not None and qkv.shape[1] == 1:
             token = (qkv[:, 0], self.conv, r[..., 0], self.beta, log_decay[..., 0])

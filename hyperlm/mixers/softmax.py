@@ -13,7 +13,7 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
 class Softmax(Mixer):
     ops = ("causal_conv", "softmax_attention", "norm_gate")
 
-    def mix(self, qkv: Tensor, gate: Tensor, few: list[Tensor], cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
+    def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
         q = (rotate(direction(widen(q)), ctx.cos, ctx.sin) * self.beta[:, None, None]).to(v.dtype)
         k = rotate(direction(widen(k)), ctx.cos, ctx.sin).to(v.dtype)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from configs import ModelConfig
 from hyperlm.declare import constant, declare, matrix
-from hyperlm.geometry import exp_map
+from hyperlm.geometry import R_MAX, exp_map
 from hyperlm.kernels.reference import wide
-from hyperlm.mixers.frame import R_MAX, Context, LayerCache
+from hyperlm.mixers.frame import Context, LayerCache
 
 SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over the channels
 
