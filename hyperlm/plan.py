@@ -179,7 +179,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     place of the other stages if `shared`.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H100 with `max`: int8
-    state, 16 x 512 tokens, 4.34 GiB where 4.62 are planned; fp32, groups of 16, 4.33 where 4.65 are.
+    state, 16 x 512 tokens, 4.28 GiB where 4.62 are planned; fp32, groups of 16, 4.31 where 4.65 are.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
