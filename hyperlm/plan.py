@@ -69,23 +69,22 @@ class Fused(torch.autograd.Function):
         return out
 
 
-def has_kernels(config: Config, dtype: torch.dtype) -> bool:
-    """Whether operations will run in Triton: bf16 says that there is a GPU."""
-    return dtype == torch.bfloat16 and config.kernels != "torch"
+def has_kernel(op: str, config: Config, dtype: torch.dtype) -> bool:
+    """Whether an operation will run in Triton: bf16 says that there is a GPU."""
+    usable = "triton" in kernels.OPS[op] and (op in kernels.WITHOUT_HEADS or config.model.head_dim in kernels.HEAD_DIMS)
+    wanted = config.kernels == "triton" or (config.kernels == "auto" and op not in kernels.UNPROVEN)
+    return dtype == torch.bfloat16 and usable and wanted
 
 
 def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
     """For every op, a function for the meta device that saves as much as what will run."""
-    cfg = config.model
-    triton = has_kernels(config, dtype) and cfg.head_dim in kernels.HEAD_DIMS
 
     def stand_in(op: str) -> Callable:
         reference = kernels.OPS[op]["torch"]
-        taken = triton and "triton" in kernels.OPS[op]
-        fused = op == "softmax_attention" or taken  # torch's own attention is fused as well
+        fused = op == "softmax_attention" or has_kernel(op, config, dtype)  # torch's own attention is fused as well
         return partial(Fused.apply, reference) if fused else reference
 
-    return {op: stand_in(op) for op in model.ops(cfg)}
+    return {op: stand_in(op) for op in model.ops(config.model)}
 
 
 def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
@@ -134,7 +133,7 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
 def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head."""
     cfg = config.model
-    backend, each = ("triton", dtype.itemsize) if has_kernels(config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
+    backend, each = ("triton", dtype.itemsize) if has_kernel("pull_logits", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
     chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
     return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
 
@@ -199,7 +198,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     tokens = t.grad_accum * t.batch_size * config.data.seq_len
     in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
     logits = 0
-    if has_kernels(config, dtype) and in_block > in_head:
+    if has_kernel("pull_logits", config, dtype) and in_block > in_head:
         logits = min(AT_ONCE["triton"] + (in_block - in_head) // item, tokens * cfg.vocab_size)
     inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
     return Plan(
