@@ -6,7 +6,7 @@ autograd saves for the backward pass are added up.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -142,11 +142,12 @@ def size(x: Any) -> int:
     return sum(leaf.nbytes for leaf in tree.leaves(x))
 
 
+@lru_cache
 def activations(config: Config, dtype: torch.dtype) -> list[int]:
     """Bytes that each block saves of a micro-batch."""
-    cfg = config.model
-    of_kind = {cfg.layer_kind(i): saved_bytes(config, i, dtype) for i in range(cfg.n_layers)}
-    return [of_kind[cfg.layer_kind(i)] for i in range(cfg.n_layers)]
+    kinds = [config.model.layer_kind(layer) for layer in range(config.model.n_layers)]
+    of_kind = {kind: saved_bytes(config, kinds.index(kind), dtype) for kind in dict.fromkeys(kinds)}
+    return [of_kind[kind] for kind in kinds]
 
 
 def goes_home_in_8_bits(config: Config, dtype: torch.dtype) -> bool:

@@ -252,6 +252,19 @@ def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
         assert torch.equal(model.apply(params, tokens, cfg), model.apply(state.params, tokens, cfg))
 
 
+@pytest.mark.gpu
+def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
+    """Pass after pass without waiting for the device."""
+    device = torch.device("cuda", 0)
+    settings, tokens = in_host(config(cfg)), tokens_of(64, 257).to(device)
+    state = init_state(settings, 10, device)
+    params = weights(settings, state.params, device)
+    with torch.no_grad():
+        found = [model.apply(params, tokens, cfg) for _ in range(8)]
+    at_hand = params | {"blocks": [tree.map(torch.clone, block) for block in params["blocks"]]}
+    assert all(torch.equal(x, model.apply(at_hand, tokens, cfg)) for x in found)
+
+
 def losses_on(device: torch.device, settings: Config) -> list[float]:
     state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
     for i in range(10):
