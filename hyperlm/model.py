@@ -31,6 +31,10 @@ from hyperlm.mixers.ssm import SSM
 # 4.52, 4.35, and 4.31 with 0.002.
 LOW_STD = 0.002  # of E_low at first
 EMBED_STD = 0.1  # of the residual stream at first: large against what the blocks add to it
+# Of logits at first, the same at every width. At d 4096 (2 layers, lr 2e-4, 20 steps of warm-up, one seed), training loss after 24 steps was
+# 6.84 with 1.3, the gradient's norm above 25 till then; 6.38 with 0.45, and norms around 10; 6.84 with 0.13. At d 512 (4 layers, lr 1e-3),
+# after 48: 5.51 with 1.0, 5.49 with 0.7, 5.52 with 0.45, 5.77 with 0.11.
+LOGIT_STD = 0.02 * 512**0.5
 
 Params = dict[str, Any]
 
@@ -134,7 +138,7 @@ class Head(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.norm = Norm(cfg)
-        self.weight = declare((cfg.vocab_size, cfg.d_model), normal(0.02), decay=True)
+        self.weight = declare((cfg.vocab_size, cfg.d_model), normal(LOGIT_STD / cfg.d_model**0.5), decay=True)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.norm(x, None, ctx)[1]
