@@ -25,10 +25,12 @@ def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
 
 
 class HeadNats(torch.autograd.Function):
-    """(features, weight, targets, backend, at_once) -> nats, with the gradients found on the way, if they are wanted."""
+    """(features, weight, targets, backend, at_once, pulled) -> nats, with the gradients found on the way if `pulled`."""
 
     @staticmethod
-    def forward(features: Tensor, weight: Tensor, targets: Tensor, backend: str, at_once: int, pulled: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(
+        features: Tensor, weight: Tensor, targets: Tensor, backend: str, at_once: int, pulled: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ops = table.table(OPS, features.device, backend)
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
         log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))

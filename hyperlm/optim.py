@@ -87,7 +87,6 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
     opt_state is {"moments": ...}: of a matrix (blocks, ROW) uint8, of a vector both moments, (2, n) fp32.
     """
     rates_of: dict[tuple, Tensor] = {}  # of the two newest steps, on each device
-    one: dict[torch.device, Callable] = {}  # the kernel for each device
 
     def keep(values: Tensor) -> Tensor:
         return values.bfloat16() if values.dim() > 1 else values
@@ -113,12 +112,11 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
     ) -> tuple[Tree, Tree]:
         p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
         device = p[0].device
-        if device not in one:
-            one[device] = kernels.table(("adamw8",), device, backend)["adamw8"]
+        one = kernels.table(("adamw8",), device, backend)["adamw8"]
         factor = torch.ones((), device=device) if factor is None else factor
         starts = (origin + signed(step * APART)).unbind()
         for own in zip(p, g, moments, starts, acts, strict=True):
-            one[device](*own[:3], factor, rates(step, device), *own[3:], what)
+            one(*own[:3], factor, rates(step, device), *own[3:], what)
         return params, opt_state
 
     return Optimizer(keep, init, update)

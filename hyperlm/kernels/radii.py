@@ -27,20 +27,24 @@ def columns_of(G, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def numbers_at(product, bias, t, own, before, count, T, stride):
+    """Products with their bias, of tokens t and of columns `own` of the `count` after the first `before`; and which of these there are."""
+    there = (t < T)[:, None] & (own < count)[None, :]
+    x = tl.load(product + t[:, None] * stride + (before + own)[None, :], mask=there, other=0.0).to(tl.float32)
+    return x + tl.load(bias + own, mask=own < count, other=0.0)[None, :], there
+
+
+@triton.jit
 def forward(product, radius_bias, decay_bias, r, log_decay, T, N, G, H, stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
     """r (T, G) and log_decay (B, H, N)."""
     own, is_decay = columns_of(G, COLUMNS)
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     if is_decay:
-        mask = (t < T)[:, None] & (own < H)[None, :]
-        x = tl.load(product + t[:, None] * stride + (G + own)[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(decay_bias + own, mask=own < H, other=0.0)[None, :]
+        x, mask = numbers_at(product, decay_bias, t, own, G, H, T, stride)
         softplus = tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
         tl.store(log_decay + ((t // N)[:, None] * H + own[None, :]) * N + (t % N)[:, None], -softplus, mask=mask)
     else:
-        mask = (t < T)[:, None] & (own < G)[None, :]
-        x = tl.load(product + t[:, None] * stride + own[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(radius_bias + own, mask=own < G, other=0.0)[None, :]
+        x, mask = numbers_at(product, radius_bias, t, own, 0, G, T, stride)
         tl.store(r + t[:, None] * G + own[None, :], tl.sigmoid(x) * RANGE + LEAST, mask=mask)
 
 
@@ -52,20 +56,16 @@ def backward_of(
     own, is_decay = columns_of(G, COLUMNS)
     t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     if is_decay:
-        mask, column = (t < T)[:, None] & (own < H)[None, :], G + own
-        x = tl.load(product + t[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(decay_bias + own, mask=own < H, other=0.0)[None, :]
+        x, mask = numbers_at(product, decay_bias, t, own, G, H, T, stride)
         d = -tl.load(d_log_decay + ((t // N)[:, None] * H + own[None, :]) * N + (t % N)[:, None], mask=mask, other=0.0) * tl.sigmoid(x)
-        tl.store(d_product + t[:, None] * (G + H) + column[None, :], d.to(d_product.dtype.element_ty), mask=mask)
-        tl.store(d_bias + tl.program_id(0) * (G + H) + column, tl.sum(d, 0), mask=own < H)
+        column, count = G + own, H
     else:
-        mask = (t < T)[:, None] & (own < G)[None, :]
-        x = tl.load(product + t[:, None] * stride + own[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(radius_bias + own, mask=own < G, other=0.0)[None, :]
+        x, mask = numbers_at(product, radius_bias, t, own, 0, G, T, stride)
         share = tl.sigmoid(x)
         d = tl.load(d_r + t[:, None] * G + own[None, :], mask=mask, other=0.0) * (share * (1 - share) * RANGE)
-        tl.store(d_product + t[:, None] * (G + H) + own[None, :], d.to(d_product.dtype.element_ty), mask=mask)
-        tl.store(d_bias + tl.program_id(0) * (G + H) + own, tl.sum(d, 0), mask=own < G)
+        column, count = own, G
+    tl.store(d_product + t[:, None] * (G + H) + column[None, :], d.to(d_product.dtype.element_ty), mask=mask)
+    tl.store(d_bias + tl.program_id(0) * (G + H) + column, tl.sum(d, 0), mask=own < count)
 
 
 def grid(tokens: int, g: int, h: int) -> tuple[int, int]:
@@ -116,7 +116,7 @@ class Radii(torch.autograd.Function):
 @torch.compiler.disable  # compiled code calls it as it is
 def radii(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`reference.radii`, of products in bf16 or fp32."""
-    b, n, c = product.shape
+    b, n, _ = product.shape
     if product.stride(2) != 1 or (b > 1 and product.stride(0) != n * product.stride(1)):
         product = product.contiguous()
     r, log_decay = Radii.apply(product, radius_bias, decay_bias)

@@ -259,12 +259,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
 
 
-# -- 8 bits ----------------------------------------------------------------------------------------------------------------------------
-
-BLOCK = 256  # numbers that share a scale
-CODED = BLOCK + 4  # bytes of a block in 8 bits: codes, and their scale in fp32
-ROW = 2 * BLOCK + 8  # bytes of a block of moments: codes of m, codes of v, and both scales in fp32
-MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
+# -- the loss, and gradients -----------------------------------------------------------------------------------------------------------
 
 
 def take_logits(logits: Tensor, first: int, targets: Tensor, log_z: Tensor, picked: Tensor) -> None:
@@ -300,6 +295,12 @@ def norm(parts: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)))
 
 
+# -- 8 bits ----------------------------------------------------------------------------------------------------------------------------
+
+BLOCK = 256  # numbers that share a scale
+CODED = BLOCK + 4  # bytes of a block in 8 bits: codes, and their scale in fp32
+ROW = 2 * BLOCK + 8  # bytes of a block of moments: codes of m, codes of v, and both scales in fp32
+MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
 APART = -7046029254386353131  # odd: multiples of it, counters of different streams, are far from each other
 
 

@@ -12,35 +12,40 @@ APPROXIMATE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def instruction(x, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def log2(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return instruction(x, "lg2.approx.ftz.f32 $0, $1;")
     return tl.log2(x)
 
 
 @triton.jit
 def exp2(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return instruction(x, "ex2.approx.ftz.f32 $0, $1;")
     return tl.exp2(x)
 
 
 @triton.jit
 def rsqrt(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
-        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return instruction(x, "rsqrt.approx.ftz.f32 $0, $1;")
     return tl.rsqrt(x)
 
 
 @triton.jit
 def sqrt(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return instruction(x, "sqrt.approx.ftz.f32 $0, $1;")
     return tl.sqrt_rn(x)
 
 
 @triton.jit
 def reciprocal(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return instruction(x, "rcp.approx.ftz.f32 $0, $1;")
     return 1 / x
