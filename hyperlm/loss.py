@@ -35,8 +35,14 @@ class HeadNats(torch.autograd.Function):
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
         log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
         picked = torch.zeros_like(log_z)
+        room = features.new_empty(len(features) * (parts[0].stop - parts[0].start))
+
+        def logits_of(part: slice) -> Tensor:
+            rows = weight[part]
+            return torch.mm(features, rows.mT, out=room[: len(features) * len(rows)].view(len(features), len(rows)))
+
         for part in parts:
-            logits = features @ weight[part].mT
+            logits = logits_of(part)
             ops["take_logits"](logits, part.start, targets, log_z, picked)
         counted = targets != IGNORE
         nats = torch.where(counted, log_z - picked, 0).sum(dtype=log_z.dtype if pulled else torch.float64)
@@ -46,7 +52,7 @@ class HeadNats(torch.autograd.Function):
         d_features, d_weight = None, torch.empty_like(weight)
         log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
         for part in parts:
-            logits = logits if len(parts) == 1 else features @ weight[part].mT
+            logits = logits if len(parts) == 1 else logits_of(part)
             ops["pull_logits"](logits, part.start, targets, log_z)
             own = logits @ weight[part]
             d_features = own if len(parts) == 1 else own.to(log_z.dtype) if d_features is None else d_features.add_(own)

@@ -66,7 +66,6 @@ else:
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
 WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "norm", "pull_logits", "radii", "scan", "take_logits")
-UNPROVEN = ("norm", "pull_logits", "radii", "take_logits")  # whose Triton kernels have not run on a GPU yet: auto leaves them alone
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 
@@ -117,7 +116,6 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
     """
     if kernels == "auto":
         reason = unusable(op, "triton", device, head_dim, dtype) or ("an interpreter is slow" if INTERPRETED else "")
-        reason = reason or ("its kernel has not run on a GPU yet" if op in UNPROVEN else "")
         return Choice(op, "torch", reason) if reason else Choice(op, "triton", "fastest here")
     if reason := unusable(op, kernels, device, head_dim, dtype):
         raise KernelError(f"--kernels {kernels}: {reason}; use --kernels auto")

@@ -72,6 +72,11 @@ def grid(tokens: int, g: int, h: int) -> tuple[int, int]:
     return triton.cdiv(tokens, TOKENS), triton.cdiv(g, COLUMNS) + triton.cdiv(h, COLUMNS)
 
 
+def given(x: Tensor | None, like: Tensor) -> Tensor:
+    """What a kernel takes where there are no decays: a tensor of no numbers, since the branch that no program enters is compiled all the same."""
+    return like.new_empty(0) if x is None else x
+
+
 def sizes(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None) -> tuple[int, int, int, int, int]:
     b, n, _ = product.shape
     return b * n, n, len(radius_bias), 0 if decay_bias is None else len(decay_bias), product.stride(1)
@@ -84,10 +89,11 @@ def backward(
     shape = grid(t, g, h)
     d_product = torch.empty(*product.shape[:2], g + h, device=product.device, dtype=product.dtype)
     d_bias = torch.empty(shape[0], g + h, device=product.device)
-    d_log_decay = None if d_log_decay is None else d_log_decay.contiguous()
+    d_log_decay = given(d_log_decay, d_r).contiguous()
     launch(
         backward_of, shape,
-        product, radius_bias, decay_bias, d_r.contiguous(), d_log_decay, d_product, d_bias, t, n, g, h, stride, TOKENS=TOKENS, COLUMNS=COLUMNS,
+        product, radius_bias, given(decay_bias, radius_bias), d_r.contiguous(), d_log_decay, d_product, d_bias, t, n, g, h, stride,
+        TOKENS=TOKENS, COLUMNS=COLUMNS,
     )  # fmt: skip
     d_bias = d_bias.sum(0)
     return d_product, d_bias[:g], None if decay_bias is None else d_bias[g:]
@@ -100,9 +106,12 @@ class Radii(torch.autograd.Function):
     def forward(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         t, n, g, h, stride = sizes(product, radius_bias, decay_bias)
         r = torch.empty(*product.shape[:2], g, device=product.device)
-        log_decay = torch.empty(product.shape[0], h, n, device=product.device) if h else None
-        launch(forward, grid(t, g, h), product, radius_bias, decay_bias, r, log_decay, t, n, g, h, stride, TOKENS=TOKENS, COLUMNS=COLUMNS)
-        return r, log_decay
+        log_decay = torch.empty(product.shape[0], h, n, device=product.device)
+        launch(
+            forward, grid(t, g, h),
+            product, radius_bias, given(decay_bias, radius_bias), r, log_decay, t, n, g, h, stride, TOKENS=TOKENS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+        return r, log_decay if h else None
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
