@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import kernels as table
+from hyperlm.kernels.differentiation import Function
 from hyperlm.kernels.reference import wide
 
 IGNORE = -1  # a target that does not count
@@ -24,7 +25,7 @@ def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
     return [slice(start, min(vocabulary, start + size)) for start in range(0, vocabulary, size)]
 
 
-class HeadNats(torch.autograd.Function):
+class HeadNats(Function):
     """(features, weight, targets, backend, at_once, pulled) -> nats, with the gradients found on the way if `pulled`."""
 
     @staticmethod

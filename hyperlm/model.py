@@ -21,6 +21,7 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
+from hyperlm.kernels.differentiation import Function
 from hyperlm.kernels.reference import APART, noise, wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, rope_angles
@@ -114,7 +115,7 @@ class Block(nn.Module):
         return x + drop(self.ffn(n), 3), entries | more
 
 
-class Unread(torch.autograd.Function):
+class Unread(Function):
     """x + y weight^T where nobody reads it: no values, but their gradients."""
 
     @staticmethod

@@ -104,7 +104,8 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
             for key in [key for key in rates_of if key[0] < step - 1]:
                 del rates_of[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
-            rates_of[step, device] = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device=device)
+            values = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], pin_memory=device.type == "cuda")
+            rates_of[step, device] = values.to(device, non_blocking=True)  # no reason to wait until all that the device still has to do is done
         return rates_of[step, device]
 
     def update(

@@ -49,9 +49,10 @@ def weights(cfg: Config, params: Tree, device: torch.device) -> Tree:
     return streamed(params, dtype, device) if cfg.train.residence == "host" else compute_copy(params, dtype)
 
 
-def step_key(state: State, micro_batch: int, device: torch.device) -> Tensor:
-    """The key that dropout of one micro-batch is a function of; layers add less than 1 << 20 to it."""
-    return torch.tensor(((state.seed & 0xFFFF) << 46) + (state.step << 20) * 1024 + (micro_batch << 20), device=device)
+def step_keys(state: State, micro_batches: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The keys that dropout of each micro-batch is a function of; layers add less than 1 << 20 to them."""
+    first = ((state.seed & 0xFFFF) << 46) + (state.step << 20) * 1024
+    return ((torch.arange(micro_batches, device=device) << 20) + first).unbind()
 
 
 def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[State, Tensor], tuple[State, Metrics]]:
@@ -68,7 +69,7 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
 
     def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
         count = int((batch[:, :, 1:] != IGNORE).sum())
-        keys = [step_key(state, index, device) for index in range(len(batch))]
+        keys = step_keys(state, len(batch), device)
         rate = lr(state.updates)
         state, nats, norm, finite = advance(state, batch.to(device, non_blocking=True), keys, count)
         metrics = {"loss": nats / count, "grad_norm": norm, "lr": rate, "tokens": count, "skipped": not finite}

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels import reference, special
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
 ROWS = 4  # blocks that a program updates
@@ -153,11 +153,11 @@ def adamw8(
 ) -> None:
     """`reference.adamw8`."""
     if w.dtype == torch.float32:
-        launch(update_wide, (triton.cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, WHAT=what, BLOCK=1024)
+        launch(update_wide, (cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, WHAT=what, BLOCK=1024)
         return
     coded = g.dtype == torch.uint8
     launch(
-        update, (triton.cdiv(len(moments), ROWS),),
+        update, (cdiv(len(moments), ROWS),),
         w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, w.numel(),
         BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what,
     )  # fmt: skip
@@ -166,6 +166,6 @@ def adamw8(
 def encode8(x: Tensor, origin: Tensor) -> Tensor:
     """`reference.encode8`."""
     x = x.contiguous()
-    coded = torch.empty(triton.cdiv(x.numel(), BLOCK), CODED, dtype=torch.uint8, device=x.device)
-    launch(encode, (triton.cdiv(len(coded), ROWS),), x, coded, coded.view(torch.float32), origin, x.numel(), BLOCK=BLOCK, CODED=CODED, ROWS=ROWS)
+    coded = torch.empty(cdiv(x.numel(), BLOCK), CODED, dtype=torch.uint8, device=x.device)
+    launch(encode, (cdiv(len(coded), ROWS),), x, coded, coded.view(torch.float32), origin, x.numel(), BLOCK=BLOCK, CODED=CODED, ROWS=ROWS)
     return coded

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import cdiv, launch, next_power_of_2
 from hyperlm.kernels.reference import EPS
 
 SMALL = tl.constexpr(EPS)
@@ -55,7 +55,7 @@ def add_norm_backward(
 
 def warps(D: int) -> int:
     """Of a program that holds a token."""
-    return min(32, max(1, triton.next_power_of_2(D) // 256))
+    return min(32, max(1, next_power_of_2(D) // 256))
 
 
 def backward(
@@ -65,24 +65,24 @@ def backward(
     d, t = out.shape[-1], out.numel() // out.shape[-1]
     d_n = torch.zeros_like(out) if d_n is None else d_n.contiguous()
     dx, dy = torch.empty_like(out), None if branch is None else torch.empty_like(out, dtype=branch)
-    programs = triton.cdiv(t, TOKENS)
+    programs = cdiv(t, TOKENS)
     d_weight = torch.empty(programs, d, device=out.device)
     launch(
         add_norm_backward, (programs,),
         out, weight, None if d_out is None else d_out.contiguous(), d_n, dx, dy, d_weight, t, d,
-        WIDTH=triton.next_power_of_2(d), TOKENS=TOKENS, ADD=dy is not None, STREAM=d_out is not None, warps=warps(d), stages=1,
+        WIDTH=next_power_of_2(d), TOKENS=TOKENS, ADD=dy is not None, STREAM=d_out is not None, warps=warps(d), stages=1,
     )  # fmt: skip
     return dx, dy, d_weight.sum(0)
 
 
-class AddNorm(torch.autograd.Function):
+class AddNorm(Function):
     """(x (..., D) fp32, y or None, weight (D,) fp32, dtype) -> the stream and its norm, in dtype."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         d, t = x.shape[-1], x.numel() // x.shape[-1]
         out, n = x.view_as(x) if y is None else torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-        launch(add_norm_forward, (t,), x, y, weight, out, n, t, d, WIDTH=triton.next_power_of_2(d), ADD=y is not None, warps=warps(d))
+        launch(add_norm_forward, (t,), x, y, weight, out, n, t, d, WIDTH=next_power_of_2(d), ADD=y is not None, warps=warps(d))
         return out, n
 
     @staticmethod

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.geometry import TINY
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
 
 W = tl.constexpr(4)
@@ -241,7 +241,7 @@ def backward(
     if not dq.stride(1) == dk.stride(1) == dv.stride(1):
         dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     rows, warps = tile(k, x.dtype, lift.kind, backward=True)
-    programs = triton.cdiv(n, rows)
+    programs = cdiv(n, rows)
     dz, d_r = torch.empty_like(x), None if r is None else torch.empty_like(r)
     d_beta = None if beta is None else torch.empty(b * programs, 2, h, device=x.device)
     launch(
@@ -249,7 +249,7 @@ def backward(
         x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dz, d_r, d_beta, b, n, h, dq.stride(1),
         K=k, ROWS=rows, TAIL=tail is not None, LIFT=lift.kind, warps=warps, stages=1,
     )  # fmt: skip
-    programs = triton.cdiv(n, TAP_ROWS * TAP_TILES)
+    programs = cdiv(n, TAP_ROWS * TAP_TILES)
     dx, d_weight = torch.empty_like(x), torch.empty(b * programs, 4, c, device=x.device)
     launch(
         taps_backward, (programs, c // tap_channels(c), b),
@@ -258,7 +258,7 @@ def backward(
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 
 
-class Convolution(torch.autograd.Function):
+class Convolution(Function):
     """(x (B, N, C), weight (W, C), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or None."""
 
     @staticmethod
@@ -271,7 +271,7 @@ class Convolution(torch.autograd.Function):
         times = None if cos is None else torch.empty(2, b, heads, n, device=x.device)
         rows, warps = tile(k, x.dtype, lift.kind, backward=False)
         launch(
-            convolve, (triton.cdiv(n, rows), 3 * heads, b),
+            convolve, (cdiv(n, rows), 3 * heads, b),
             x, weight, tail, *lift, out, times, b, n, heads, out.stride(0), out.stride(2),
             K=k, ROWS=rows, TAIL=tail is not None, LIFT=lift.kind, warps=warps,
         )  # fmt: skip

@@ -1,16 +1,25 @@
-"""Backward passes that launch kernels, made safe for torch.func.
+"""What kernels' gradients have in common: calling them quickly, and backward passes that are safe under torch.func.
 
 Inside `torch.func.grad` a backward pass receives wrapped tensors, which have no memory that a kernel could read. A second autograd.Function
 around the launch unwraps them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class Launch(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """An autograd.Function with a `setup_context`. torch asks for the signature of `forward` at every call, and finding it takes longer than a launch."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.forward.__signature__ = inspect.signature(cls.forward)
+
+
+class Launch(Function):
     @staticmethod
     def forward(fn: Callable, *args: Any) -> Any:
         return fn(*args)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.launch import cdiv, launch
 
 BLOCK, TILES = 4096, 8  # numbers that a program adds; and blocks of numbers that one measures
 
@@ -33,12 +33,12 @@ def square(x, sums, N, BLOCK: tl.constexpr, TILES: tl.constexpr):
 
 def accumulate(total: Tensor, x: Tensor) -> None:
     """`reference.accumulate`."""
-    launch(add, (triton.cdiv(total.numel(), BLOCK),), total, x.contiguous(), total.numel(), BLOCK=BLOCK, warps=8)
+    launch(add, (cdiv(total.numel(), BLOCK),), total, x.contiguous(), total.numel(), BLOCK=BLOCK, warps=8)
 
 
 def norm(parts: Sequence[Tensor]) -> Tensor:
     """`reference.norm`."""
-    programs = [triton.cdiv(x.numel(), BLOCK * TILES) for x in parts]
+    programs = [cdiv(x.numel(), BLOCK * TILES) for x in parts]
     sums = torch.empty(sum(programs), device=parts[0].device)
     for x, count, first in zip(parts, programs, running(programs, initial=0), strict=False):
         launch(square, (count,), x.contiguous(), sums[first:], x.numel(), BLOCK=BLOCK, TILES=TILES, warps=8)

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import NEWER, is_hopper, launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import NEWER, cdiv, is_hopper, launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import TIP
 from hyperlm.kernels.special import exp2, log2, rsqrt
@@ -427,14 +427,14 @@ def backward(
     common = (n, m, h, group, *strides(s_q, t_k, s_k, v), d_o.stride(1))
     c = config("backward_queries", max(k, width), v.dtype, is_hopper(device), even)
     launch(
-        backward_queries, (triton.cdiv(n, c.BM), b * h),
+        backward_queries, (cdiv(n, c.BM), b * h),
         t_q, s_q, t_k, s_k, v, beta, o, d_o, log_sums, delta, d_tq, d_sq, *common,
         K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
     )  # fmt: skip
     c = config("backward_keys", max(k, width), v.dtype, is_hopper(device), even)
-    d_beta = torch.empty(b, h, triton.cdiv(m, c.BN), device=device)
+    d_beta = torch.empty(b, h, cdiv(m, c.BN), device=device)
     launch(
-        backward_keys, (triton.cdiv(m, c.BN), b * h),
+        backward_keys, (cdiv(m, c.BN), b * h),
         t_q, s_q, t_k, s_k, v, beta, d_o, log_sums, delta, d_tk, d_sk, d_v, d_beta, *common,
         K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
     )  # fmt: skip
@@ -444,7 +444,7 @@ def backward(
     return d_tq, d_sq.transpose(1, 2), d_tk, d_sk.to(v.dtype), d_v.to(v.dtype), d_beta.sum((0, 2)), None
 
 
-class HyperbolicAttention(torch.autograd.Function):
+class HyperbolicAttention(Function):
     """(t_q, s_q, t_k, s_k, v, beta, distance) -> o (B, N, H, V), and the log2 sums of rows (B, H, N) for the backward pass."""
 
     @staticmethod
@@ -454,7 +454,7 @@ class HyperbolicAttention(torch.autograd.Function):
         even = is_even(n, m)
         c = config("forward", max(k, width), v.dtype, is_hopper(v.device), even)
         launch(
-            forward, (triton.cdiv(n, c.BM), b * h),
+            forward, (cdiv(n, c.BM), b * h),
             t_q, s_q, t_k, s_k, v, beta, o, log_sums, n, m, h, h // heads, *strides(s_q, t_k, s_k, v),
             K=k, V=width, BM=c.BM, BN=c.BN, DISTANCE=distance, EVEN=even, warps=c.warps, stages=c.stages, registers=c.registers,
         )  # fmt: skip
@@ -474,7 +474,7 @@ class HyperbolicAttention(torch.autograd.Function):
 def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, distance: bool) -> Tensor:
     """o (B, 1, H, V) of one query, not differentiable. The keys are split, so that few heads fill a GPU too."""
     (b, h, _, k), (_, heads, m, width), device = s_q.shape, v.shape, v.device
-    splits = triton.cdiv(m, SPLIT)
+    splits = cdiv(m, SPLIT)
     sums = torch.empty(b, h, splits, width, device=device)
     totals, leasts = torch.empty(2, b, h, splits, device=device)
     launch(

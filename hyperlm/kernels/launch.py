@@ -16,6 +16,17 @@ NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # Triton th
 variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kernel
 
 
+# Triton's own examine their arguments as a kernel would, for microseconds at each of the thousands of launches of a step.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 @lru_cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

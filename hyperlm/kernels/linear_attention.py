@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import NEWER, is_hopper, launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import NEWER, cdiv, is_hopper, launch
 from hyperlm.kernels.layout import token_major
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -419,14 +419,14 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
     processors = multiprocessors(device)
     if heads >= 0.75 * processors:
         return n
-    parts = triton.cdiv(2 * processors, heads)
-    return triton.cdiv(triton.cdiv(n, parts), MARK) * MARK
+    parts = cdiv(2 * processors, heads)
+    return cdiv(cdiv(n, parts), MARK) * MARK
 
 
 def division(heads: int, n: int, device: torch.device) -> str:
     """How sequences of length n are divided, in words, for `heads` heads x batch."""
     segment = segment_length(heads, n, device)
-    return f"a sweep for each of {heads} heads x batch" if segment >= n else f"{heads} heads x batch in {triton.cdiv(n, segment)} segments of {segment:,}"
+    return f"a sweep for each of {heads} heads x batch" if segment >= n else f"{heads} heads x batch in {cdiv(n, segment)} segments of {segment:,}"
 
 
 def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backward: bool = False) -> tuple[Config, bool]:
@@ -443,7 +443,7 @@ def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backwa
 def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | None, segment: int, backward: bool) -> Tensor | None:
     """States at the borders of segments, (B, H, segments, K, V) fp32; None where all are zero."""
     (b, n, h, k), v = key.shape, value.shape[-1]
-    parts = triton.cdiv(n, segment)
+    parts = cdiv(n, segment)
     if parts == 1:
         return initial
     c, even = choose(key, k, v, segment, decay)
@@ -466,10 +466,10 @@ def factors_of(decay: Tensor | None, segment: int, C: int) -> tuple[Tensor | Non
     """`decay_factors` of decays (B, H, N): write and totals."""
     if decay is None:
         return None, None
-    (b, h, n), segments, chunks = decay.shape, triton.cdiv(decay.shape[2], segment), triton.cdiv(segment, C)
+    (b, h, n), segments, chunks = decay.shape, cdiv(decay.shape[2], segment), cdiv(segment, C)
     write = torch.empty(2, b, h, n, device=decay.device)
     totals = torch.empty(b, h, segments, chunks + 2, device=decay.device)
-    launch(decay_factors, (b * h * segments * triton.cdiv(chunks, 32),), decay, write, totals, b, n, h, segment, C=C, CHUNKS=32)
+    launch(decay_factors, (b * h * segments * cdiv(chunks, 32),), decay, write, totals, b, n, h, segment, C=C, CHUNKS=32)
     return write, totals
 
 
@@ -504,7 +504,7 @@ def backward(
     launches = [(0, 3, vd, kd, to_k)] if kd == vd else [(0, 2, vd, kd, to_k), (2, 1, kd, vd, to_v)]
     for role, roles, width, summed, c in launches:
         launch(
-            backward_sweep, (b * h * triton.cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,),
+            backward_sweep, (b * h * cdiv(n, segment) * (width // c.KEYS) * (summed // c.VALUES) * roles,),
             q, k, v, do, decay, write, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
             b, n, h, segment, q.stride(1), k.stride(1), v.stride(1), do.stride(1),
             K=width, V=summed, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, ROLE=role, ROLES=roles, DECAY=decay is not None,
@@ -519,7 +519,7 @@ def backward(
     return add_up(dq, q.dtype), add_up(dk, k.dtype), add_up(dv, v.dtype), d_decay, first if has_state else None
 
 
-class LinearAttention(torch.autograd.Function):
+class LinearAttention(Function):
     """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), and for the backward pass: states at the starts of
     segments (None for one segment), factors of the decay."""
 
@@ -533,7 +533,7 @@ class LinearAttention(torch.autograd.Function):
         o = parts_like(q, vd, kd // c.KEYS)
         last = torch.empty(b, h, kd, vd, device=q.device)
         launch(
-            forward_sweep, (b * h * triton.cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),),
+            forward_sweep, (b * h * cdiv(n, segment) * (kd // c.KEYS) * (vd // c.VALUES),),
             q, k, v, decay, write, totals, starts, o, last, b, n, h, segment, q.stride(1), k.stride(1), v.stride(1),
             K=kd, V=vd, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay is not None, STARTS=starts is not None, EVEN=even, MARK=MARK,
             warps=c.warps, stages=c.stages, registers=c.registers,

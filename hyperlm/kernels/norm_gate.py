@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import EPS
 
@@ -60,7 +60,7 @@ def rows(V: int) -> int:
 def backward(o: Tensor, weight: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, n, h, v = o.shape
     do, d_gate = torch.empty(o.shape, device=o.device, dtype=o.dtype), torch.empty_like(gate)
-    programs = triton.cdiv(b * n, rows(v) * TILES)
+    programs = cdiv(b * n, rows(v) * TILES)
     d_weight = torch.empty(programs, h, v, device=o.device)
     launch(
         norm_gate_backward, (programs, h),
@@ -69,14 +69,14 @@ def backward(o: Tensor, weight: Tensor, gate: Tensor, dy: Tensor) -> tuple[Tenso
     return do, d_weight.sum(0).to(weight.dtype), d_gate
 
 
-class NormGate(torch.autograd.Function):
+class NormGate(Function):
     """(o (B, N, H, V), weight (H, V), gate (B, N, H V)) -> (B, N, H V)."""
 
     @staticmethod
     def forward(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         b, n, h, v = o.shape
         y = torch.empty_like(gate)
-        launch(norm_gate_forward, (triton.cdiv(b * n, rows(v)), h), o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=rows(v))
+        launch(norm_gate_forward, (cdiv(b * n, rows(v)), h), o, weight, gate, y, b * n, h, o.stride(1), V=v, ROWS=rows(v))
         return y
 
     @staticmethod

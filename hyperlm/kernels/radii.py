@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.geometry import R_MAX, R_MIN
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import cdiv, launch
 
 LEAST, RANGE = tl.constexpr(R_MIN), tl.constexpr(R_MAX - R_MIN)
 TOKENS, COLUMNS = 64, 32  # of a program
@@ -69,7 +69,7 @@ def backward_of(
 
 
 def grid(tokens: int, g: int, h: int) -> tuple[int, int]:
-    return triton.cdiv(tokens, TOKENS), triton.cdiv(g, COLUMNS) + triton.cdiv(h, COLUMNS)
+    return cdiv(tokens, TOKENS), cdiv(g, COLUMNS) + cdiv(h, COLUMNS)
 
 
 def given(x: Tensor | None, like: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def backward(
     return d_product, d_bias[:g], None if decay_bias is None else d_bias[g:]
 
 
-class Radii(torch.autograd.Function):
+class Radii(Function):
     """(product (B, N, G + H), radius_bias (G,), decay_bias (H,) or None) -> r (B, N, G), log_decay (B, H, N) or None."""
 
     @staticmethod

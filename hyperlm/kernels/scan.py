@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels.differentiation import gradients
-from hyperlm.kernels.launch import launch
+from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.launch import cdiv, launch
 
 ROWS, CHANNELS = 64, 32  # of a tile
 
@@ -68,19 +68,19 @@ def backward(log_a: Tensor, start: Tensor | None, h: Tensor, dh: Tensor) -> tupl
     batch, n, c = h.shape
     d_log_a, db, d_start = torch.empty_like(h), torch.empty_like(h), None if start is None else torch.empty_like(start)
     launch(
-        scan_backward, (triton.cdiv(c, CHANNELS), batch),
+        scan_backward, (cdiv(c, CHANNELS), batch),
         log_a, start, h, dh.contiguous(), d_log_a, db, d_start, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None,
     )  # fmt: skip
     return d_log_a, db, d_start
 
 
-class Scan(torch.autograd.Function):
+class Scan(Function):
     """(log_a (B, N, C), b (B, N, C), start (B, C) or None), fp32 -> every state (B, N, C)."""
 
     @staticmethod
     def forward(log_a: Tensor, b: Tensor, start: Tensor | None) -> Tensor:
         (batch, n, c), h = b.shape, torch.empty_like(b)
-        launch(scan_forward, (triton.cdiv(c, CHANNELS), batch), log_a, b, start, h, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None)
+        launch(scan_forward, (cdiv(c, CHANNELS), batch), log_a, b, start, h, n, c, ROWS=ROWS, CHANNELS=CHANNELS, START=start is not None)
         return h
 
     @staticmethod

@@ -50,7 +50,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
 
     def gradients(params: Tree, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
         refresh(params)
-        divisor, total, sums = torch.tensor(float(count), device=device), torch.zeros((), device=device), None
+        divisor, total, sums = torch.full((), float(count), device=device), torch.zeros((), device=device), None
         for tokens, key in zip(batch, keys, strict=True):
             nats, grads = of_micro_batch(tokens, key, divisor)
             total += nats

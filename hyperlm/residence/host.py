@@ -174,7 +174,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
             """What becomes of a stage's gradient."""
             norm = norms[visit.index] = ops["norm"](found)
-            found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
+            if at_once or not coded:
+                found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
                 factor = torch.where(torch.isfinite(norm), factor, 0)  # if not, this stage alone has no gradient
