@@ -81,12 +81,12 @@ class FFN(nn.Module):
         self.up_low, self.up_high = matrix(r, d), matrix(4 * d, r)
         self.down_low, self.down_high = matrix(r, 4 * d), matrix(d, r)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.low(x), self.down_high)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return F.linear(self.low(x, ctx), self.down_high)
 
-    def low(self, x: Tensor) -> Tensor:
+    def low(self, x: Tensor, ctx: Context) -> Tensor:
         """All but the last product, (B, N, D/8)."""
-        return F.linear(F.gelu(F.linear(F.linear(x, self.up_low), self.up_high)), self.down_low)
+        return F.linear(ctx.ops["gelu"](F.linear(F.linear(x, self.up_low), self.up_high)), self.down_low)
 
 
 class Block(nn.Module):
@@ -111,8 +111,8 @@ class Block(nn.Module):
         y, more = self.mixer(n, cache, ctx)
         x, n = self.ffn_norm(x, drop(y, 2), ctx)
         if ctx.unread and not self.rate:
-            return Unread.apply(x, self.ffn.low(n), self.ffn.down_high), entries | more
-        return x + drop(self.ffn(n), 3), entries | more
+            return Unread.apply(x, self.ffn.low(n, ctx), self.ffn.down_high), entries | more
+        return x + drop(self.ffn(n, ctx), 3), entries | more
 
 
 class Unread(Function):
@@ -172,7 +172,7 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
 def ops(cfg: ModelConfig) -> tuple[str, ...]:
     """The operations of the dispatch table that a model needs."""
     kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
-    return tuple(sorted({"add_norm", *(op for kind in kinds for op in kind.ops)}))
+    return tuple(sorted({"add_norm", "gelu", *(op for kind in kinds for op in kind.ops)}))
 
 
 def declaration(cfg: ModelConfig) -> Params:

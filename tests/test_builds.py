@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, norm_gate, radii, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gelu, gradients, norm_gate, radii, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -101,6 +101,9 @@ def builds():
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
+        args = dict(x="*bf16", N=INTS, BLOCK=gelu.BLOCK)
+        yield "gelu", gelu.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
+        yield "gelu_backward", gelu.gelu_backward, args | dict(dy="*bf16", dx="*bf16"), 8, 3, capability
         sizes = dict.fromkeys(("T", "N", "G", "H", "stride"), INTS) | dict(TOKENS=radii.TOKENS, COLUMNS=radii.COLUMNS)
         args = dict(product="*bf16") | dict.fromkeys(("radius_bias", "decay_bias"), f) | sizes
         yield "radii", radii.forward, args | dict(r=f, log_decay=f), 4, 3, capability

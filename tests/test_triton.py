@@ -265,6 +265,16 @@ def test_add_norm(dtype, branch, d):
     compare("add_norm", [x, spread(2, 13, d, seed=2, dtype=dtype) if branch else None, weight, dtype], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype):
+    compare("gelu", [spread(3, 5, 1000, seed=1, dtype=dtype)], dtype)
+
+
+def test_gelu_far_from_0():
+    x = torch.linspace(-12, 12, 20001, device=DEVICE)
+    assert float((OPS["gelu"]["triton"](x).double() - F.gelu(x.double())).abs().max()) <= 1e-6
+
+
 @pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("n", LENGTHS)
 def test_scan(n, start):

@@ -14,6 +14,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
     "encode8": {"torch": reference.encode8},
+    "gelu": {"torch": reference.gelu},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
@@ -40,6 +41,7 @@ else:
         convolution,
         cross_entropy,
         decoding,
+        gelu,
         gradients,
         hyperbolic_attention,
         linear_attention,
@@ -53,6 +55,7 @@ else:
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["encode8"]["triton"] = adamw8.encode8
+    OPS["gelu"]["triton"] = gelu.gelu
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
@@ -65,7 +68,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "norm", "pull_logits", "radii", "scan", "take_logits")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

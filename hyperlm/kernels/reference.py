@@ -259,6 +259,11 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x times the standard normal distribution function of x, any shape. Reference: Hendrycks and Gimpel 2016."""
+    return F.gelu(x)
+
+
 # -- the loss, and gradients -----------------------------------------------------------------------------------------------------------
 
 
