@@ -36,7 +36,7 @@ class HeadNats(Function):
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
         log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
         picked = torch.zeros_like(log_z)
-        room = features.new_empty(len(features) * (parts[0].stop - parts[0].start))
+        room = features.new_empty(len(features) * parts[0].stop)  # for one chunk at a time
 
         def logits_of(part: slice) -> Tensor:
             rows = weight[part]

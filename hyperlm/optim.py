@@ -105,7 +105,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
                 del rates_of[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
             values = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], pin_memory=device.type == "cuda")
-            rates_of[step, device] = values.to(device, non_blocking=True)  # no reason to wait until all that the device still has to do is done
+            rates_of[step, device] = values.to(device, non_blocking=True)  # made there, it would wait for all that the device has yet to do
         return rates_of[step, device]
 
     def update(

@@ -16,14 +16,13 @@ NEWER = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)  # Triton th
 variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kernel
 
 
-# Triton's own examine their arguments as a kernel would, for microseconds at each of the thousands of launches of a step.
-
-
 def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton has this and the next as well, for kernels too: they take 6 microseconds a call, and a large step makes thousands."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n."""
     return 1 << (n - 1).bit_length()
 
 

@@ -101,7 +101,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     gradients: Tree = None  # of the newest step, in host memory
     newest: Pending | None = None  # what the newest step left pending
     held: deque[tuple[Event, Any]] = deque()  # what other lanes still read; of the last stage, into the next step
-    at_once, coded = cfg.optim.clip_scope == "layer", goes_home_in_8_bits(cfg, dtype)
+    at_once = cfg.optim.clip_scope == "layer"
+    coded = not at_once and goes_home_in_8_bits(cfg, dtype)
     ahead = not at_once and moves_ahead(cfg, dtype)
     copied = free_once_copied(cfg, dtype)
 
@@ -174,7 +175,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
             """What becomes of a stage's gradient."""
             norm = norms[visit.index] = ops["norm"](found)
-            if at_once or not coded:
+            if coded:
+                found = traffic.encoded(visit.index, found, state.step)
+            else:
                 found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
@@ -183,7 +186,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 visit = traffic.at_once(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 held.append((visit.ready, [found, factor]))
             else:
-                found = traffic.encoded(visit.index, found, state.step) if coded else found
                 factor = None
                 if goes_ahead:
                     factor = torch.isfinite(norm).float()
