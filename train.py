@@ -95,7 +95,7 @@ def announce(config: Config, device: torch.device) -> None:
     if config.train.residence == "host":
         p = plan.visits(config, env.compute_dtype(device), env.allowed_memory(device, config.train.device_memory))
         print(f"residence  host: {p.host / env.GIB:.1f} GiB there, {config.optim.state} state; {p.device / env.GIB:.1f} GiB planned on {device},")
-        print(f"           {p.group} of {config.train.grad_accum} micro-batches at a time, inputs of {p.kept} of {cfg.n_layers} blocks kept there")
+        print(f"           {p.group} of {config.train.grad_accum} micro-batches at a time, {plan.resident(config, p)}")
     for choice in (select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)):
         divided = division(choice, config.train.batch_size * cfg.n_heads, config.data.seq_len, device)
         print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))

@@ -24,7 +24,7 @@ from hyperlm.env import progress
 from hyperlm.kernels.differentiation import Function
 from hyperlm.kernels.reference import APART, noise, wide
 from hyperlm.mixers import MIXERS
-from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, rope_angles
+from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, pulled_back, rope_angles
 from hyperlm.mixers.ssm import SSM
 
 # AdamW moves every weight by about the learning rate, so an embedding learns as fast as E_low is small and E_high large. Measured at
@@ -86,7 +86,7 @@ class FFN(nn.Module):
 
     def low(self, x: Tensor, ctx: Context) -> Tensor:
         """All but the last product, (B, N, D/8)."""
-        return F.linear(ctx.ops["gelu"](F.linear(F.linear(x, self.up_low), self.up_high)), self.down_low)
+        return product(ctx.ops["gelu"](F.linear(product(x, self.up_low, ctx), self.up_high)), self.down_low, ctx)
 
 
 class Block(nn.Module):
@@ -112,7 +112,7 @@ class Block(nn.Module):
         x, n = self.ffn_norm(x, drop(y, 2), ctx)
         if ctx.unread and not self.rate:
             return Unread.apply(x, self.ffn.low(n, ctx), self.ffn.down_high), entries | more
-        return x + drop(self.ffn(n, ctx), 3), entries | more
+        return ctx.ops["add"](x, drop(self.ffn(n, ctx), 3)), entries | more
 
 
 class Unread(Function):
@@ -129,8 +129,7 @@ class Unread(Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, weight = ctx.saved_tensors
-        d_y = d.to(y.dtype)
-        return d, d_y @ weight, d_y.flatten(0, -2).mT @ y.flatten(0, -2)
+        return d, *pulled_back(d.to(y.dtype), y, weight)
 
 
 class Head(nn.Module):
@@ -172,7 +171,7 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
 def ops(cfg: ModelConfig) -> tuple[str, ...]:
     """The operations of the dispatch table that a model needs."""
     kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
-    return tuple(sorted({"add_norm", "gelu", *(op for kind in kinds for op in kind.ops)}))
+    return tuple(sorted({"add", "add_norm", "gelu", *(op for kind in kinds for op in kind.ops)}))
 
 
 def declaration(cfg: ModelConfig) -> Params:

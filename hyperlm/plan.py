@@ -5,7 +5,7 @@ autograd saves for the backward pass are added up.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,11 +19,15 @@ from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference import BLOCK, CODED
 from hyperlm.loss import AT_ONCE
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
+from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
 MARGIN = 192 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
+# Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
+# 49e9; a GPU for games on a narrower bus makes fewer.
+BALANCE = 9400
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class Plan:
     activations: int
     host: int
     group: int = 1  # micro-batches at a time
-    kept: int = 0  # blocks whose inputs stay on the device
+    remembers: bool = False  # whether some products of blocks are kept, and not found again
+    kept: int = 0  # blocks of which the inputs, and those products, stay on the device
+    staying: int = 0  # stages whose gradients stay on the device until their pending update
     shared: bool = False  # whether the head takes the place of the other stages
     logits: int = 0  # of the head at a time, in the room that a block needs at another; 0 for the default
 
@@ -81,6 +87,7 @@ def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
     def stand_in(op: str) -> Callable:
         reference = kernels.OPS[op]["torch"]
         fused = op == "softmax_attention" or has_kernel(op, config, dtype)  # torch's own attention is fused as well
+        fused = fused and op != "add"  # saves nothing
         return partial(Fused.apply, reference) if fused else reference
 
     return {op: stand_in(op) for op in model.ops(config.model)}
@@ -173,9 +180,40 @@ def slot_count(config: Config, dtype: torch.dtype) -> int:
     return SLOTS - free_once_copied(config, dtype)
 
 
-def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False) -> Plan:
-    """The plan of the host residence, with `group` micro-batches at a time, the inputs of `kept` blocks left on the device, and the head in the
-    place of the other stages if `shared`.
+def read_bytes(config: Config, dtype: torch.dtype, *, products: bool) -> int:
+    """Bytes that the backward pass of the host residence reads of a block and all micro-batches: its input, and `products` not to be found again."""
+    cfg, t = config.model, config.train
+    width = cfg.d_model + (cfg.d_model + 2 * cfg.ffn_rank if products else 0)
+    return t.grad_accum * t.batch_size * config.data.seq_len * width * dtype.itemsize
+
+
+def remembers(config: Config, dtype: torch.dtype) -> bool:
+    """Whether the bus has time for products of blocks, which then are not found again in the backward pass: going home forward, and coming backward
+    beside weights, moments and gradients."""
+    cfg, t = config.model, config.train
+    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
+    read = cfg.n_layers * read_bytes(config, dtype, products=True)
+    beside = size(params["blocks"]) + sum(size(part["blocks"]) for part in opt_state.values()) + gradient_bytes(config, dtype, params["blocks"])
+    operations = 2 * t.grad_accum * t.batch_size * config.data.seq_len * parameters(config)["blocks"]  # forward; backward it is three times that
+    return dtype == torch.bfloat16 and read * BALANCE < operations and (beside + read) * BALANCE < 3 * operations
+
+
+def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int) -> int:
+    """Stages, from the first, whose gradients the device has room for when the backward pass ends: in `spare` bytes, and in the place of what it
+    has read of `kept` blocks, `read` bytes each."""
+    params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    own = [gradient_bytes(config, dtype, stage) for stage in (params["embed"], *params["blocks"])]
+
+    def fit(count: int) -> bool:
+        """Whether they do at every stage on the way."""
+        return all(sum(own[i:count]) <= spare + read * max(0, kept + 1 - max(i, 1)) for i in range(count))
+
+    return max(count for count in range(len(own) + 1) if fit(count)) if any(own) else 0
+
+
+def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False) -> Plan:
+    """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, `products` among it,
+    and the head in the place of the other stages if `shared`.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
     16 x 512 tokens: int8 state, 4.15 GiB where 4.65 are planned; fp32, 4.18 where 4.69 are; int8 in 3 GiB, 1.88 where 1.93 are.
@@ -200,15 +238,17 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     logits = 0
     if has_kernel("pull_logits", config, dtype) and in_block > in_head:
         logits = min(AT_ONCE["triton"] + (in_block - in_head) // item, tokens * cfg.vocab_size)
-    inputs = (INPUTS * group if kept < cfg.n_layers else 0) + kept * t.grad_accum
+    read = read_bytes(config, dtype, products=products)
+    on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
     return Plan(
         "host",
         weights=max(slots, size(params["head"])) if shared else slots + size(params["head"]),
         gradients=0,
         optimizer=min(PIECE, round(moving * max(block, count["head"], count["embed"]))) * PIECES,
-        activations=inputs * boundary + max(in_block, in_head),
-        host=size(params) + size(opt_state) + gradient_bytes(config, dtype, params) + t.grad_accum * (cfg.n_layers - kept) * boundary,
+        activations=on_the_way + kept * read + max(in_block, in_head),
+        host=size(params) + size(opt_state) + gradient_bytes(config, dtype, params) + (cfg.n_layers - kept) * read,
         group=group,
+        remembers=products,
         kept=kept,
         shared=shared,
         logits=logits,
@@ -216,30 +256,39 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
 
 
 def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
-    """The plan of the host residence that makes the most of `budget` bytes of device memory: as many micro-batches at a time as fit, and then as
-    many inputs. Dropout masks belong to a micro-batch, and a CPU gains nothing from more: there it is one at a time."""
+    """The plan of the host residence that makes the most of `budget` bytes of device memory: as many micro-batches at a time as fit, then as much of
+    what is read of blocks, and then gradients. Dropout masks belong to a micro-batch, and a CPU gains nothing from more: there it is one at a time."""
     t, layers = config.train, config.model.n_layers
     alone = config.model.dropout or dtype != torch.bfloat16
     groups = [1] if alone else [g for g in range(t.grad_accum, 0, -1) if t.grad_accum % g == 0]
     room = budget - max(MARGIN[0], round(MARGIN[1] * budget))
-    ways = [visiting(config, dtype, g, 0, shared) for g in groups for shared in (False, True)]
+    products = remembers(config, dtype)
+    ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (False, True)]
     found = next((plan for plan in ways if plan.device <= room), ways[-1])
-    each = t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
-    kept = max(0, min(layers, (room - found.device) // each))
-    return visiting(config, dtype, found.group, kept, found.shared) if kept else found
+    read = read_bytes(config, dtype, products=products)
+    kept = max(0, min(layers, (room - found.device) // read))
+    found = visiting(config, dtype, found.group, kept, found.shared, products)
+    return replace(found, staying=staying(config, dtype, room - found.device, kept, read))
 
 
-def traffic(config: Config, dtype: torch.dtype, planned: Plan) -> tuple[int, int]:
-    """Bytes that a step of the host residence moves to the device, and home.
+def traffic(config: Config, dtype: torch.dtype, planned: Plan, *, clipped: bool) -> tuple[int, int]:
+    """Bytes that a step of the host residence moves to the device, and home, after one that was `clipped`.
 
     Every stage comes once forward, once backward (but the head, where forward ends), and goes home updated; so do its moments, and unless each
-    stage is clipped by itself its gradient, which comes back for the update. Inputs of blocks go and come.
+    stage is clipped by itself its gradient, which comes back for the update if it did not stay. What is read of blocks goes and comes.
     """
-    t, layers = config.train, config.model.n_layers
     params, opt_state = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
-    inputs = (layers - planned.kept) * t.grad_accum * t.batch_size * config.data.seq_len * config.model.d_model * FP32
-    each = size(opt_state) + gradient_bytes(config, dtype, params) + inputs
-    return 2 * size(params) - size(params["head"]) + each, size(params) + each
+    late = config.optim.clip_scope == "global" and (clipped or not goes_home_in_8_bits(config, dtype))  # updates are made forward
+    read = (config.model.n_layers - planned.kept) * read_bytes(config, dtype, products=planned.remembers and not late)
+    each = size(opt_state) + gradient_bytes(config, dtype, params) + read
+    stayed = sum(gradient_bytes(config, dtype, stage) for stage in stages(params)[: planned.staying]) if late else 0
+    return 2 * size(params) - size(params["head"]) + each - stayed, size(params) + each
+
+
+def resident(config: Config, planned: Plan) -> str:
+    """What of a step stays on the device in the host residence, in words."""
+    products = " and products" if planned.remembers else ""
+    return f"inputs{products} of {planned.kept} of {config.model.n_layers} blocks and gradients of {planned.staying} stages stay on the GPU"
 
 
 def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
@@ -264,6 +313,6 @@ def table(config: Config) -> str:
     lines += [
         f"device: everything on the device that computes; the driver takes {CONTEXT / GIB:.2f} GiB more",
         f"host:   parameters and optimizer in host memory (--train.residence host), within {t.device_memory or EXAMPLE} GiB of the GPU with all that the driver "
-        f"takes: {p.group} of {t.grad_accum} micro-batches at a time, inputs of {p.kept} of {config.model.n_layers} blocks on the GPU",
+        f"takes: {p.group} of {t.grad_accum} micro-batches at a time, {resident(config, p)}",
     ]
     return "\n".join(lines)

@@ -133,9 +133,11 @@ def in_host(cfg: Config) -> Config:
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared, monkeypatch):
-    """Updates in pieces and left pending, inputs sent away and brought back: nothing of it shows in a loss, a parameter or a moment."""
+    """Updates in pieces and left pending, inputs and products sent away and brought back, gradients that stay: nothing of it shows in a loss, a
+    parameter or a moment."""
     monkeypatch.setattr(traffic, "PIECE", 1 << 12)
-    monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared))
+    planned = lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2)  # noqa: E731
+    monkeypatch.setattr(host, "visits", planned)
     cfg = config(replace(CASES[case], dropout=0.1), clip=0.5, clip_scope=scope, state=state)
     batches = [tokens_of(3, 2, 17, seed=i) for i in range(20 if kept == 1 and state == "fp32" else 4)]
     (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
@@ -171,7 +173,10 @@ def coded(monkeypatch) -> Callable[[bool], None]:
     return lambda ahead: monkeypatch.setattr(host, "moves_ahead", lambda cfg, dtype: ahead)
 
 
-def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded):
+def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded, monkeypatch):
+    """And beside them products that are remembered, which otherwise are not; and gradients that stay, which otherwise do."""
+    planned = lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, 1, products=True), staying=2)  # noqa: E731
+    monkeypatch.setattr(host, "visits", planned)
     settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [tokens_of(2, 2, 17, seed=i) for i in range(5)], []
     for ahead in (False, True):
         coded(ahead)

@@ -266,6 +266,11 @@ def test_add_norm(dtype, branch, d):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_add(dtype):
+    compare("add", [spread(3, 5, 1000, seed=1, dtype=torch.float32), spread(3, 5, 1000, seed=2, dtype=dtype)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu(dtype):
     compare("gelu", [spread(3, 5, 1000, seed=1, dtype=dtype)], dtype)
 

@@ -46,7 +46,7 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
         row["retries"] = torch.cuda.memory_stats(device)["num_alloc_retries"]
     row["host GiB"] = env.peak_memory(torch.device("cpu")) / env.GIB
     if t.residence == "host":
-        there, back = plan.traffic(config, dtype, planned)
+        there, back = plan.traffic(config, dtype, planned, clipped=state.clipped)
         row["GB/s in"], row["GB/s home"] = there / took / 1e9, back / took / 1e9
     return row
 

@@ -11,6 +11,7 @@ from hyperlm.kernels import reference
 OPS: dict[str, dict[str, Callable]] = {
     "accumulate": {"torch": reference.accumulate},
     "adamw8": {"torch": reference.adamw8},
+    "add": {"torch": reference.add},
     "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
     "encode8": {"torch": reference.encode8},
@@ -52,6 +53,7 @@ else:
 
     OPS["accumulate"]["triton"] = gradients.accumulate
     OPS["adamw8"]["triton"] = adamw8.adamw8
+    OPS["add"]["triton"] = add_norm.add
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["encode8"]["triton"] = adamw8.encode8
@@ -68,7 +70,7 @@ else:
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

@@ -1,4 +1,5 @@
-"""The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one backward.
+"""The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one backward;
+and what the last branch adds.
 
 Layout: (T, D), T tokens, D model width. The stream is fp32, branches are in the dtype of the matrices.
 """
@@ -14,6 +15,7 @@ from hyperlm.kernels.reference import EPS
 
 SMALL = tl.constexpr(EPS)
 TOKENS = 16  # of a program, in the backward pass
+BLOCK = 4096  # numbers that a program adds, where there is no norm
 
 
 @triton.jit
@@ -51,6 +53,12 @@ def add_norm_backward(
         if ADD:
             tl.store(dy + t * D + c, d.to(dy.dtype.element_ty), mask=mask)
     tl.store(d_weight + tl.program_id(0) * D + c, dw, mask=c < D)
+
+
+@triton.jit
+def add_branch(x, y, out, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at, mask=at < N) + tl.load(y + at, mask=at < N).to(tl.float32), mask=at < N)
 
 
 def warps(D: int) -> int:
@@ -101,3 +109,27 @@ class AddNorm(Function):
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, of a stream in fp32."""
     return AddNorm.apply(x.contiguous(), None if y is None else y.contiguous(), weight, dtype)
+
+
+class Add(Function):
+    """(x fp32, y) -> x + y, fp32."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        launch(add_branch, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, warps=8)
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.branch = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        return d, d.to(ctx.branch)
+
+
+@torch.compiler.disable  # compiled code calls it as it is
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """`reference.add`, to a stream in fp32."""
+    return Add.apply(x.contiguous(), y.contiguous())

@@ -243,6 +243,11 @@ def tangent_step(
     return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """The residual stream x, wide, with what a branch adds to it."""
+    return x + y
+
+
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What a branch adds to the residual stream, and its RMSNorm for the next branch.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
 from hyperlm.geometry import R_MAX, R_MIN
+from hyperlm.kernels.differentiation import Function
 
 CONV_WIDTH = 4
 R_START = 1.0  # of every token before training
@@ -34,6 +35,39 @@ class Context(NamedTuple):
     key: Tensor | None = None  # int64 scalar that dropout is a function of; None outside training
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
     unread: bool = False  # whether of what a block returns gradients alone are wanted
+    products: list[Tensor] | None = None  # see `product`
+
+
+def product(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
+    """x weight^T: (..., C) by (D, C) -> (..., D). Where the context has a list of products, a pass without gradients adds to it what it finds, and
+    the pass that repeats it with gradients takes that from the list, in the same order, instead of multiplying again."""
+    if ctx.products is None:
+        return F.linear(x, weight)
+    if torch.is_grad_enabled():
+        return Known.apply(x, weight, ctx.products.pop(0))
+    ctx.products.append(F.linear(x, weight))
+    return ctx.products[-1]
+
+
+class Known(Function):
+    """A product that was found before."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *pulled_back(d, *ctx.saved_tensors), None
+
+
+def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight from that of their product."""
+    return d @ weight, d.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -112,4 +146,4 @@ class Mixer(nn.Module):
         narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
         low, few = F.linear(x, narrow).tensor_split([len(self.gate_down)], -1)
         y, entries = self.mix(F.linear(x, self.qkv), F.linear(low, self.gate_up), few, cache, ctx)
-        return F.linear(y, self.out), entries
+        return product(y, self.out, ctx), entries

@@ -18,7 +18,7 @@ and home 4.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
+from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO, wide
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
 from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits
@@ -92,6 +92,7 @@ def moves_ahead(config: Config, dtype: torch.dtype) -> bool:
 def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
+    stream = wide(dtype)  # of the residual stream
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
     ops = kernels.table(("accumulate", "norm"), device, cfg.kernels)
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
@@ -123,6 +124,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
         traffic.main.wait(visit.ready)
+        traffic.staying.pop(visit.index, None)  # used, if it was there
         weights = compute_copy(visit.stored, dtype)
         if copied:
             weights = tree.map(lambda p: p.clone() if p.dim() < 2 else p, weights)  # matrices are copies already
@@ -134,14 +136,14 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             traffic.release(visit)
 
     def pulled(
-        outputs: list[Callable[..., Tensor]], into: Iterator[list[Tensor]], weights: Tree, pull: list[Tensor | None]
+        outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The summed gradient of a stage, and the gradient of each of its inputs; each output is a function of some of these."""
+        """The summed gradient of a stage, and the gradient of each of its inputs; of each output, its function and the inputs of that."""
         leaves, sums, inner = tree.leaves(weights), None, []
-        for x, output, d in zip(into, outputs, pull, strict=True):  # `into` first: it ends with what follows its last item
+        for (output, x), d in zip(outputs, pull, strict=True):  # `outputs` first: they end with what follows the last
             grads = torch.autograd.grad(output(*x), [*leaves, *x], d)
             inner += grads[len(leaves) :]
-            sums = list(grads[: len(leaves)]) if len(outputs) == 1 else summed(sums, grads[: len(leaves)], ops["accumulate"])
+            sums = list(grads[: len(leaves)]) if len(pull) == 1 else summed(sums, grads[: len(leaves)], ops["accumulate"])
         return sums, inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
@@ -154,11 +156,14 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         contexts = [model.context(dtype, t, cfg.model, cfg.kernels, key=key) for t, key in zip(tokens, keys, strict=True)]
         layers, groups = len(blocks), range(len(batch))
         goes_ahead = ahead and not state.clipped
+        remembers = plan.remembers and (goes_ahead or at_once)  # else forward, updates are on their way home
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
-        def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, unread: bool = False) -> Tensor:
-            return run(blocks[layer], weights, x, None, model.layer_context(contexts[a], layer)._replace(unread=unread))[0]
 
-        # The stages that come, and whether their pending update is made on the way; and inputs of blocks.
+        def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, products: list[Tensor], unread: bool = False) -> Tensor:
+            ctx = model.layer_context(contexts[a], layer)._replace(unread=unread, products=products if remembers else None)
+            return run(blocks[layer], weights, x, None, ctx)[0]
+
+        # The stages that come, and whether their pending update is made on the way; and what is read of blocks.
         rest = deque([(index, True) for index in range(layers + 2)] + [(index, False) for index in reversed(range(layers + 1))])
         wanted = iter([(layer, a) for layer in reversed(range(layers)) for a in groups])
         fetched: deque[Visit] = deque()
@@ -178,11 +183,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             if coded:
                 found = traffic.encoded(visit.index, found, state.step)
             else:
-                found = [g.to(leaf.dtype) for g, leaf in zip(found, tree.leaves(weights), strict=True)]
+                found = [g.to(leaf.dtype).contiguous() for g, leaf in zip(found, tree.leaves(weights), strict=True)]
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
                 factor = torch.where(torch.isfinite(norm), factor, 0)  # if not, this stage alone has no gradient
-                found = [g.contiguous() for g in found]
                 visit = traffic.at_once(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 held.append((visit.ready, [found, factor]))
             else:
@@ -191,6 +195,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                     factor = torch.isfinite(norm).float()
                     visit = traffic.ahead(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 traffic.bring_home(visit.index, found, stage_of(gradients, visit.index))
+                if visit.index < plan.staying and not goes_ahead:
+                    traffic.staying[visit.index] = found
                 held.append((traffic.home.mark(), [found, factor]))
             while len(held) > 1:
                 event, _ = held.popleft()
@@ -210,8 +216,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 visit = fetched.popleft()
                 weights = weights_of(visit)
                 for a in groups:
-                    inputs.put(layer, a, x[a])
-                    x[a] = block_of(layer, weights, a, x[a])
+                    read, products = [x[a].to(dtype)], []
+                    x[a] = block_of(layer, weights, a, x[a], products=products)
+                    inputs.put(layer, a, read + products)
                 leave(visit)
                 weights = None  # a copy, perhaps: not beside the next
                 fetch_ahead()
@@ -230,9 +237,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
 
         # On a GPU of all groups together: the gradient of the head is large, and so it is found whole, with no sum beside it.
         together = [groups] if device.type == "cuda" else [[a] for a in groups]
-        ends = ([x[a].requires_grad_() for a in chosen] for chosen in together)
-        found, d = pulled([partial(loss_of, chosen) for chosen in together], ends, weights, [None] * len(together))
-        x = []
+        ends = [(partial(loss_of, chosen), [x[a].requires_grad_() for a in chosen]) for chosen in together]
+        found, d = pulled(ends, weights, [None] * len(together))
+        x, ends = [], []
         inputs.gone()
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
@@ -242,24 +249,24 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         fetch_ahead()
 
         # -- backward
-        def inputs_of(layer: int) -> Iterator[list[Tensor]]:
+        def again(layer: int, weights: Tree) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
             for a in groups:
-                own, number = inputs.take(layer, a)
-                yield [own.detach().requires_grad_()]
+                (own, *products), number = inputs.take(layer, a)
+                yield partial(block_of, layer, weights, a, products=products, unread=True), [own.detach().to(stream).requires_grad_()]
                 inputs.release(number)
                 inputs.prefetch(*next(wanted, (-1, 0)))
 
         for layer in reversed(range(layers)):
             visit = fetched.popleft()
             weights = weights_of(visit)
-            found, d = pulled([partial(block_of, layer, weights, a, unread=True) for a in groups], inputs_of(layer), weights, d)
+            found, d = pulled(again(layer, weights), weights, d)
             visit = learn(visit, weights, found)
             leave(visit)
             weights = found = None
             fetch_ahead()
         visit = fetched.popleft()
         weights = weights_of(visit)
-        found, _ = pulled([partial(model.embed, weights, tokens[a], cfg.model, contexts[a]) for a in groups], iter([[]] * len(d)), weights, d)
+        found, _ = pulled([(partial(model.embed, weights, tokens[a], cfg.model, contexts[a]), []) for a in groups], weights, d)
         visit = learn(visit, weights, found)
         leave(visit)
 

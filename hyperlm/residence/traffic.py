@@ -89,6 +89,7 @@ class Traffic:
         self.head_free: tuple[Event, ...] = (self.main.mark(),)
         self.written: list[Event] = [None] * len(parts)  # when each stage in host memory is up to date
         self.sent: list[Event] = [None] * len(parts)  # and each gradient
+        self.staying: dict[int, list[Tensor]] = {}  # by stage, gradients that the pending update will not have to wait for
         moving = [stages(x) for x in (*opt_state.values(), gradients) if x is not None]  # what comes and goes with the weights
         numbers = int(PIECE / (sum(slab.size(part) for own in moving for part in own) / tree.count(params)))
         self.pieces = [pieces_of(tree.leaves(part), numbers) for part in parts]
@@ -165,6 +166,7 @@ class Traffic:
         """These parameters are next. unchanged: they are as they were when stages last left for home; else what is on the device is not used."""
         if not unchanged:
             self.slots.held.clear()
+            self.staying.clear()
         if params is not self.params:
             self.cuts.clear()
             self.landed.clear()
@@ -209,16 +211,16 @@ class Traffic:
     def late(self, state: State, visit: Visit, pending: Pending) -> Visit:
         """The part of the pending update that weights must not be used without."""
         names, moments = self.moments_of(state, visit.index)
-        factor = pending.factors[visit.index]
+        factor, here = pending.factors[visit.index], self.staying.get(visit.index)
+        coming = moments if here else [stage_of(pending.grads, visit.index), *moments]
 
         def fn(piece: list[Part], origin: Tensor, brought: list, weights: list, acts: list) -> None:
-            grads, *own = brought
-            self.optimizer.update(
-                grads, dict(zip(names, own, strict=True)), weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what
-            )
+            grads = [cut(here[part.leaf], part) for part in piece] if here else brought[0]
+            opt_state = dict(zip(names, brought[-len(names) :], strict=True))
+            self.optimizer.update(grads, opt_state, weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what)
 
         self.into.wait(self.sent[visit.index])
-        return self.through(visit, stage_of(state.params, visit.index), [stage_of(pending.grads, visit.index), *moments], 1, fn)
+        return self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn)
 
     def at_once(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The whole update, by a gradient that is on the device."""
@@ -265,34 +267,36 @@ class Traffic:
 
 
 class Inputs:
-    """The input of every block for every group of micro-batches, from the forward pass until the backward pass takes it."""
+    """What the backward pass reads of every block and every group of micro-batches, from the forward pass until then: the block's input, and
+    products that are not to be found again."""
 
     def __init__(self, traffic: Traffic, kept: int) -> None:
         self.main, self.into, self.home = traffic.main, Lane(traffic.device), Lane(traffic.device)
-        self.device, self.kept = traffic.device, kept  # blocks whose inputs stay on the device
-        self.here: dict[tuple[int, int], Tensor] = {}
-        self.away: dict[tuple[int, int], Tensor] = {}  # in host memory
-        self.left: dict[tuple[int, int], Event] = {}
-        self.leaving: deque[tuple[Event, Tensor]] = deque()
-        self.coming: dict[tuple[int, int], tuple[Tensor, int, Event]] = {}
+        self.device, self.kept = traffic.device, kept  # blocks of which all this stays on the device
+        self.here: dict[tuple[int, int], list[Tensor]] = {}
+        self.room: dict[tuple[int, int], list[Tensor]] = {}  # in host memory
+        self.away: dict[tuple[int, int], tuple[list[Tensor], Event]] = {}  # what of it is in use, and since when
+        self.leaving: deque[tuple[Event, list[Tensor]]] = deque()
+        self.coming: dict[tuple[int, int], tuple[list[Tensor], int, Event]] = {}
         self.ring: Ring | None = None
 
-    def put(self, layer: int, group: int, x: Tensor) -> None:
+    def put(self, layer: int, group: int, read: list[Tensor]) -> None:
         if layer < self.kept:
-            self.here[layer, group] = x
+            self.here[layer, group] = read
             return
-        if (layer, group) not in self.away:
-            memory = slab.allocate(x.nbytes, torch.device("cpu"), pin=self.device.type == "cuda")
-            self.away[layer, group] = memory.view(x.dtype).view(x.shape)
+        room = self.room.setdefault((layer, group), [])
+        for x in read[len(room) :]:
+            room.append(slab.views(slab.allocate(x.nbytes, torch.device("cpu"), pin=self.device.type == "cuda"), x))
         self.home.wait(self.main.mark())
         with self.home.open():
-            self.away[layer, group].copy_(x, non_blocking=True)
-        self.left[layer, group] = self.home.mark()
-        self.leaving.append((self.left[layer, group], x))  # whose memory may only be used again after that
+            for to, x in zip(room, read, strict=False):
+                to.copy_(x, non_blocking=True)
+        self.away[layer, group] = room[: len(read)], self.home.mark()
+        self.leaving.append((self.away[layer, group][1], read))  # whose memory may only be used again after that
         self.gone(but=2)
 
     def gone(self, but: int = 0) -> None:
-        """Forget the inputs that have been put, but for the newest, which may still be on their way."""
+        """Forget what has been put, but for the newest, which may still be on its way."""
         while len(self.leaving) > but:
             event, _ = self.leaving.popleft()
             self.main.wait(event)
@@ -300,23 +304,24 @@ class Inputs:
     def prefetch(self, layer: int, group: int) -> None:
         if layer < self.kept or layer < 0:
             return
-        x = self.away[layer, group]
-        if self.ring is None or len(self.ring.buffers[0]) < x.nbytes:
-            self.ring = Ring(INPUTS, x.nbytes, self.device)
+        room, left = self.away[layer, group]
+        if self.ring is None or len(self.ring.buffers[0]) < slab.size(room):
+            self.ring = Ring(INPUTS, slab.size(room), self.device)
         buffer, number = self.ring.take(self.into)
-        self.into.wait(self.left[layer, group])
+        own = slab.views(buffer, room)
+        self.into.wait(left)
         with self.into.open():
-            own = buffer[: x.nbytes].view(x.dtype).view(x.shape)
-            own.copy_(x, non_blocking=True)
+            for to, x in zip(own, room, strict=True):
+                to.copy_(x, non_blocking=True)
         self.coming[layer, group] = own, number, self.into.mark()
 
-    def take(self, layer: int, group: int) -> tuple[Tensor, int | None]:
-        """The input, and the buffer to give back."""
+    def take(self, layer: int, group: int) -> tuple[list[Tensor], int | None]:
+        """What was put, and the buffer to give back."""
         if layer < self.kept:
             return self.here.pop((layer, group)), None
-        x, number, ready = self.coming.pop((layer, group))
+        read, number, ready = self.coming.pop((layer, group))
         self.main.wait(ready)
-        return x, number
+        return read, number
 
     def release(self, number: int | None) -> None:
         if number is not None:
