@@ -21,7 +21,9 @@ OPS = ("pull_logits", "take_logits")
 def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
     """The vocabulary in chunks of at most `at_once` logits of so many tokens."""
     size = max(1, at_once // tokens)
-    size = size // 128 * 128 or size  # rows that a kernel reads in whole
+    whole = size // 128 * 128 or size  # rows that a kernel reads in whole
+    count = -(-vocabulary // whole)
+    size = min(whole, -(-vocabulary // (count * 128)) * 128)  # of about the same size
     return [slice(start, min(vocabulary, start + size)) for start in range(0, vocabulary, size)]
 
 

@@ -211,7 +211,7 @@ def init(
 
 def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
     """A block as a function of its parameters: x (B, N, D) -> x (B, N, D) and the next cache."""
-    return functional_call(block, params, (x, cache, ctx), strict=True)
+    return functional_call(block, params, (x, cache, ctx), strict=True, tie_weights=False)  # none are tied, and looking for them takes time
 
 
 def context(dtype: torch.dtype, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:

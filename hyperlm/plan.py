@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from configs import Config
+from configs import Config, ModelConfig
 from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
@@ -44,7 +44,7 @@ class Plan:
     remembers: bool = False  # whether some products of blocks are kept, and not found again
     kept: int = 0  # blocks of which the inputs, and those products, stay on the device
     staying: int = 0  # stages whose gradients stay on the device until their pending update
-    shared: bool = False  # whether the head takes the place of the other stages
+    shared: bool = False  # whether the head takes the place of all other stages but the last block
     logits: int = 0  # of the head at a time, in the room that a block needs at another; 0 for the default
 
     @property
@@ -180,11 +180,15 @@ def slot_count(config: Config, dtype: torch.dtype) -> int:
     return SLOTS - free_once_copied(config, dtype)
 
 
+def widths_read(cfg: ModelConfig, *, products: bool) -> tuple[int, ...]:
+    """Of what the backward pass of the host residence reads of a block: its input, and `products` that are not found again (`mixers.frame.product`)."""
+    return (cfg.d_model, *((cfg.d_model, cfg.ffn_rank, cfg.ffn_rank) if products else ()))
+
+
 def read_bytes(config: Config, dtype: torch.dtype, *, products: bool) -> int:
-    """Bytes that the backward pass of the host residence reads of a block and all micro-batches: its input, and `products` not to be found again."""
-    cfg, t = config.model, config.train
-    width = cfg.d_model + (cfg.d_model + 2 * cfg.ffn_rank if products else 0)
-    return t.grad_accum * t.batch_size * config.data.seq_len * width * dtype.itemsize
+    """The bytes of that, of all micro-batches."""
+    t = config.train
+    return t.grad_accum * t.batch_size * config.data.seq_len * sum(widths_read(config.model, products=products)) * dtype.itemsize
 
 
 def remembers(config: Config, dtype: torch.dtype) -> bool:
@@ -213,7 +217,7 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
 
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False) -> Plan:
     """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, `products` among it,
-    and the head in the place of the other stages if `shared`.
+    and the head in the place of all other stages but the last block if `shared`.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
     16 x 512 tokens: int8 state, 4.15 GiB where 4.65 are planned; fp32, 4.18 where 4.69 are; int8 in 3 GiB, 1.88 where 1.93 are.
@@ -223,7 +227,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
     total, block = sum(count.values()), count["blocks"] // cfg.n_layers
     stage = max(size(params["embed"]), size(params["blocks"][0]))
-    slots = slot_count(config, dtype) * stage
+    slots = slot_count(config, dtype)
     sent = {name: gradient_bytes(config, dtype, params[name]) for name in ("blocks", "head")}  # as they go home
     copy = item if item < params["head"]["weight"].element_size() else 0  # what is computed with is a copy
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
@@ -242,7 +246,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
     return Plan(
         "host",
-        weights=max(slots, size(params["head"])) if shared else slots + size(params["head"]),
+        weights=stage + max((slots - 1) * stage, size(params["head"])) if shared else slots * stage + size(params["head"]),
         gradients=0,
         optimizer=min(PIECE, round(moving * max(block, count["head"], count["embed"]))) * PIECES,
         activations=on_the_way + kept * read + max(in_block, in_head),

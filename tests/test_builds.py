@@ -101,7 +101,7 @@ def builds():
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
-        yield "add", add_norm.add_branch, dict(x=f, y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK), 8, 3, capability
+        yield "add", add_norm.add_wide, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         args = dict(x="*bf16", N=INTS, BLOCK=gelu.BLOCK)
         yield "gelu", gelu.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
         yield "gelu_backward", gelu.gelu_backward, args | dict(dy="*bf16", dx="*bf16"), 8, 3, capability

@@ -267,7 +267,9 @@ def test_add_norm(dtype, branch, d):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add(dtype):
-    compare("add", [spread(3, 5, 1000, seed=1, dtype=torch.float32), spread(3, 5, 1000, seed=2, dtype=dtype)], dtype)
+    x, y = (spread(3, 5, 1000, seed=seed, dtype=dtype) for seed in (1, 2))
+    for inputs in ([x, y], [x, None], [x.detach().float().requires_grad_(), y]):
+        compare("add", inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,5 @@
 """The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one backward;
-and what the last branch adds.
+and sums without a norm.
 
 Layout: (T, D), T tokens, D model width. The stream is fp32, branches are in the dtype of the matrices.
 """
@@ -56,9 +56,13 @@ def add_norm_backward(
 
 
 @triton.jit
-def add_branch(x, y, out, N, BLOCK: tl.constexpr):
+def add_wide(x, y, out, N, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """out = x + y with ADD, else x; in fp32."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, tl.load(x + at, mask=at < N) + tl.load(y + at, mask=at < N).to(tl.float32), mask=at < N)
+    row = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+    if ADD:
+        row += tl.load(y + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(out + at, row, mask=at < N)
 
 
 def warps(D: int) -> int:
@@ -112,24 +116,24 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
 
 
 class Add(Function):
-    """(x fp32, y) -> x + y, fp32."""
+    """(x, y or None) -> x + y, fp32."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        launch(add_branch, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, warps=8)
+    def forward(x: Tensor, y: Tensor | None) -> Tensor:
+        out = torch.empty_like(x, dtype=torch.float32)
+        launch(add_wide, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, ADD=y is not None, warps=8)
         return out
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.branch = inputs[1].dtype
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in inputs)
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
-        return d, d.to(ctx.branch)
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(None if dtype is None else d.to(dtype) for dtype in ctx.dtypes)
 
 
 @torch.compiler.disable  # compiled code calls it as it is
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """`reference.add`, to a stream in fp32."""
-    return Add.apply(x.contiguous(), y.contiguous())
+def add(x: Tensor, y: Tensor | None) -> Tensor:
+    """`reference.add`, of bf16 or fp32."""
+    return Add.apply(x.contiguous(), None if y is None else y.contiguous())

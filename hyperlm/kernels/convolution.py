@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.geometry import TINY
+from hyperlm.kernels import special
 from hyperlm.kernels.differentiation import Function, gradients
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
@@ -75,14 +76,14 @@ def convolve(
     channel = tl.program_id(1) * K + tl.arange(0, K)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     z = convolved_at(x, weight, tail, b, n, channel, N, C, K, ROWS, TAIL, True)
-    y = z * tl.sigmoid(z)
+    y = z * special.sigmoid(z, False)
     if LIFT == POINTS:
         if part < 2:
             z = convolved_at(x, weight, tail, b, n, tl.program_id(1) * K + (tl.arange(0, K) + K // 2) % K, N, C, K, ROWS, TAIL, True)
             same, other = angles_at(cos, sin, n, N, K)
             radius, _ = sinh_cosh(tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0))
             scale = tl.rsqrt(tl.sum(y * y, 1) + FLOOR) * radius
-            s = ((y * same + z * tl.sigmoid(z) * other) * scale[:, None]).to(out.dtype.element_ty)
+            s = ((y * same + z * special.sigmoid(z, False) * other) * scale[:, None]).to(out.dtype.element_ty)
             y = s.to(tl.float32)
             at = ((part.to(tl.int64) * B + b) * H + h) * N + n
             tl.store(times + at, tl.sqrt_rn(1 + tl.sum(y * y, 1)), mask=n < N)
@@ -90,7 +91,7 @@ def convolve(
         if part < 2:
             radius = tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0) * tl.load(beta + h)
             tangent = y * (tl.rsqrt(tl.sum(y * y, 1) + FLOOR) * radius)[:, None]
-            y = tl.where(tangent > 0, tangent + 1, tl.exp(tangent))
+            y = tl.where(tangent > 0, tangent + 1, special.exp(tangent, False))
     to = part.to(tl.int64) * part_stride + (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + tl.arange(0, K)[None, :]
     tl.store(out + to, y.to(out.dtype.element_ty), mask=(n < N)[:, None])
 
@@ -103,7 +104,7 @@ def points_backward(
     """The gradient of y from that of its point, d (ROWS, K) of s and d_times of t; and d_r."""
     ks = (tl.arange(0, K) + K // 2) % K  # the other coordinate of each plane
     z = convolved_at(x, weight, tail, b, n, (part * H + h) * K + ks, N, 3 * H * K, K, ROWS, TAIL, False)
-    y_other = z * tl.sigmoid(z)
+    y_other = z * special.sigmoid(z, False)
     at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
     if part == 0:
         d_other = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
@@ -135,7 +136,7 @@ def lift_backward(
     channel = tl.program_id(1) * K + ks
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     z = convolved_at(x, weight, tail, b, n, channel, N, 3 * H * K, K, ROWS, TAIL, True)
-    gate = tl.sigmoid(z)
+    gate = special.sigmoid(z, False)
     at, inside = (b * N + n).to(tl.int64)[:, None] * row_stride + h * K + ks[None, :], (n < N)[:, None]
     if part == 0:  # a pointer chosen at run time would be of unknown alignment
         d = tl.load(dq + at, mask=inside, other=0.0).to(tl.float32)
@@ -157,7 +158,7 @@ def lift_backward(
             inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
             u = y * inverse[:, None]
             tangent = u * scale[:, None]
-            d = tl.where(tangent > 0, d, d * tl.exp(tangent))
+            d = tl.where(tangent > 0, d, d * special.exp(tangent, False))
             along = tl.sum(d * u, 1)
             d = (d - u * along[:, None]) * (scale * inverse)[:, None]
             tl.store(d_r + (b * N + n) * (2 * H) + part * H + h, along * tl.load(beta + h), mask=n < N)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperlm.kernels import special
 from hyperlm.kernels.differentiation import Function, gradients
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
@@ -25,7 +26,7 @@ def norm_gate_forward(o, weight, gate, y, T, H, stride_o, V: tl.constexpr, ROWS:
     g = tl.load(gate + (at * H + h) * V + vs[None, :], mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + h * V + vs).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, 1) / V + SMALL)[:, None] * w[None, :]
-    tl.store(y + (at * H + h) * V + vs[None, :], (x * g * tl.sigmoid(g)).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + (at * H + h) * V + vs[None, :], (x * g * special.sigmoid(g, False)).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def norm_gate_backward(o, weight, gate, dy, do, d_gate, d_weight, T, H, stride_o
         g = tl.load(gate + dense, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dy + dense, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(x * x, 1) / V + SMALL)[:, None]
-        unit, opening = x * inverse, tl.sigmoid(g)
+        unit, opening = x * inverse, special.sigmoid(g, False)
         tl.store(d_gate + dense, (d * unit * w[None, :] * opening * (1 + g * (1 - opening))).to(d_gate.dtype.element_ty), mask=mask)
         d *= g * opening
         dw += tl.sum(d * unit, 0)

@@ -243,9 +243,9 @@ def tangent_step(
     return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail
 
 
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """The residual stream x, wide, with what a branch adds to it."""
-    return x + y
+def add(x: Tensor, y: Tensor | None) -> Tensor:
+    """x, wide, and with y if it is there."""
+    return widen(x) if y is None else widen(x) + y
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

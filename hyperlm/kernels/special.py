@@ -49,3 +49,14 @@ def reciprocal(x, EXACT: tl.constexpr):
     if APPROXIMATE and not EXACT:
         return instruction(x, "rcp.approx.ftz.f32 $0, $1;")
     return 1 / x
+
+
+@triton.jit
+def exp(x, EXACT: tl.constexpr):
+    """To 2^-21 relative between -1 and 1, and beyond as much less as x is larger."""
+    return exp2(x * 1.4426950408889634, EXACT)
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
+    return reciprocal(1 + exp(-x, EXACT), EXACT)

@@ -144,6 +144,6 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
         narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
-        low, few = F.linear(x, narrow).tensor_split([len(self.gate_down)], -1)
+        low, few = F.linear(x, narrow).split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
         y, entries = self.mix(F.linear(x, self.qkv), F.linear(low, self.gate_up), few, cache, ctx)
         return product(y, self.out, ctx), entries

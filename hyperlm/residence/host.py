@@ -29,10 +29,10 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO, wide
+from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits
+from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits, widths_read
 from hyperlm.precision import compute_copy, summed
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
@@ -92,9 +92,8 @@ def moves_ahead(config: Config, dtype: torch.dtype) -> bool:
 def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
-    stream = wide(dtype)  # of the residual stream
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-    ops = kernels.table(("accumulate", "norm"), device, cfg.kernels)
+    ops = kernels.table(("accumulate", "add", "norm"), device, cfg.kernels)
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
     grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
@@ -112,13 +111,15 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             return torch.empty(-(-p.numel() // BLOCK), CODED, dtype=torch.uint8, device="meta")
         return torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta")
 
-    def prepare(state: State) -> None:
+    def prepare(state: State, batch: Tensor) -> None:
         nonlocal traffic, inputs, gradients
         if traffic is None:
             if not at_once:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
-            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan.shared)
-            inputs = Inputs(traffic, plan.kept)
+            micro_batches, b, n = batch[:, :, 1:].shape
+            read = micro_batches * sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
+            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, read)
+            inputs = Inputs(traffic, plan.kept, dtype)
         traffic.expect(state.params, unchanged=newest is not None and state.pending is newest)
 
     def weights_of(visit: Visit) -> Tree:
@@ -139,21 +140,28 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The summed gradient of a stage, and the gradient of each of its inputs; of each output, its function and the inputs of that."""
-        leaves, sums, inner = tree.leaves(weights), None, []
-        for (output, x), d in zip(outputs, pull, strict=True):  # `outputs` first: they end with what follows the last
-            grads = torch.autograd.grad(output(*x), [*leaves, *x], d)
+        leaves, sums, inner = tree.leaves(weights), [], []
+        for number, ((output, x), d) in enumerate(zip(outputs, pull, strict=True)):  # `outputs` first: they end with what follows the last
+            grads = list(torch.autograd.grad(output(*x), [*leaves, *x], d))
             inner += grads[len(leaves) :]
-            sums = list(grads[: len(leaves)]) if len(pull) == 1 else summed(sums, grads[: len(leaves)], ops["accumulate"])
+            del grads[len(leaves) :]
+            if number == 0:
+                sums = grads
+            elif number == 1:  # in fp32, one after the other, so that little is there twice
+                sums = [ops["add"](sums.pop(0), grads.pop(0)) for _ in leaves]
+            else:
+                sums = summed(sums, grads, ops["accumulate"])
         return sums, inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nonlocal newest
-        prepare(state)
+        prepare(state, batch)
         size = grouping if len(keys) % grouping == 0 else 1
         batch = batch.view(len(batch) // size, size * batch.shape[1], batch.shape[2])
         keys = keys[::size]
         tokens, targets = batch[:, :, :-1].clamp(min=0), batch[:, :, 1:]
-        contexts = [model.context(dtype, t, cfg.model, cfg.kernels, key=key) for t, key in zip(tokens, keys, strict=True)]
+        shared = model.context(dtype, tokens[0], cfg.model, cfg.kernels)
+        contexts = [shared._replace(key=key) for key in keys]
         layers, groups = len(blocks), range(len(batch))
         goes_ahead = ahead and not state.clipped
         remembers = plan.remembers and (goes_ahead or at_once)  # else forward, updates are on their way home
@@ -172,7 +180,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             """Called when no stage is in use."""
             while rest and len(fetched) < slots - 1:
                 index, update = rest[0]
-                if plan.shared and fetched and layers + 1 in (index, fetched[-1].index):  # the head takes the place of all
+                beside = {visit.index for visit in fetched} | {index}
+                if plan.shared and layers + 1 in beside and not beside <= {layers, layers + 1}:  # the head takes the place of all but the last block
                     break
                 rest.popleft()
                 fetched.append(traffic.fetch(state, index, update=update))
@@ -195,10 +204,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                     factor = torch.isfinite(norm).float()
                     visit = traffic.ahead(state, replace(visit, ready=traffic.main.mark()), found, factor)
                 traffic.bring_home(visit.index, found, stage_of(gradients, visit.index))
-                if visit.index < plan.staying and not goes_ahead:
-                    traffic.staying[visit.index] = found
+                if visit.index in traffic.stays and not goes_ahead:
+                    traffic.stay(visit.index, found)
                 held.append((traffic.home.mark(), [found, factor]))
-            while len(held) > 1:
+            while len(held) > (1 if visit.index else 2):  # at the end, no waiting for what is hardly on its way
                 event, _ = held.popleft()
                 traffic.main.wait(event)
             return visit
@@ -216,9 +225,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 visit = fetched.popleft()
                 weights = weights_of(visit)
                 for a in groups:
-                    read, products = [x[a].to(dtype)], []
-                    x[a] = block_of(layer, weights, a, x[a], products=products)
-                    inputs.put(layer, a, read + products)
+                    products = []
+                    own, x[a] = x[a], block_of(layer, weights, a, x[a], products=products)
+                    inputs.put(layer, a, own, products)
+                own = products = None
                 leave(visit)
                 weights = None  # a copy, perhaps: not beside the next
                 fetch_ahead()
@@ -252,7 +262,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         def again(layer: int, weights: Tree) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
             for a in groups:
                 (own, *products), number = inputs.take(layer, a)
-                yield partial(block_of, layer, weights, a, products=products, unread=True), [own.detach().to(stream).requires_grad_()]
+                yield partial(block_of, layer, weights, a, products=products, unread=True), [ops["add"](own, None).detach().requires_grad_()]
                 inputs.release(number)
                 inputs.prefetch(*next(wanted, (-1, 0)))
 

@@ -16,6 +16,7 @@ from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.kernels.reference import APART, BLOCK, MOMENTS, UNDO, WEIGHTS
 from hyperlm.optim import Optimizer, optimizer, origins, signed
+from hyperlm.plan import Plan
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
 from hyperlm.residence.pieces import Cut, Part, copy_in, cut, cut_up, pieces_of
@@ -37,45 +38,79 @@ class Visit:
 
 
 class Slots:
-    """Device memory for stages; the one that has not been used for longest is taken next."""
+    """Device memory for stages: one after the other in turn, so that each always has the same slot, and the last block the last. The head, where it
+    has no memory of its own, takes the place of all slots but that one."""
 
-    def __init__(self, count: int, size: int, least: int, device: torch.device) -> None:
-        """least: bytes that they have together, at least."""
-        self.whole = slab.allocate(max(count * size, least), device)
-        self.memory = list(self.whole[: count * size].split(size))
+    def __init__(self, count: int, size: int, last: int, head: int, device: torch.device) -> None:
+        """count, size: of slots; last: the index of the last block; head: bytes of the head, if it has its place here."""
+        others = max((count - 1) * size, head)
+        whole = slab.allocate(others + size, device)
+        self.memory = [whole[start : start + size] for start in (*range(0, (count - 1) * size, size), others)]
+        self.of_head = whole[:others]
         self.free: list[tuple[Event, ...]] = [(Lane(device, own=False).mark(),)] * count  # what has to happen before each is overwritten
-        self.order = list(range(count))
         self.held: dict[int, Visit] = {}  # by slot, the newest visit, whose stage is still there
+        self.shift = count - 1 - last
 
-    def take(self, lane: Lane) -> int:
-        number = self.order.pop(0)
-        self.order.append(number)
-        self.held.pop(number, None)
-        lane.wait(*self.free[number])
-        return number
-
-    def take_all(self, lane: Lane) -> None:
-        self.held.clear()
-        for free in self.free:
-            lane.wait(*free)
+    def slot_of(self, index: int) -> int:
+        return (index + self.shift) % len(self.memory)
 
     def find(self, index: int) -> Visit | None:
         """The stage, if it is still there."""
-        for number, visit in self.held.items():
-            if visit.index == index:
-                self.order.remove(number)
-                self.order.append(number)
-                return visit
-        return None
+        visit = self.held.get(self.slot_of(index))
+        return visit if visit is not None and visit.index == index else None
+
+    def take(self, index: int, lane: Lane) -> int:
+        """The stage's slot, for `lane` to fill."""
+        slot = self.slot_of(index)
+        self.held.pop(slot, None)
+        lane.wait(*self.free[slot])
+        return slot
+
+    def take_for_head(self, lane: Lane) -> None:
+        for slot in range(len(self.memory) - 1):
+            self.held.pop(slot, None)
+            lane.wait(*self.free[slot])
+
+    def free_from_head(self, when: tuple[Event, ...]) -> None:
+        self.free[:-1] = [when] * (len(self.memory) - 1)
+
+
+class Shelf:
+    """Device memory for what stays there from one pass to the next: from its end, what the backward pass will read of the first blocks; from its
+    start, where that has been read, gradients of the first stages, until their update."""
+
+    def __init__(self, planned: Plan, read: int, gradients: list[int], device: torch.device) -> None:
+        """read: bytes of a block; gradients: of the stages."""
+        self.read, last = read, planned.staying
+        self.starts = [sum(gradients[index + 1 : last]) for index in range(last)]
+        waiting = [min(planned.kept, max(0, index - 1)) for index in range(last)]  # blocks not read yet when a stage's gradient is there
+        ends = (start + size + blocks * read for start, size, blocks in zip(self.starts, gradients, waiting, strict=False))
+        self.memory = slab.allocate(max([planned.kept * read, *ends]), device)
+
+    def of_block(self, layer: int) -> Tensor:
+        start = len(self.memory) - (layer + 1) * self.read
+        return self.memory[start : start + self.read]
+
+    def of_gradient(self, index: int) -> Tensor:
+        return self.memory[self.starts[index] :]
 
 
 class Traffic:
     """Stages on their way."""
 
     def __init__(
-        self, cfg: Config, total: int, device: torch.device, params: Tree, opt_state: Tree, gradients: Tree | None, slots: int, shared: bool
+        self,
+        cfg: Config,
+        total: int,
+        device: torch.device,
+        params: Tree,
+        opt_state: Tree,
+        gradients: Tree | None,
+        slots: int,
+        planned: Plan,
+        read: int,
     ) -> None:
-        """slots: stages that there is room for on the device, the head aside unless `shared`: it then takes the place of all of them."""
+        """slots: stages that there is room for on the device, the head aside unless it shares it; read: bytes that the backward pass reads of a block."""
         self.device, self.params = device, params
         self.main, self.into, self.home = Lane(device, own=False), Lane(device), Lane(device)
         self.work = Lane(device, priority=-1)
@@ -83,13 +118,16 @@ class Traffic:
         self.encode = kernels.table(("encode8",), device, cfg.kernels)["encode8"]
         parts = stages(params)
         self.head = len(parts) - 1
-        self.shared, of_head = shared, slab.size(parts[-1])
-        self.slots = Slots(slots, max(slab.padded(slab.size(part)) for part in parts[:-1]), of_head if shared else 0, device)
-        self.head_memory = self.slots.whole if shared else slab.allocate(of_head, device)
+        self.shared, of_head = planned.shared, slab.size(parts[-1])
+        self.slots = Slots(slots, max(slab.size(part) for part in parts[:-1]), self.head - 1, of_head if self.shared else 0, device)
+        self.head_memory = self.slots.of_head if self.shared else slab.allocate(of_head, device)
+        sizes = [] if gradients is None else [slab.size(part) for part in stages(gradients)]
+        self.shelf = Shelf(planned, read, sizes, device)
+        self.stays = range(0 if gradients is None else planned.staying)  # stages whose gradients have a place there
         self.head_free: tuple[Event, ...] = (self.main.mark(),)
         self.written: list[Event] = [None] * len(parts)  # when each stage in host memory is up to date
         self.sent: list[Event] = [None] * len(parts)  # and each gradient
-        self.staying: dict[int, list[Tensor]] = {}  # by stage, gradients that the pending update will not have to wait for
+        self.staying: dict[int, list[Tensor]] = {}  # by stage, gradients that did not have to leave
         moving = [stages(x) for x in (*opt_state.values(), gradients) if x is not None]  # what comes and goes with the weights
         numbers = int(PIECE / (sum(slab.size(part) for own in moving for part in own) / tree.count(params)))
         self.pieces = [pieces_of(tree.leaves(part), numbers) for part in parts]
@@ -133,10 +171,10 @@ class Traffic:
             self.work.wait(*self.slots.free[held.slot])
         else:
             host = stage_of(state.params, index)
-            slot = None if index == self.head else self.slots.take(self.into)
+            slot = None if index == self.head else self.slots.take(index, self.into)
             memory = self.head_memory if slot is None else self.slots.memory[slot]
             if slot is None and self.shared:
-                self.slots.take_all(self.into)
+                self.slots.take_for_head(self.into)
             elif slot is None:
                 self.into.wait(*self.head_free)
             self.into.wait(self.written[index])
@@ -155,7 +193,7 @@ class Traffic:
         """The main lane has no more use of it."""
         free = (self.main.mark(), self.written[visit.index])
         if visit.slot is None and self.shared:
-            self.slots.free = [free] * len(self.slots.free)
+            self.slots.free_from_head(free)
         elif visit.slot is None:
             self.head_free = free
         else:
@@ -257,6 +295,12 @@ class Traffic:
         origin = self.leaf_origin[index] + signed(step * APART)
         return [self.encode(g, origin[leaf]) if g.dim() > 1 else g for leaf, g in enumerate(found)]
 
+    def stay(self, index: int, found: list[Tensor]) -> None:
+        """Have a stage's gradient at hand when its pending update is made."""
+        self.staying[index] = slab.views(self.shelf.of_gradient(index), found)
+        for to, x in zip(self.staying[index], found, strict=True):
+            to.copy_(x)
+
     def bring_home(self, index: int, found: list[Tensor], to: Tree) -> None:
         """Send a stage's gradient home, where nothing needs the one before any more; `found` must outlive the copy."""
         self.home.wait(self.main.mark())
@@ -270,9 +314,10 @@ class Inputs:
     """What the backward pass reads of every block and every group of micro-batches, from the forward pass until then: the block's input, and
     products that are not to be found again."""
 
-    def __init__(self, traffic: Traffic, kept: int) -> None:
+    def __init__(self, traffic: Traffic, kept: int, dtype: torch.dtype) -> None:
+        """kept: blocks of which all this stays on the device; dtype: what it is kept in."""
         self.main, self.into, self.home = traffic.main, Lane(traffic.device), Lane(traffic.device)
-        self.device, self.kept = traffic.device, kept  # blocks of which all this stays on the device
+        self.device, self.shelf, self.kept, self.dtype = traffic.device, traffic.shelf, kept, dtype
         self.here: dict[tuple[int, int], list[Tensor]] = {}
         self.room: dict[tuple[int, int], list[Tensor]] = {}  # in host memory
         self.away: dict[tuple[int, int], tuple[list[Tensor], Event]] = {}  # what of it is in use, and since when
@@ -280,10 +325,14 @@ class Inputs:
         self.coming: dict[tuple[int, int], tuple[list[Tensor], int, Event]] = {}
         self.ring: Ring | None = None
 
-    def put(self, layer: int, group: int, read: list[Tensor]) -> None:
+    def put(self, layer: int, group: int, x: Tensor, products: list[Tensor]) -> None:
         if layer < self.kept:
-            self.here[layer, group] = read
+            like = [torch.empty_like(x, dtype=self.dtype, device="meta"), *products]
+            self.here[layer, group] = slab.views(self.shelf.of_block(layer)[group * slab.size(like) :], like)
+            for to, y in zip(self.here[layer, group], (x, *products), strict=True):
+                to.copy_(y)
             return
+        read = [x.to(self.dtype), *products]
         room = self.room.setdefault((layer, group), [])
         for x in read[len(room) :]:
             room.append(slab.views(slab.allocate(x.nbytes, torch.device("cpu"), pin=self.device.type == "cuda"), x))
