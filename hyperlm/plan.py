@@ -23,7 +23,7 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 192 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 128 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
 # 49e9; a GPU for games on a narrower bus makes fewer.
@@ -215,9 +215,9 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
     return max(count for count in range(len(own) + 1) if fit(count)) if any(own) else 0
 
 
-def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False) -> Plan:
+def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0) -> Plan:
     """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, `products` among it,
-    and the head in the place of all other stages but the last block if `shared`.
+    and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
     16 x 512 tokens: int8 state, 4.15 GiB where 4.65 are planned; fp32, 4.18 where 4.69 are; int8 in 3 GiB, 1.88 where 1.93 are.
@@ -236,12 +236,13 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     # Gradients on their way home, a block's own or the head's; or that of the block before, until it is updated.
     leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or block * item
-    in_block = 2 * stream + round(0.95 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
+    in_block = stream + stream // groups + round(0.95 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
     tokens = t.grad_accum * t.batch_size * config.data.seq_len
     in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
     logits = 0
-    if has_kernel("pull_logits", config, dtype) and in_block > in_head:
-        logits = min(AT_ONCE["triton"] + (in_block - in_head) // item, tokens * cfg.vocab_size)
+    if has_kernel("pull_logits", config, dtype) and in_block + more > in_head:
+        logits = min(AT_ONCE["triton"] + (in_block + more - in_head) // item, tokens * cfg.vocab_size)
+        in_head += max(0, logits - AT_ONCE["triton"]) * item
     read = read_bytes(config, dtype, products=products)
     on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
     return Plan(
@@ -267,11 +268,14 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     groups = [1] if alone else [g for g in range(t.grad_accum, 0, -1) if t.grad_accum % g == 0]
     room = budget - max(MARGIN[0], round(MARGIN[1] * budget))
     products = remembers(config, dtype)
-    ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (False, True)]
+    ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (products, not products)]
     found = next((plan for plan in ways if plan.device <= room), ways[-1])
+    if products:  # a step of many tokens: the fewer the chunks of logits, the fewer are found twice
+        found = visiting(config, dtype, found.group, 0, found.shared, products, max(0, room - found.device))
     read = read_bytes(config, dtype, products=products)
     kept = max(0, min(layers, (room - found.device) // read))
-    found = visiting(config, dtype, found.group, kept, found.shared, products)
+    if kept:
+        found = visiting(config, dtype, found.group, kept, found.shared, products)
     return replace(found, staying=staying(config, dtype, room - found.device, kept, read))
 
 

@@ -139,10 +139,11 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def pulled(
         outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The summed gradient of a stage, and the gradient of each of its inputs; of each output, its function and the inputs of that."""
+        """The summed gradient of a stage, and the gradient of each of its inputs; of each output, its function and the inputs of that. `pull` is
+        emptied on the way."""
         leaves, sums, inner = tree.leaves(weights), [], []
-        for number, ((output, x), d) in enumerate(zip(outputs, pull, strict=True)):  # `outputs` first: they end with what follows the last
-            grads = list(torch.autograd.grad(output(*x), [*leaves, *x], d))
+        for number, (output, x) in enumerate(outputs):
+            grads = list(torch.autograd.grad(output(*x), [*leaves, *x], pull.pop(0)))
             inner += grads[len(leaves) :]
             del grads[len(leaves) :]
             if number == 0:
@@ -249,7 +250,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         together = [groups] if device.type == "cuda" else [[a] for a in groups]
         ends = [(partial(loss_of, chosen), [x[a].requires_grad_() for a in chosen]) for chosen in together]
         found, d = pulled(ends, weights, [None] * len(together))
-        x, ends = [], []
+        x, ends, d = [], [], [g.clone() for g in d]  # clones: they may be parts of one tensor, and go one by one
         inputs.gone()
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
