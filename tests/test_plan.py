@@ -47,3 +47,16 @@ def test_recomputation_is_planned_as_less():
     cfg = replace(CASES["phase7"], n_layers=6)
     kept, recomputed = (plan.plans(config(cfg, recompute=flag), torch.float32)[0] for flag in (False, True))
     assert recomputed.activations < kept.activations / 2
+
+
+def test_gradients_stay_in_spare_memory_and_where_what_was_read_had_been():
+    settings = config(CASES["phase7"], residence="host")
+    declared = plan.on_meta(model.declaration(settings.model), torch.float32)
+    embed, block = (plan.gradient_bytes(settings, torch.float32, part) for part in (declared["embed"], declared["blocks"][0]))
+
+    def count(spare: int, kept: int = 0, read: int = 0) -> int:
+        return plan.staying(settings, torch.float32, spare, kept, read)
+
+    assert (count(0), count(embed), count(embed + block - 1), count(embed + block)) == (0, 1, 1, 2)
+    assert count(embed, kept=1, read=block) == 2  # the first block's gradient comes when its input has been read
+    assert count(1 << 40) == settings.model.n_layers + 1

@@ -129,6 +129,11 @@ def in_host(cfg: Config) -> Config:
     return replace(cfg, train=replace(cfg.train, residence="host"))
 
 
+def planned(kept: int, shared: bool = False) -> Callable:
+    """A plan of everything that the host residence can do, for it to find."""
+    return lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2)
+
+
 @pytest.mark.parametrize(("case", "kept", "shared"), [*((case, 1, False) for case in CASES), ("phase7", 0, True), ("hybrid-ssm", 0, False), ("hybrid-ssm", 99, True)])
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -136,8 +141,7 @@ def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared
     """Updates in pieces and left pending, inputs and products sent away and brought back, gradients that stay: nothing of it shows in a loss, a
     parameter or a moment."""
     monkeypatch.setattr(traffic, "PIECE", 1 << 12)
-    planned = lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2)  # noqa: E731
-    monkeypatch.setattr(host, "visits", planned)
+    monkeypatch.setattr(host, "visits", planned(kept, shared))
     cfg = config(replace(CASES[case], dropout=0.1), clip=0.5, clip_scope=scope, state=state)
     batches = [tokens_of(3, 2, 17, seed=i) for i in range(20 if kept == 1 and state == "fp32" else 4)]
     (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
@@ -175,8 +179,7 @@ def coded(monkeypatch) -> Callable[[bool], None]:
 
 def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded, monkeypatch):
     """And beside them products that are remembered, which otherwise are not; and gradients that stay, which otherwise do."""
-    planned = lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, 1, products=True), staying=2)  # noqa: E731
-    monkeypatch.setattr(host, "visits", planned)
+    monkeypatch.setattr(host, "visits", planned(1))
     settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [tokens_of(2, 2, 17, seed=i) for i in range(5)], []
     for ahead in (False, True):
         coded(ahead)

@@ -1,9 +1,10 @@
 """Parameters and optimizer state in host memory; stages visit the device one after the other, so that it holds two or three of them.
 
-Layer-major: every micro-batch goes through one stage before the next stage is touched. Forward, only the input of every stage is kept, on the
-device or in host memory. Backward, stage after stage in reverse, each is computed again with its graph, and its gradient, summed over the
-micro-batches in fp32, goes home. Sums run in the order of the micro-batches: in fp32 on a CPU the result equals that of `residence.device` bit
-for bit.
+Layer-major: every micro-batch goes through one stage before the next stage is touched. Forward, only the input of every stage is kept, in the
+dtype of the matrices, on the device or in host memory; and products, where the bus has time for them (`plan.remembers`). Backward, stage after
+stage in reverse, each is computed again with its graph, and its gradient, summed over the micro-batches in fp32, goes home; those found last stay
+on the device as well, where there is room, for they are wanted first. Sums run in the order of the micro-batches: in fp32 on a CPU the result equals
+that of `residence.device` bit for bit.
 
 Clipping needs the norm of all gradients, which is known at the end. The update is therefore left pending and made when a stage next comes to the
 device, by which it is exact and costs no visit of its own. Where gradients go home in 8 bits, the bus is spared further: forward it is the limit,
