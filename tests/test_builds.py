@@ -69,14 +69,14 @@ def builds():
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
                 for lift in (convolution.FEATURES.value, convolution.POINTS.value):
+                    rows, warps = convolution.tile(k, dtype, lift, backward=False)
                     args = dict.fromkeys(("x", "weight", "tail"), x) | dict.fromkeys(("r", "beta", "cos", "sin"), f)
-                    args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, TAIL=True, LIFT=lift)
-                    there = dict(out=x, times=f, part_stride=INTS)
-                    back = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
-                    for kernel, more in ((convolution.convolve, there), (convolution.convolve_backward, back)):
-                        w = convolution.walk(32, k, dtype, lift, backward=more is back)
-                        shape = dict(HEADS=w.heads, ROWS=w.rows)
-                        yield f"{kernel.__name__} {lift}, {k}, {name}", kernel, args | more | shape, w.warps, 3, capability
+                    args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, ROWS=rows, TAIL=True, LIFT=lift)
+                    yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS), warps, 3, capability
+                    rows, warps = convolution.tile(k, dtype, lift, backward=True)
+                    args |= dict(ROWS=rows)
+                    out = dict.fromkeys(("dq", "dk", "dv", "dz"), x) | dict.fromkeys(("d_times", "d_r", "d_beta"), f)
+                    yield f"lift_backward {lift}, {k}, {name}", convolution.lift_backward, args | out, warps, 1, capability
                 args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
                 yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
                 out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)
@@ -92,6 +92,9 @@ def builds():
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
         yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
+        args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
+        shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.tap_channels(3 * 512), TILES=convolution.TAP_TILES)
+        yield "taps_backward", convolution.taps_backward, args | shape, 4, 1, capability
         for d in (512, 4096, 8192):
             shape = dict(T=INTS, D=INTS, WIDTH=d)
             args = dict(x=f, y="*bf16", weight=f, out=f, n="*bf16") | shape
