@@ -271,12 +271,11 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     products = remembers(config, dtype)
     ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (products, not products)]
     found = next((plan for plan in ways if plan.device <= room), ways[-1])
-    if products:  # a step of many tokens: the fewer the chunks of logits, the fewer are found twice
-        found = visiting(config, dtype, found.group, 0, found.shared, products, max(0, room - found.device))
+    more = max(0, room - found.device) if products else 0  # a step of many tokens: the fewer the chunks of logits, the fewer are found twice
+    found = visiting(config, dtype, found.group, 0, found.shared, products, more)
     read = read_bytes(config, dtype, products=products)
     kept = max(0, min(layers, (room - found.device) // read))
-    if kept:
-        found = visiting(config, dtype, found.group, kept, found.shared, products)
+    found = visiting(config, dtype, found.group, kept, found.shared, products, more)
     return replace(found, staying=staying(config, dtype, room - found.device, kept, read))
 
 

@@ -101,7 +101,7 @@ def builds():
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
-        yield "add", add_norm.add_wide, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
+        yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         args = dict(x="*bf16", N=INTS, BLOCK=gelu.BLOCK)
         yield "gelu", gelu.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
         yield "gelu_backward", gelu.gelu_backward, args | dict(dy="*bf16", dx="*bf16"), 8, 3, capability
@@ -112,7 +112,7 @@ def builds():
         args = dict(logits="*bf16", targets="*i64", log_z=f, first=INTS, C=INTS, BLOCK=cross_entropy.BLOCK)
         yield "take_logits", cross_entropy.take, args | dict(picked=f), 8, 3, capability
         yield "pull_logits", cross_entropy.pull, args, 8, 3, capability
-        yield "accumulate", gradients.add, dict(total=f, x="*bf16", N=INTS, BLOCK=gradients.BLOCK), 8, 3, capability
+        yield "accumulate", add_norm.sum_of, dict(x=f, y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)

@@ -56,7 +56,7 @@ def add_norm_backward(
 
 
 @triton.jit
-def add_wide(x, y, out, N, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def sum_of(x, y, out, N, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """out = x + y with ADD, else x; in fp32."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
@@ -115,13 +115,18 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
     return AddNorm.apply(x.contiguous(), None if y is None else y.contiguous(), weight, dtype)
 
 
+def add_wide(x: Tensor, y: Tensor | None, out: Tensor) -> None:
+    """out = x + y, or x, in fp32; `out` may be `x`."""
+    launch(sum_of, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, ADD=y is not None, warps=8)
+
+
 class Add(Function):
     """(x, y or None) -> x + y, fp32."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor | None) -> Tensor:
         out = torch.empty_like(x, dtype=torch.float32)
-        launch(add_wide, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, ADD=y is not None, warps=8)
+        add_wide(x, y, out)
         return out
 
     @staticmethod

@@ -8,16 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyperlm.kernels.add_norm import add_wide
 from hyperlm.kernels.launch import cdiv, launch
 
-BLOCK, TILES = 4096, 8  # numbers that a program adds; and blocks of numbers that one measures
-
-
-@triton.jit
-def add(total, x, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < N
-    tl.store(total + at, tl.load(total + at, mask=mask) + tl.load(x + at, mask=mask).to(tl.float32), mask=mask)
+BLOCK, TILES = 4096, 8  # numbers at a time that a program measures, and how many times
 
 
 @triton.jit
@@ -33,7 +27,7 @@ def square(x, sums, N, BLOCK: tl.constexpr, TILES: tl.constexpr):
 
 def accumulate(total: Tensor, x: Tensor) -> None:
     """`reference.accumulate`."""
-    launch(add, (cdiv(total.numel(), BLOCK),), total, x.contiguous(), total.numel(), BLOCK=BLOCK, warps=8)
+    add_wide(total, x.contiguous(), total)
 
 
 def norm(parts: Sequence[Tensor]) -> Tensor:
