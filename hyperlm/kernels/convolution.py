@@ -76,14 +76,14 @@ def convolve(
     channel = tl.program_id(1) * K + tl.arange(0, K)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     z = convolved_at(x, weight, tail, b, n, channel, N, C, K, ROWS, TAIL, True)
-    y = z * special.sigmoid(z, False)
+    y = z * special.sigmoid(z, LIFT == POINTS)  # points by ordinary instructions: the others need more registers than there are
     if LIFT == POINTS:
         if part < 2:
             z = convolved_at(x, weight, tail, b, n, tl.program_id(1) * K + (tl.arange(0, K) + K // 2) % K, N, C, K, ROWS, TAIL, True)
             same, other = angles_at(cos, sin, n, N, K)
             radius, _ = sinh_cosh(tl.load(r + (b * N + n) * (2 * H) + part * H + h, mask=n < N, other=0.0))
             scale = tl.rsqrt(tl.sum(y * y, 1) + FLOOR) * radius
-            s = ((y * same + z * special.sigmoid(z, False) * other) * scale[:, None]).to(out.dtype.element_ty)
+            s = ((y * same + z * special.sigmoid(z, True) * other) * scale[:, None]).to(out.dtype.element_ty)
             y = s.to(tl.float32)
             at = ((part.to(tl.int64) * B + b) * H + h) * N + n
             tl.store(times + at, tl.sqrt_rn(1 + tl.sum(y * y, 1)), mask=n < N)
