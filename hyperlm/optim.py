@@ -3,7 +3,7 @@ layer."""
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class Optimizer(NamedTuple):
 
     `update` works in place: the tensors of params, opt_state and grads are consumed. Its `step` counts the updates made before (0 for the
     first) and decides learning rate and bias correction; `decay` has the structure of params, with True where weight decay acts; `origin` says
-    where each leaf's random stream starts (see `origins`), (leaves,) int64 on their device; gradients are multiplied by `factor`, an
+    where each leaf's random stream starts (see `origins`), an int64 scalar each on their device; gradients are multiplied by `factor`, an
     fp32 scalar on their device, and by 0 they count as 0 even where they are not finite; `what` names the part of the update to make, if
     not all of it: see `reference.adamw8`.
     """
@@ -55,7 +55,7 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
         return {"m": tree.map(torch.zeros_like, params), "v": tree.map(torch.zeros_like, params)}
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor | None = None, factor: Tensor | None = None,
+        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Iterable[Tensor] = (), factor: Tensor | None = None,
         what: int = ALL,
     ) -> tuple[Tree, Tree]:  # fmt: skip
         if what != ALL:
@@ -86,7 +86,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
     opt_state is {"moments": ...}: of a matrix (blocks, ROW) uint8, of a vector both moments, (2, n) fp32.
     """
-    rates_of: dict[tuple, Tensor] = {}  # of the two newest steps, on each device
+    known: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the two newest steps, on each device
 
     def keep(values: Tensor) -> Tensor:
         return values.bfloat16() if values.dim() > 1 else values
@@ -99,25 +99,28 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
         return {"moments": tree.map(zeros, params)}
 
-    def rates(step: int, device: torch.device) -> Tensor:
-        if (step, device) not in rates_of:
-            for key in [key for key in rates_of if key[0] < step - 1]:
-                del rates_of[key]
+    def of_step(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rates, and the shift of random streams."""
+        if (step, device) not in known:
+            for key in [key for key in known if key[0] < step - 1]:
+                del known[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
-            values = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], pin_memory=device.type == "cuda")
-            rates_of[step, device] = values.to(device, non_blocking=True)  # made there, it would wait for all that the device has yet to do
-        return rates_of[step, device]
+            rates = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], pin_memory=device.type == "cuda")
+            shift = torch.tensor(signed(step * APART), pin_memory=device.type == "cuda")
+            # Made there, they would wait for all that the device has yet to do.
+            known[step, device] = rates.to(device, non_blocking=True), shift.to(device, non_blocking=True)
+        return known[step, device]
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Tensor, factor: Tensor | None = None, what: int = ALL
+        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Iterable[Tensor], factor: Tensor | None = None, what: int = ALL
     ) -> tuple[Tree, Tree]:
         p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
         device = p[0].device
         one = kernels.table(("adamw8",), device, backend)["adamw8"]
         factor = torch.ones((), device=device) if factor is None else factor
-        starts = (origin + signed(step * APART)).unbind()
-        for own in zip(p, g, moments, starts, acts, strict=True):
-            one(*own[:3], factor, rates(step, device), *own[3:], what)
+        rates, shift = of_step(step, device)
+        for p_own, g_own, moments_own, start, acts_own in zip(p, g, moments, origin, acts, strict=True):
+            one(p_own, g_own, moments_own, factor, rates, start, shift, acts_own, what)
         return params, opt_state
 
     return Optimizer(keep, init, update)

@@ -170,9 +170,14 @@ def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
     return sum(-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
 
 
+def converts(config: Config, dtype: torch.dtype) -> bool:
+    """Whether matrices are computed with as copies in another dtype."""
+    return dtype != (torch.bfloat16 if config.optim.state == "int8" else torch.float32)
+
+
 def free_once_copied(config: Config, dtype: torch.dtype) -> bool:
-    """Whether a stage in the host residence is computed with as a copy, and not needed on the device beside it."""
-    return config.optim.state == "fp32" and dtype == torch.bfloat16 and config.optim.clip_scope == "global"
+    """Whether a stage in the host residence is not needed on the device beside its copy."""
+    return converts(config, dtype) and config.optim.state == "fp32" and config.optim.clip_scope == "global"
 
 
 def slot_count(config: Config, dtype: torch.dtype) -> int:
@@ -230,7 +235,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stage = max(size(params["embed"]), size(params["blocks"][0]))
     slots = slot_count(config, dtype)
     sent = {name: gradient_bytes(config, dtype, params[name]) for name in ("blocks", "head")}  # as they go home
-    copy = item if item < params["head"]["weight"].element_size() else 0  # what is computed with is a copy
+    copy = item if converts(config, dtype) else 0
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
     groups = t.grad_accum // group
     moving = (size(opt_state) + gradient_bytes(config, dtype, params)) / total  # bytes a number that come and go with the weights

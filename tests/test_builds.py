@@ -69,14 +69,14 @@ def builds():
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
                 for lift in (convolution.FEATURES.value, convolution.POINTS.value):
-                    rows, warps = convolution.tile(k, dtype, lift, backward=False)
                     args = dict.fromkeys(("x", "weight", "tail"), x) | dict.fromkeys(("r", "beta", "cos", "sin"), f)
-                    args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, ROWS=rows, TAIL=True, LIFT=lift)
-                    yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS), warps, 3, capability
-                    rows, warps = convolution.tile(k, dtype, lift, backward=True)
-                    args |= dict(ROWS=rows)
-                    out = dict.fromkeys(("dq", "dk", "dv", "dz"), x) | dict.fromkeys(("d_times", "d_r", "d_beta"), f)
-                    yield f"lift_backward {lift}, {k}, {name}", convolution.lift_backward, args | out, warps, 1, capability
+                    args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, TAIL=True, LIFT=lift)
+                    rows, warps = convolution.tile(k, dtype, lift)
+                    yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS, ROWS=rows), warps, 3, capability
+                    w = convolution.walk(512, 32, k, dtype, lift)
+                    out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
+                    title, shape = f"convolve_backward {lift}, {k}, {name}", dict(HEADS=w.heads, ROWS=w.rows)
+                    yield title, convolution.convolve_backward, args | out | shape, w.warps, 3, capability
                 args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
                 yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
                 out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)
@@ -92,9 +92,6 @@ def builds():
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
         yield "scan_backward", scan.scan_backward, args | dict(dh=f, d_log_a=f, db=f, d_start=f), 4, 3, capability
-        args = dict.fromkeys(("x", "weight", "tail", "dz", "dx"), "*bf16") | dict(d_weight=f, N=INTS, C=INTS, TAIL=True)
-        shape = dict(ROWS=convolution.TAP_ROWS, CHANNELS=convolution.tap_channels(3 * 512), TILES=convolution.TAP_TILES)
-        yield "taps_backward", convolution.taps_backward, args | shape, 4, 1, capability
         for d in (512, 4096, 8192):
             shape = dict(T=INTS, D=INTS, WIDTH=d)
             args = dict(x=f, y="*bf16", weight=f, out=f, n="*bf16") | shape
@@ -115,7 +112,7 @@ def builds():
         yield "accumulate", add_norm.sum_of, dict(x=f, y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
-        args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", N=INTS)
+        args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", shift="*i64", N=INTS)
         yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability
         wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability

@@ -86,7 +86,7 @@ def moved(weight, found, old_m, old_v, factor, rates, DECAY: tl.constexpr, WHAT:
 
 @triton.jit
 def update(
-    w, g, g_scales, codes, scales, factor, rates, origin, N,
+    w, g, g_scales, codes, scales, factor, rates, origin, shift, N,
     BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, WHAT: tl.constexpr,
 ):  # fmt: skip
     """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
@@ -104,7 +104,7 @@ def update(
     old_m = squared(first, scale, there)
     c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
-    bits = noise(tl.load(origin) + at)
+    bits = noise(tl.load(origin) + tl.load(shift) + at)
     kept = tl.load(w + at, mask=inside, other=0.0)
     weight, m, v = moved(kept.to(tl.float32), found, old_m, old_v, factor, rates, DECAY, WHAT)
     if WHAT != MOMENTS:
@@ -149,7 +149,7 @@ def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, WHAT: tl.c
 
 
 def adamw8(
-    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = reference.ALL
+    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, shift: Tensor, decay: bool, what: int = reference.ALL
 ) -> None:
     """`reference.adamw8`."""
     if w.dtype == torch.float32:
@@ -158,7 +158,7 @@ def adamw8(
     coded = g.dtype == torch.uint8
     launch(
         update, (cdiv(len(moments), ROWS),),
-        w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, w.numel(),
+        w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, shift, w.numel(),
         BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what,
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ Inside `torch.func.grad` a backward pass receives wrapped tensors, which have no
 around the launch unwraps them.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,14 @@ import torch
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function with a `setup_context`. torch asks for the signature of `forward` at every call, and finding it takes longer than a launch."""
+    """An autograd.Function with a `setup_context`. For these torch binds arguments to the signature of `forward` at every call, which takes longer
+    than a launch; here they are given by position."""
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.forward.__signature__ = inspect.signature(cls.forward)
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
 
 
 class Launch(Function):

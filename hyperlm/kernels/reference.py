@@ -392,12 +392,14 @@ def moved(
     return weight, m, v
 
 
-def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, decay: bool, what: int = ALL) -> None:
+def adamw8(
+    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, shift: Tensor, decay: bool, what: int = ALL
+) -> None:
     """AdamW in place on matrices in bf16, with moments that take a byte each; and on vectors in fp32, with moments in fp32.
 
     In a block of BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are small, as in
     Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that their expectation
-    is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin`.
+    is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin` + `shift`.
 
     An update can be made in two parts, with the bits that it would have as one: WEIGHTS, and later MOMENTS. Where WEIGHTS was made with factor 1
     and the factor turns out to be another, CORRECTION makes the moments' part and moves the weights to where they should be, up to one more
@@ -409,7 +411,7 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
         moments: (ceil(n / BLOCK), ROW) uint8; of w in fp32, m and v, (2, ...) fp32; zeros at first.
         factor: fp32 scalar on the device of the others. By 0, g counts as 0 even where it is not finite; and WEIGHTS changes nothing.
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
-        origin: int64 scalar, the counter of the first number.
+        origin, shift: int64 scalars, the counter of the first number at one step, and how far it is at this one.
         decay: whether weight decay acts.
         what: of ALL, MOMENTS, WEIGHTS, CORRECTION and UNDO.
     """
@@ -428,7 +430,7 @@ def adamw8(w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor,
     found = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
     old_m, old_v = squared(codes[:, :BLOCK], scales[:, :1]), c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)
     weight, m, v = moved(in_blocks(w), found, old_m, old_v, factor, rates, decay, what)
-    bits = noise_of(origin, len(moments))
+    bits = noise_of(origin + shift, len(moments))
     if touches_weights:
         again = bits if what in (ALL, WEIGHTS) else noise(bits)  # not the noise that rounded the weights before
         rounded = (weight.view(torch.int32) + ((again >> 16) & 0xFFFF).int()) & -65536

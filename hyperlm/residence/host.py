@@ -33,11 +33,11 @@ from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import free_once_copied, goes_home_in_8_bits, slot_count, visits, widths_read
+from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, visits, widths_read
 from hyperlm.precision import compute_copy, summed
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
-from hyperlm.residence.lanes import Event
+from hyperlm.residence.lanes import Event, told
 from hyperlm.residence.pieces import cut, pieces_of
 from hyperlm.residence.traffic import Inputs, Traffic, Visit
 from hyperlm.stages import moved, stage_of, stages
@@ -101,6 +101,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     inputs: Inputs | None = None
     gradients: Tree = None  # of the newest step, in host memory
     newest: Pending | None = None  # what the newest step left pending
+    in_place: dict[int, Tree] = {}  # the weights of stages that are computed with where they lie on the device
     held: deque[tuple[Event, Any]] = deque()  # what other lanes still read; of the last stage, into the next step
     at_once = cfg.optim.clip_scope == "layer"
     coded = not at_once and goes_home_in_8_bits(cfg, dtype)
@@ -127,11 +128,16 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         """A stage's weights to compute with, to be differentiated."""
         traffic.main.wait(visit.ready)
         traffic.staying.pop(visit.index, None)  # used, if it was there
-        weights = compute_copy(visit.stored, dtype)
-        if copied:
-            weights = tree.map(lambda p: p.clone() if p.dim() < 2 else p, weights)  # matrices are copies already
-            traffic.release(visit)
-        return tree.map(lambda p: p.detach().requires_grad_(), weights)
+        weights = in_place.get(visit.index)
+        if weights is None:
+            weights = compute_copy(visit.stored, dtype)
+            if copied:
+                weights = tree.map(lambda p: p.clone() if p.dim() < 2 else p, weights)  # matrices are copies already
+                traffic.release(visit)
+            weights = tree.map(lambda p: p.detach().requires_grad_(), weights)
+            if not converts(cfg, dtype):
+                in_place[visit.index] = weights
+        return weights
 
     def leave(visit: Visit) -> None:
         if not copied:
@@ -189,8 +195,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 fetched.append(traffic.fetch(state, index, update=update))
 
         def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
-            """What becomes of a stage's gradient."""
-            norm = norms[visit.index] = ops["norm"](found)
+            """What becomes of a stage's gradient, whose norm is known."""
+            norm = norms[visit.index]
             if coded:
                 found = traffic.encoded(visit.index, found, state.step)
             else:
@@ -255,6 +261,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         inputs.gone()
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
+        norms[visit.index] = ops["norm"](found)
         visit = learn(visit, weights, found)
         leave(visit)
         weights = found = None
@@ -272,6 +279,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             visit = fetched.popleft()
             weights = weights_of(visit)
             found, d = pulled(again(layer, weights), weights, d)
+            norms[visit.index] = ops["norm"](found)
             visit = learn(visit, weights, found)
             leave(visit)
             weights = found = None
@@ -279,16 +287,19 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         visit = fetched.popleft()
         weights = weights_of(visit)
         found, _ = pulled([(partial(model.embed, weights, tokens[a], cfg.model, contexts[a]), []) for a in groups], weights, d)
+        norms[0] = ops["norm"](found)
+        every_norm = torch.stack(norms)
+        factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)
+        facts = told(torch.cat([torch.stack([norm, total_nats, factors.min()]), every_norm]), traffic.main)  # before the last gradient is on its way
         visit = learn(visit, weights, found)
         leave(visit)
 
-        factors, norm = clip_factors(torch.stack(norms), cfg.optim.clip, cfg.optim.clip_scope)
-        *total_norm, least = torch.stack([norm, total_nats, factors.min()]).tolist()  # waits for the device
-        finite = all(map(math.isfinite, total_norm))
+        norm_found, nats_found, least, *of_stages = facts()  # waits for the device
+        finite = math.isfinite(norm_found) and math.isfinite(nats_found)
         clipped, newest = least != 1, None
         if goes_ahead:
             what = UNDO if not finite else CORRECTION if clipped else MOMENTS
-            newest = Pending(gradients, factors, state.updates, what, tuple(torch.stack(norms).isfinite().tolist()))
+            newest = Pending(gradients, factors, state.updates, what, tuple(map(math.isfinite, of_stages)))
         elif finite and not at_once:
             newest = Pending(gradients, factors, state.updates)
         return replace(state, pending=newest, clipped=clipped), total_nats, norm, finite

@@ -136,7 +136,7 @@ class Traffic:
         starts = [tree.leaves(part) for part in stages(origins(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
         self.leaf_origin = [torch.tensor([signed(start + GRADIENTS) for start in own], device=device) for own in starts]
         self.origin = [
-            [torch.tensor([signed(own[p.leaf] + p.first * BLOCK) for p in piece], device=device) for piece in pieces]
+            [list(torch.tensor([signed(own[p.leaf] + p.first * BLOCK) for p in piece], device=device)) for piece in pieces]
             for own, pieces in zip(starts, self.pieces, strict=True)
         ]
         self.cuts: dict[tuple, tuple[Tree, list[Cut]]] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
@@ -212,34 +212,41 @@ class Traffic:
 
     # -- updates
 
-    def through(self, visit: Visit, home: Tree, coming: list[Tree], kept: int, fn: Callable[[list[Part], Tensor, list, list, list], None]) -> Visit:
+    def through(self, visit: Visit, home: Tree, coming: list[Tree], kept: int, fn: Callable[[list[Part], list, list, list, list], None]) -> Visit:
         """Bring what belongs to a stage piece by piece, and send home what becomes of it and of the weights.
 
         Args:
             home: the weights in host memory.
             coming: trees like the stage in host memory, the first `kept` of which do not change.
-            fn: (piece, origin, what has come, weights, whether decay acts): makes the changes.
+            fn: (piece, origins, what has come, weights, whether decay acts): makes the changes.
         """
         index, done = visit.index, visit.ready
         self.into.wait(self.written[index])
         sources, weights, at_home = [self.cuts_of(index, x) for x in coming], self.cuts_of(index, visit.stored), self.cuts_of(index, home)
-        for i, (piece, origin, acts) in enumerate(zip(self.pieces[index], self.origin[index], self.decay[index], strict=True)):
-            own = [source[i] for source in sources]
-            _, number = self.buffers.take(self.into)
-            here = self.landing(number, own)
+        pieces, origins_of, decays = self.pieces[index], self.origin[index], self.decay[index]
+        for first in range(0, len(pieces), PIECES):  # as many as there are buffers: entering a lane takes time
+            some, landed, changed = range(first, min(first + PIECES, len(pieces))), [], []
             with self.into.open():
-                for to, source in zip(here, own, strict=True):
-                    to.memory.copy_(source.memory, non_blocking=True)
-            self.work.wait(visit.ready, self.into.mark())
+                for i in some:
+                    _, number = self.buffers.take(self.into)
+                    own = [source[i] for source in sources]
+                    here = self.landing(number, own)
+                    for to, source in zip(here, own, strict=True):
+                        to.memory.copy_(source.memory, non_blocking=True)
+                    landed.append((number, own, here, self.into.mark()))
+            self.work.wait(visit.ready)
             with self.work.open():
-                fn(piece, origin, [x.views for x in here], weights[i].views, acts)
-                done = self.work.mark()
-            self.home.wait(done)
+                for i, (_, _, here, came) in zip(some, landed, strict=True):
+                    self.work.wait(came)
+                    fn(pieces[i], origins_of[i], [x.views for x in here], weights[i].views, decays[i])
+                    changed.append(done := self.work.mark())
             with self.home.open():
-                for to, source in zip(own[kept:], here[kept:], strict=True):
-                    to.memory.copy_(source.memory, non_blocking=True)
-                at_home[i].memory.copy_(weights[i].memory, non_blocking=True)
-            self.buffers.free[number] = (self.home.mark(),)
+                for i, (number, own, here, _), when in zip(some, landed, changed, strict=True):
+                    self.home.wait(when)
+                    for to, source in zip(own[kept:], here[kept:], strict=True):
+                        to.memory.copy_(source.memory, non_blocking=True)
+                    at_home[i].memory.copy_(weights[i].memory, non_blocking=True)
+                    self.buffers.free[number] = (self.home.mark(),)
         self.written[index] = self.home.mark()
         return replace(visit, ready=done)
 
@@ -252,7 +259,7 @@ class Traffic:
         factor, here = pending.factors[visit.index], self.staying.get(visit.index)
         coming = moments if here else [stage_of(pending.grads, visit.index), *moments]
 
-        def fn(piece: list[Part], origin: Tensor, brought: list, weights: list, acts: list) -> None:
+        def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             grads = [cut(here[part.leaf], part) for part in piece] if here else brought[0]
             opt_state = dict(zip(names, brought[-len(names) :], strict=True))
             self.optimizer.update(grads, opt_state, weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what)
@@ -264,7 +271,7 @@ class Traffic:
         """The whole update, by a gradient that is on the device."""
         names, moments = self.moments_of(state, visit.index)
 
-        def fn(piece: list[Part], origin: Tensor, brought: list, weights: list, acts: list) -> None:
+        def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             own = [cut(grads[part.leaf], part) for part in piece]
             self.optimizer.update(own, dict(zip(names, brought, strict=True)), weights, state.updates, decay=acts, origin=origin, factor=factor)
 
@@ -276,7 +283,7 @@ class Traffic:
         pending = state.pending if state.pending is not None and state.pending.what == MOMENTS else None
         coming = moments if pending is None else [stage_of(pending.grads, visit.index), *moments]
 
-        def fn(piece: list[Part], origin: Tensor, brought: list, weights: list, acts: list) -> None:
+        def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             opt_state = dict(zip(names, brought[-len(names) :], strict=True))
             if pending is not None:
                 by = pending.factors[visit.index]
