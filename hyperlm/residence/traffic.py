@@ -166,6 +166,8 @@ class Traffic:
 
     def fetch(self, state: State, index: int, *, update: bool) -> Visit:
         """Bring a stage to the device, and where its weights wait for an update make that on the way, if `update`."""
+        pending = state.pending if update else None
+        late = pending is not None and pending.what != MOMENTS and (pending.what != UNDO or pending.moved[index])
         if (held := self.slots.find(index)) is not None:
             visit = held
             self.work.wait(*self.slots.free[held.slot])
@@ -178,16 +180,14 @@ class Traffic:
             elif slot is None:
                 self.into.wait(*self.head_free)
             self.into.wait(self.written[index])
-            whole = slab.slab(host)
-            with self.into.open():
-                memory[: len(whole)].copy_(whole, non_blocking=True)
+            if not late:  # else piece by piece, so that the way home has work from the first on
+                whole = slab.slab(host)
+                with self.into.open():
+                    memory[: len(whole)].copy_(whole, non_blocking=True)
             if (index, slot) not in self.stored:
                 self.stored[index, slot] = slab.views(memory, host)
             visit = Visit(index, self.stored[index, slot], slot, self.into.mark())
-        if update and (pending := state.pending) is not None and pending.what != MOMENTS:
-            if pending.what != UNDO or pending.moved[index]:
-                visit = self.late(state, visit, pending)
-        return visit
+        return self.late(state, visit, pending, bring=held is None) if late else visit
 
     def release(self, visit: Visit) -> None:
         """The main lane has no more use of it."""
@@ -212,13 +212,16 @@ class Traffic:
 
     # -- updates
 
-    def through(self, visit: Visit, home: Tree, coming: list[Tree], kept: int, fn: Callable[[list[Part], list, list, list, list], None]) -> Visit:
+    def through(
+        self, visit: Visit, home: Tree, coming: list[Tree], kept: int, fn: Callable[[list[Part], list, list, list, list], None], *, bring: bool = False
+    ) -> Visit:
         """Bring what belongs to a stage piece by piece, and send home what becomes of it and of the weights.
 
         Args:
             home: the weights in host memory.
             coming: trees like the stage in host memory, the first `kept` of which do not change.
             fn: (piece, origins, what has come, weights, whether decay acts): makes the changes.
+            bring: the weights as well.
         """
         index, done = visit.index, visit.ready
         self.into.wait(self.written[index])
@@ -231,6 +234,8 @@ class Traffic:
                     _, number = self.buffers.take(self.into)
                     own = [source[i] for source in sources]
                     here = self.landing(number, own)
+                    if bring:
+                        weights[i].memory.copy_(at_home[i].memory, non_blocking=True)
                     for to, source in zip(here, own, strict=True):
                         to.memory.copy_(source.memory, non_blocking=True)
                     landed.append((number, own, here, self.into.mark()))
@@ -253,8 +258,8 @@ class Traffic:
     def moments_of(self, state: State, index: int) -> tuple[list[str], list[Tree]]:
         return list(state.opt_state), [stage_of(part, index) for part in state.opt_state.values()]
 
-    def late(self, state: State, visit: Visit, pending: Pending) -> Visit:
-        """The part of the pending update that weights must not be used without."""
+    def late(self, state: State, visit: Visit, pending: Pending, *, bring: bool) -> Visit:
+        """The part of the pending update that weights must not be used without. bring: they are not on the device yet."""
         names, moments = self.moments_of(state, visit.index)
         factor, here = pending.factors[visit.index], self.staying.get(visit.index)
         coming = moments if here else [stage_of(pending.grads, visit.index), *moments]
@@ -265,7 +270,7 @@ class Traffic:
             self.optimizer.update(grads, opt_state, weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what)
 
         self.into.wait(self.sent[visit.index])
-        return self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn)
+        return self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn, bring=bring)
 
     def at_once(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The whole update, by a gradient that is on the device."""
