@@ -240,9 +240,13 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     groups = t.grad_accum // group
     moving = (size(opt_state) + gradient_bytes(config, dtype, params)) / total  # bytes a number that come and go with the weights
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
-    # Gradients on their way home, a block's own or the head's; or that of the block before, until it is updated.
-    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or block * item
-    in_block = stream + stream // groups + round(0.95 * group * max(activations(config, dtype))) + block * (item + (FP32 if groups > 1 else 0) + copy) + leaving
+    # Gradients on their way home, a block's own or the head's; or that of the stage before, until it is updated.
+    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or max(block, count["head"]) * item
+    saved = round(0.95 * group * max(activations(config, dtype)))
+    if groups == 1:  # a gradient takes the place of what was saved for it
+        in_block = stream + max(saved, saved // 2 + block * item) + block * copy + leaving
+    else:
+        in_block = stream + stream // groups + saved + block * (item + FP32 + copy) + leaving
     tokens = t.grad_accum * t.batch_size * config.data.seq_len
     in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
     logits = 0

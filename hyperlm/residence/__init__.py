@@ -6,5 +6,5 @@ of a step's micro-batches, their dropout keys and the number of targets in all o
 norm are not finite, as they were), summed nats, and the norm of the gradient of nats / count before clipping.
 """
 
-PIECE = 48 << 20  # bytes of moments and gradients that come at a time, for an update
+PIECE = 40 << 20  # bytes of moments and gradients that come at a time, for an update
 SLOTS, PIECES, INPUTS = 3, 3, 2  # buffers on the device for stages, for pieces of an update, and for inputs of blocks
