@@ -139,8 +139,11 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
 def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
     """Validation losses; and radius gauges with, if asked for, a sample."""
     params = weights(config, state.params, device)
-    at_once = config.train.batch_size * (config.train.grad_accum if config.train.residence == "host" else 1)  # fewer visits
-    val = evals.evaluate(params, corpus, config, device, at_once)
+    together = 1
+    if config.train.residence == "host":  # the fewer visits of the blocks, the better
+        dtype = env.compute_dtype(device)
+        together = plan.evaluated(config, dtype, plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory)))
+    val = evals.evaluate(params, corpus, config, device, together * config.train.batch_size)
     more: dict[str, Any] = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
     if config.eval.sample_tokens:
         more["sample"] = write_sample(params, state.seed + state.step, corpus, config)

@@ -18,7 +18,7 @@ from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference import BLOCK, CODED
 from hyperlm.loss import AT_ONCE
-from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS
+from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -45,6 +45,7 @@ class Plan:
     kept: int = 0  # blocks of which the inputs, and those products, stay on the device
     staying: int = 0  # stages whose gradients stay on the device until their pending update
     shared: bool = False  # whether the head takes the place of all other stages but the last block
+    working: int = 0  # bytes of activations that a block or the head has, one after the other
     logits: int = 0  # of the head at a time, in the room that a block needs at another; 0 for the default
 
     @property
@@ -266,6 +267,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
         remembers=products,
         kept=kept,
         shared=shared,
+        working=max(in_block, in_head),
         logits=logits,
     )
 
@@ -286,6 +288,18 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     kept = max(0, min(layers, (room - found.device) // read))
     found = visiting(config, dtype, found.group, kept, found.shared, products, more)
     return replace(found, staying=staying(config, dtype, room - found.device, kept, read))
+
+
+def evaluated(config: Config, dtype: torch.dtype, planned: Plan) -> int:
+    """Micro-batches that evaluation takes at a time in the host residence: as many as fit where a block or the head has its place in a step, beside
+    what `residence.streamed` has on the device and the last gradients of the step before. Without gradients, and with logits, they need less than
+    a block saves of them."""
+    params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    copies = on_meta(model.declaration(config.model), dtype)
+    blocks = STREAMED * size(params["blocks"][0]) + converts(config, dtype) * size(copies["blocks"][0])
+    gradients = gradient_bytes(config, dtype, params["embed"]) + gradient_bytes(config, dtype, params["blocks"][0])
+    room = planned.working - max(size(copies["embed"]), size(copies["head"])) - blocks - gradients
+    return max(1, min(config.train.grad_accum, room // max(activations(config, dtype))))
 
 
 def traffic(config: Config, dtype: torch.dtype, planned: Plan, *, clipped: bool) -> tuple[int, int]:

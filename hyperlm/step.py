@@ -46,7 +46,7 @@ def init_state(cfg: Config, total_steps: int, device: torch.device) -> State:
 def weights(cfg: Config, params: Tree, device: torch.device) -> Tree:
     """What `model.hidden` and its like compute with on `device`, from the parameters of a settled state."""
     dtype = compute_dtype(device)
-    return streamed(params, dtype, device) if cfg.train.residence == "host" else compute_copy(params, dtype)
+    return streamed(params, dtype, device, keep_ends=False) if cfg.train.residence == "host" else compute_copy(params, dtype)
 
 
 def step_keys(state: State, micro_batches: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -36,5 +36,5 @@ def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
         return tree.map(lambda p: p.to(device), compute_copy(stage, dtype)) if fits else in_host_memory(stage, device)
 
     state, meta = checkpoint.restore(run, step, config, place, with_opt=False)
-    params = state.params if fits else streamed(state.params, dtype, device)
+    params = state.params if fits else streamed(state.params, dtype, device, keep_ends=True)
     return Trained(params, state.step, state.tokens, meta)

@@ -8,3 +8,4 @@ norm are not finite, as they were), summed nats, and the norm of the gradient of
 
 PIECE = 40 << 20  # bytes of moments and gradients that come at a time, for an update
 SLOTS, PIECES, INPUTS = 3, 3, 2  # buffers on the device for stages, for pieces of an update, and for inputs of blocks
+STREAMED = 2  # the same for blocks, between steps

@@ -1,4 +1,4 @@
-"""Weights to compute with while the parameters are in host memory: blocks come to the device as they are read, in order."""
+"""Weights to compute with while the parameters are in host memory: they come to the device as they are read, blocks in order."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,11 +7,9 @@ import torch
 
 from hyperlm import tree
 from hyperlm.precision import compute_copy
-from hyperlm.residence import slab
+from hyperlm.residence import STREAMED, slab
 from hyperlm.residence.lanes import Lane, Ring
 from hyperlm.tree import Tree
-
-SLOTS = 2
 
 
 class Streamed:
@@ -20,7 +18,7 @@ class Streamed:
     def __init__(self, blocks: list[Tree], dtype: torch.dtype, device: torch.device) -> None:
         self.blocks, self.dtype = blocks, dtype
         self.main, self.into = Lane(device, own=False), Lane(device)
-        self.ring = Ring(SLOTS, max(slab.size(block) for block in blocks), device)
+        self.ring = Ring(STREAMED, max(slab.size(block) for block in blocks), device)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -37,7 +35,7 @@ class Streamed:
                     memory[: len(whole)].copy_(whole, non_blocking=True)
                 coming.append((slab.views(memory, block), number, self.into.mark()))
 
-        for _ in range(SLOTS):
+        for _ in range(STREAMED):
             fetch()
         while coming:
             stored, number, ready = coming.popleft()
@@ -49,7 +47,31 @@ class Streamed:
             fetch()
 
 
-def streamed(params: Tree, dtype: torch.dtype, device: torch.device) -> Tree:
-    """Weights for `model.hidden` and its like from packed `params` in host memory: embedding and head on `device`, blocks on their way."""
-    ends = {name: compute_copy(tree.map(lambda p: p.to(device), params[name]), dtype) for name in ("embed", "head")}
+class Visiting:
+    """Weights of which embedding and head come when they are asked for, and stay until the other is."""
+
+    def __init__(self, params: Tree, dtype: torch.dtype, device: torch.device) -> None:
+        self.params, self.dtype, self.device = params, dtype, device
+        self.blocks = Streamed(params["blocks"], dtype, device)
+        self.here: dict[str, Tree] = {}
+
+    def __getitem__(self, stage: str) -> Tree:
+        if stage == "blocks":
+            return self.blocks
+        if stage not in self.here:
+            self.here.clear()
+            self.here[stage] = on_device(self.params[stage], self.dtype, self.device)
+        return self.here[stage]
+
+
+def on_device(stage: Tree, dtype: torch.dtype, device: torch.device) -> Tree:
+    return compute_copy(tree.map(lambda p: p.to(device), stage), dtype)
+
+
+def streamed(params: Tree, dtype: torch.dtype, device: torch.device, *, keep_ends: bool) -> Tree | Visiting:
+    """Weights for `model.hidden` and its like from packed `params` in host memory, blocks on their way. keep_ends: embedding and head stay on
+    `device`, which is faster where there is room for both."""
+    if not keep_ends:
+        return Visiting(params, dtype, device)
+    ends = {name: on_device(params[name], dtype, device) for name in ("embed", "head")}
     return {"embed": ends["embed"], "blocks": Streamed(params["blocks"], dtype, device), "head": ends["head"]}
