@@ -269,7 +269,7 @@ def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
     params = weights(settings, state.params, device)
     with torch.no_grad():
         found = [model.apply(params, tokens, cfg) for _ in range(8)]
-    at_hand = params | {"blocks": [tree.map(torch.clone, block) for block in params["blocks"]]}
+    at_hand = {"embed": params["embed"], "blocks": [tree.map(torch.clone, block) for block in params["blocks"]], "head": params["head"]}
     assert all(torch.equal(x, model.apply(at_hand, tokens, cfg)) for x in found)
 
 
