@@ -26,8 +26,13 @@ def pinned(size: int) -> Tensor:
     array = np.empty(size, np.uint8)  # lives as long as any tensor in it
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
-    weakref.finalize(array, runtime.cudaHostUnregister, array.ctypes.data).atexit = False
+    weakref.finalize(array, unpin, array.ctypes.data).atexit = False
     return torch.from_numpy(array)
+
+
+def unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a step returns while its last gradients and moments are still on their way here
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def allocate(size: int, device: torch.device, *, pin: bool = False) -> Tensor:
