@@ -141,7 +141,7 @@ class Traffic:
         ]
         self.cuts: dict[tuple, tuple[Tree, list[Cut]]] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
         self.landed: dict[tuple, list[Cut]] = {}  # of buffers, by what comes into them
-        self.stored: dict[tuple, Tree] = {}  # of stages, by their memory on the device
+        self.stored: dict[int, Tree] = {}  # stages as they lie on the device, always at the same place
         sizes = [
             sum(slab.padded(own.memory.nbytes) for own in piece)
             for index, of_stage in enumerate(zip(*moving, strict=True))
@@ -184,9 +184,9 @@ class Traffic:
                 whole = slab.slab(host)
                 with self.into.open():
                     memory[: len(whole)].copy_(whole, non_blocking=True)
-            if (index, slot) not in self.stored:
-                self.stored[index, slot] = slab.views(memory, host)
-            visit = Visit(index, self.stored[index, slot], slot, self.into.mark())
+            if index not in self.stored:
+                self.stored[index] = slab.views(memory, host)
+            visit = Visit(index, self.stored[index], slot, self.into.mark())
         return self.late(state, visit, pending, bring=held is None) if late else visit
 
     def release(self, visit: Visit) -> None:
