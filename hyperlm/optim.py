@@ -105,10 +105,8 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
             for key in [key for key in known if key[0] < step - 1]:
                 del known[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
-            rates = torch.tensor([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], pin_memory=device.type == "cuda")
-            shift = torch.tensor(signed(step * APART), pin_memory=device.type == "cuda")
-            # Made there, they would wait for all that the device has yet to do.
-            known[step, device] = rates.to(device, non_blocking=True), shift.to(device, non_blocking=True)
+            rates = sent([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device)
+            known[step, device] = rates, sent(signed(step * APART), device)
         return known[step, device]
 
     def update(
@@ -141,6 +139,11 @@ def stored(declared: Tree, rule: Optimizer) -> tuple[Tree, Tree]:
 def signed(x: int) -> int:
     """x modulo 2^64, as an int64."""
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def sent(numbers: float | int | list, device: torch.device) -> Tensor:
+    """A few numbers on a device. Made there, they would wait for all that it has yet to do."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def origins(paths: Tree, seed: int) -> Tree:

@@ -7,6 +7,7 @@ autograd saves for the backward pass are added up.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from configs import Config, ModelConfig
 from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
-from hyperlm.kernels.reference import BLOCK, CODED
+from hyperlm.kernels.reference import BLOCK, CODED, PARTS
 from hyperlm.loss import AT_ONCE
-from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED
+from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED, slab
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -43,7 +44,8 @@ class Plan:
     group: int = 1  # micro-batches at a time
     remembers: bool = False  # whether some products of blocks are kept, and not found again
     kept: int = 0  # blocks of which the inputs, and those products, stay on the device
-    staying: int = 0  # stages whose gradients stay on the device until their pending update
+    staying: int = 0  # stages, from the first, whose gradients stay on the device until their pending update
+    in_head: int = 0  # the last of these, whose gradients lie where the head comes to
     shared: bool = False  # whether the head takes the place of all other stages but the last block
     working: int = 0  # bytes of activations that a block or the head has, one after the other
     logits: int = 0  # of the head at a time, in the room that a block needs at another; 0 for the default
@@ -164,11 +166,12 @@ def goes_home_in_8_bits(config: Config, dtype: torch.dtype) -> bool:
 
 
 def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
-    """Bytes of the gradients of these parameters as they go home; none where each stage is clipped by itself and updated at once."""
+    """Bytes of a slab of the gradients of these parameters as they go home; none where each stage is clipped by itself and updated at once."""
     if config.optim.clip_scope == "layer":
         return 0
     coded = goes_home_in_8_bits(config, dtype)
-    return sum(-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
+    each = (-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
+    return sum(map(slab.padded, each))
 
 
 def converts(config: Config, dtype: torch.dtype) -> bool:
@@ -208,17 +211,21 @@ def remembers(config: Config, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and read * BALANCE < operations and (beside + read) * BALANCE < 3 * operations
 
 
-def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int) -> int:
+def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int, *, head: bool) -> tuple[int, int]:
     """Stages, from the first, whose gradients the device has room for when the backward pass ends: in `spare` bytes, and in the place of what it
-    has read of `kept` blocks, `read` bytes each."""
+    has read of `kept` blocks, `read` bytes each; and if `head` some more in the place of the head. All of these, and those."""
     params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
     own = [gradient_bytes(config, dtype, stage) for stage in (params["embed"], *params["blocks"])]
+    if not any(own):
+        return 0, 0
 
     def fit(count: int) -> bool:
         """Whether they do at every stage on the way."""
         return all(sum(own[i:count]) <= spare + read * max(0, kept + 1 - max(i, 1)) for i in range(count))
 
-    return max(count for count in range(len(own) + 1) if fit(count)) if any(own) else 0
+    count = max(count for count in range(len(own) + 1) if fit(count))
+    in_head = sum(size <= head * slab.size(params["head"]) for size in accumulate(own[count:]))
+    return count + in_head, in_head
 
 
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0) -> Plan:
@@ -244,8 +251,11 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     # Gradients on their way home, a block's own or the head's; or that of the stage before, until it is updated.
     leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or max(block, count["head"]) * item
     saved = round(0.95 * group * max(activations(config, dtype)))
-    if groups == 1:  # a gradient takes the place of what was saved for it
-        in_block = stream + max(saved, saved // 2 + block * item) + block * copy + leaving
+    pulled = max(saved, saved // 2 + block * item)  # a gradient takes the place of what was saved for it
+    if groups == 1:
+        in_block = stream + pulled + block * copy + leaving
+    elif config.optim.clip_scope == "global" and goes_home_in_8_bits(config, dtype) and groups <= PARTS:  # added up as they are coded
+        in_block = stream + stream // groups + pulled + block * ((groups - 1) * item + copy) + leaving
     else:
         in_block = stream + stream // groups + saved + block * (item + FP32 + copy) + leaving
     tokens = t.grad_accum * t.batch_size * config.data.seq_len
@@ -287,7 +297,8 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     read = read_bytes(config, dtype, products=products)
     kept = max(0, min(layers, (room - found.device) // read))
     found = visiting(config, dtype, found.group, kept, found.shared, products, more)
-    return replace(found, staying=staying(config, dtype, room - found.device, kept, read))
+    count, in_head = staying(config, dtype, room - found.device, kept, read, head=not found.shared)
+    return replace(found, staying=count, in_head=in_head)
 
 
 def evaluated(config: Config, dtype: torch.dtype, planned: Plan) -> int:

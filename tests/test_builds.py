@@ -116,7 +116,8 @@ def builds():
         yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability
         wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
-        yield "encode8", adamw8.encode, dict(x="*bf16", codes="*u8", scales=f, origin="*i64", N=INTS) | shape, 4, 3, capability
+        coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS)
+        yield "encode8", adamw8.encode, coded | shape | dict(ROWS=adamw8.CODED_ROWS), adamw8.CODED_WARPS, 3, capability
 
 
 def spills_in_loops(assembly: str) -> int:

@@ -117,7 +117,10 @@ def test_rounding_to_bf16_and_to_8_bits_is_right_on_average():
 
 def test_gradients_in_8_bits_are_right_on_average():
     x = normal(3, 100, seed=2).float() * torch.logspace(-2, 0, 100)
-    draws = torch.stack([reference.decode8(reference.encode8(x, torch.tensor(draw << 40))).flatten()[:300].view(3, 100) for draw in range(2000)])
+    parts, origin = [0.75 * x, 0.25 * x], torch.tensor(0)
+    coded, squares = zip(*(reference.encode8(parts, origin, torch.tensor(draw << 20)) for draw in range(2000)), strict=True)
+    draws = torch.stack([reference.decode8(c).flatten()[:300].view(3, 100) for c in coded])
+    torch.testing.assert_close(squares[0].sum(), x.square().sum())
     error = draws.std(0) / 2000**0.5 + 0.02 * x.abs().max() / 2000
     assert float(((draws.mean(0) - x).abs() / error).max()) < 6 and float((draws.std(0) / x.abs().max()).max()) < 0.01
 
@@ -192,5 +195,5 @@ def test_updating_in_parts_equals_updating_at_once():
     rule.update([g.clone()], state, whole, 0, decay=[True], origin=torch.tensor([7]))
     for first, last in ((0, 3), (3, 8)):
         cut = slice(first * n, last * n)
-        rule.update([g.flatten()[cut]], {"moments": [moments[first:last]]}, [part.view(-1)[cut]], 0, decay=[True], origin=torch.tensor([7 + first * n]))
+        rule.update([g.flatten()[cut]], {"moments": [moments[first:last]]}, [part.view(-1)[cut]], 0, decay=[True], origin=torch.tensor([7 + first * reference.COUNTERS]))
     assert torch.equal(part, whole[0]) and torch.equal(moments, state["moments"][0])

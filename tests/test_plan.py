@@ -55,8 +55,16 @@ def test_gradients_stay_in_spare_memory_and_where_what_was_read_had_been():
     embed, block = (plan.gradient_bytes(settings, torch.float32, part) for part in (declared["embed"], declared["blocks"][0]))
 
     def count(spare: int, kept: int = 0, read: int = 0) -> int:
-        return plan.staying(settings, torch.float32, spare, kept, read)
+        return plan.staying(settings, torch.float32, spare, kept, read, head=False)[0]
 
     assert (count(0), count(embed), count(embed + block - 1), count(embed + block)) == (0, 1, 1, 2)
     assert count(embed, kept=1, read=block) == 2  # the first block's gradient comes when its input has been read
     assert count(1 << 40) == settings.model.n_layers + 1
+
+
+def test_more_gradients_stay_in_the_place_of_the_head():
+    for vocabulary, expected in ((64, 0), (64 * 64, 2)):
+        settings = config(replace(CASES["phase7"], vocab_size=vocabulary), residence="host")
+        embed = plan.gradient_bytes(settings, torch.float32, plan.on_meta(model.declaration(settings.model), torch.float32)["embed"])
+        assert plan.staying(settings, torch.float32, embed, 0, 0, head=True) == (1 + expected, expected)
+        assert plan.staying(settings, torch.float32, embed, 0, 0, head=False) == (1, 0)

@@ -1,4 +1,10 @@
-"""AdamW with 8-bit moments and bf16 weights in Triton, one pass over everything, in place; and gradients in 8 bits."""
+"""AdamW with 8-bit moments and bf16 weights in Triton, one pass over everything, in place; and gradients in 8 bits.
+
+A GPU's conversions between integers and floats, and its `floor`, are an eighth as fast as an addition, and these kernels would have ten of them a
+number. Added to 2^23, a smaller whole number is the last bits of what comes out: that converts it exactly, either way.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,10 +16,13 @@ from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
 ROWS = 4  # blocks that a program updates
+CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
+PARTS = reference.PARTS
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
 ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = (
     tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO)
 )
+FOR_M, FOR_V, AGAIN = (tl.constexpr(x) for x in (reference.FOR_M, reference.FOR_V, reference.AGAIN))
 
 
 @triton.jit
@@ -25,36 +34,82 @@ def noise(x):
 
 
 @triton.jit
-def share(bits, BELOW: tl.constexpr):
-    """16 of the bits, from BELOW on, as a number in [0, 1)."""
-    return ((bits >> BELOW) & 0xFFFF).to(tl.float32) * (1 / 65536)
+def number(x):
+    """Integers from 0 to 2^23 - 1, as fp32."""
+    return (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def byte(x):
+    """The last 8 bits of whole numbers below 2^22, negative ones too."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)  # 3 * 2^22
+
+
+@triton.jit
+def whole(x):
+    """The largest whole number not above x, which is from 0 to 2^22."""
+    nearest = (x + 8388608.0) - 8388608.0
+    return nearest - (nearest > x).to(tl.float32)
+
+
+@triton.jit
+def chances(start, block, BLOCK: tl.constexpr):
+    """16 random bits for each number of these blocks, (ROWS, BLOCK) int32; see `reference.chances`."""
+    fours = block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    bits = noise(start + fours)
+    low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
+    even, odd = tl.interleave(low & 0xFFFF, high & 0xFFFF), tl.interleave((low >> 16) & 0xFFFF, (high >> 16) & 0xFFFF)
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def share(bits):
+    """16 bits as a number in [0, 1)."""
+    return number(bits) * (1 / 65536)
 
 
 @triton.jit
 def squared_codes(x, largest, bits):
     """Codes (ROWS, BLOCK) uint8 of x; see `reference.squared_codes`."""
     y = tl.abs(x) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
-    low = tl.minimum(tl.floor(special.sqrt(y, False)), 126)
-    code = low + (share(bits, 32) * (2 * low + 1) < y - low * low).to(tl.float32)
-    return tl.where(x < 0, -code, code).to(tl.int32).to(tl.uint8)
+    low = tl.minimum(whole(special.sqrt(y, False)), 126)
+    code = low + (share(bits) * (2 * low + 1) < y - low * low).to(tl.float32)
+    return byte(tl.where(x < 0, -code, code))
 
 
 @triton.jit
 def squared(codes, scale, there):
     """The numbers whose codes are at these addresses."""
-    c = tl.load(codes, mask=there[:, None], other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    c = number(tl.load(codes, mask=there[:, None], other=0) ^ 0x80) - 128  # signed
     return c * tl.abs(c) * (tl.load(scale, mask=there, other=0.0) / 127**2)[:, None]
 
 
 @triton.jit
-def encode(x, codes, scales, origin, N, BLOCK: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr):
+def part(x, at, inside):
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def encode(
+    x, x1, x2, x3, codes, scales, squares, origin, shift, N,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """See `reference.encode8`. COUNT: how many parts there are; squares: of each program, its part of the sum of squares."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     at = block[:, None] * BLOCK + columns[None, :]
-    there = block * BLOCK < N
-    numbers = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+    inside, there = at < N, block * BLOCK < N
+    numbers = part(x, at, inside)
+    if COUNT > 1:
+        numbers += part(x1, at, inside)
+    if COUNT > 2:
+        numbers += part(x2, at, inside)
+    if COUNT > 3:
+        numbers += part(x3, at, inside)
+    tl.store(squares + tl.program_id(0), tl.sum(tl.sum(numbers * numbers, 1), 0))
     largest = tl.max(tl.abs(numbers), 1)
-    tl.store(codes + block[:, None] * CODED + columns[None, :], squared_codes(numbers, largest, noise(tl.load(origin) + at)), mask=there[:, None])
+    bits = chances(tl.load(origin) + tl.load(shift), block, BLOCK)
+    tl.store(codes + block[:, None] * CODED + columns[None, :], squared_codes(numbers, largest, bits), mask=there[:, None])
     tl.store(scales + block * (CODED // 4) + BLOCK // 4, largest, mask=there)
 
 
@@ -102,16 +157,16 @@ def update(
     else:
         found = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     old_m = squared(first, scale, there)
-    c = tl.load(first + BLOCK, mask=there[:, None], other=0).to(tl.float32)
+    c = number(tl.load(first + BLOCK, mask=there[:, None], other=0))
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
-    bits = noise(tl.load(origin) + tl.load(shift) + at)
+    start = tl.load(origin) + tl.load(shift)
     kept = tl.load(w + at, mask=inside, other=0.0)
     weight, m, v = moved(kept.to(tl.float32), found, old_m, old_v, factor, rates, DECAY, WHAT)
     if WHAT != MOMENTS:
-        again = bits
+        by = start
         if WHAT == CORRECTION or WHAT == UNDO:  # not the noise that rounded the weights before
-            again = noise(bits)
-        cut = (weight.to(tl.int32, bitcast=True) + ((again >> 16) & 0xFFFF).to(tl.int32)) & -65536
+            by += AGAIN
+        cut = (weight.to(tl.int32, bitcast=True) + chances(by, block, BLOCK)) & -65536
         rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
         if WHAT == WEIGHTS:
             rounded = tl.where(tl.load(factor) > 0, rounded, kept)
@@ -119,16 +174,16 @@ def update(
     if WHAT == ALL or WHAT == MOMENTS or WHAT == CORRECTION:
         largest = tl.max(tl.abs(m), 1)
         tl.store(scale, largest, mask=there)
-        tl.store(first, squared_codes(m, largest, bits), mask=there[:, None])
+        tl.store(first, squared_codes(m, largest, chances(start + FOR_M, block, BLOCK)), mask=there[:, None])
 
         largest = tl.max(v, 1)
         tl.store(scale + 1, largest, mask=there)
         y = v * (255**4 / tl.maximum(largest, 1e-28))[:, None]
-        low = tl.minimum(tl.floor(special.sqrt(special.sqrt(y, False), False)), 254)
+        low = tl.minimum(whole(special.sqrt(special.sqrt(y, False), False)), 254)
         under, over = low * low, (low + 1) * (low + 1)
-        code = low + (share(bits, 48) * (over * over - under * under) < y - under * under).to(tl.float32)
+        code = low + (share(chances(start + FOR_V, block, BLOCK)) * (over * over - under * under) < y - under * under).to(tl.float32)
         code = tl.where(v > 0, tl.maximum(code, 1), 0)
-        tl.store(first + BLOCK, code.to(tl.int32).to(tl.uint8), mask=there[:, None])
+        tl.store(first + BLOCK, byte(code), mask=there[:, None])
 
 
 @triton.jit
@@ -163,9 +218,16 @@ def adamw8(
     )  # fmt: skip
 
 
-def encode8(x: Tensor, origin: Tensor) -> Tensor:
+def encode8(parts: Sequence[Tensor], origin: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.encode8`."""
-    x = x.contiguous()
-    coded = torch.empty(cdiv(x.numel(), BLOCK), CODED, dtype=torch.uint8, device=x.device)
-    launch(encode, (cdiv(len(coded), ROWS),), x, coded, coded.view(torch.float32), origin, x.numel(), BLOCK=BLOCK, CODED=CODED, ROWS=ROWS)
-    return coded
+    parts = [x.contiguous() for x in parts]
+    first, device = parts[0], parts[0].device
+    coded = torch.empty(cdiv(first.numel(), BLOCK), CODED, dtype=torch.uint8, device=device)
+    programs = cdiv(len(coded), CODED_ROWS)
+    squares = torch.empty(programs, device=device)
+    launch(
+        encode, (programs,),
+        *parts, *[None] * (PARTS - len(parts)), coded, coded.view(torch.float32), squares, origin, shift, first.numel(),
+        COUNT=len(parts), BLOCK=BLOCK, CODED=CODED, ROWS=CODED_ROWS, warps=CODED_WARPS,
+    )  # fmt: skip
+    return coded, squares

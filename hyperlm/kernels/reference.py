@@ -308,9 +308,12 @@ def norm(parts: Sequence[Tensor]) -> Tensor:
 # -- 8 bits ----------------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 256  # numbers that share a scale
+PARTS = 4  # tensors that are added up before they are sent in 8 bits
 CODED = BLOCK + 4  # bytes of a block in 8 bits: codes, and their scale in fp32
 ROW = 2 * BLOCK + 8  # bytes of a block of moments: codes of m, codes of v, and both scales in fp32
 MULTIPLIERS = (-49064778989728563, -4265267296055464877)  # of the 64-bit finaliser of MurmurHash3 (Appleby 2011)
+COUNTERS = BLOCK // 4  # of a block's noise
+FOR_M, FOR_V, AGAIN = (stream << 40 for stream in (1, 2, 3))  # from the counters of what rounds weights to those of an update's other noise
 APART = -7046029254386353131  # odd: multiples of it, counters of different streams, are far from each other
 
 
@@ -327,14 +330,15 @@ def in_blocks(x: Tensor) -> Tensor:
     return F.pad(x.flatten().float(), (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK)
 
 
-def noise_of(origin: Tensor, blocks: int) -> Tensor:
-    """`noise` of the counters from origin on, (blocks, BLOCK)."""
-    return noise(origin + torch.arange(blocks * BLOCK, device=origin.device)).view(blocks, BLOCK)
+def chances(start: Tensor, blocks: int) -> Tensor:
+    """16 random bits for each number of so many blocks, (blocks, BLOCK) int64: a quarter of the `noise` of a counter, from `start` on."""
+    bits = noise(start + torch.arange(blocks * COUNTERS, device=start.device))
+    return torch.stack([(bits >> below) & 0xFFFF for below in (0, 16, 32, 48)], 1).view(blocks, BLOCK)
 
 
-def share(bits: Tensor, below: int) -> Tensor:
-    """16 of the bits, from `below` on, as numbers in [0, 1)."""
-    return ((bits >> below) & 0xFFFF).float() * (1 / 65536)
+def share(bits: Tensor) -> Tensor:
+    """16 bits as numbers in [0, 1)."""
+    return bits.float() * (1 / 65536)
 
 
 def squared_codes(x: Tensor, largest: Tensor, chance: Tensor) -> Tensor:
@@ -344,15 +348,20 @@ def squared_codes(x: Tensor, largest: Tensor, chance: Tensor) -> Tensor:
     return (x.sign() * (low + (chance * (2 * low + 1) < y - low * low))).to(torch.int8)
 
 
-def encode8(x: Tensor, origin: Tensor) -> Tensor:
-    """Numbers of any shape in 8 bits, (ceil(n / BLOCK), CODED) uint8: of a block sign (c / 127)^2 max |x|, right on average.
+def encode8(parts: Sequence[Tensor], origin: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of at most PARTS tensors in 8 bits: of a block sign (c / 127)^2 max |x|, right on average.
 
-    The noise is a function of `origin`, int64 scalar, the counter of the first number.
+    The noise is a function of `origin` + `shift`, int64 scalars.
+
+    Returns:
+        (ceil(n / BLOCK), CODED) uint8 of n numbers of any shape, and fp32 numbers that add up to the sum of their squares.
     """
-    wide = in_blocks(x)
+    wide = in_blocks(parts[0])
+    for x in parts[1:]:
+        wide = wide + in_blocks(x)
     largest = wide.abs().amax(1, keepdim=True)
-    codes = squared_codes(wide, largest, share(noise_of(origin, len(wide)), 32))
-    return torch.cat([codes.view(torch.uint8), largest.view(torch.uint8)], 1)
+    codes = squared_codes(wide, largest, share(chances(origin + shift, len(wide))))
+    return torch.cat([codes.view(torch.uint8), largest.view(torch.uint8)], 1), wide.square().sum(1)
 
 
 def squared(codes: Tensor, largest: Tensor) -> Tensor:
@@ -430,18 +439,19 @@ def adamw8(
     found = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
     old_m, old_v = squared(codes[:, :BLOCK], scales[:, :1]), c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)
     weight, m, v = moved(in_blocks(w), found, old_m, old_v, factor, rates, decay, what)
-    bits = noise_of(origin + shift, len(moments))
+    start = origin + shift
     if touches_weights:
-        again = bits if what in (ALL, WEIGHTS) else noise(bits)  # not the noise that rounded the weights before
-        rounded = (weight.view(torch.int32) + ((again >> 16) & 0xFFFF).int()) & -65536
+        again = 0 if what in (ALL, WEIGHTS) else AGAIN  # not the noise that rounded the weights before
+        rounded = (weight.view(torch.int32) + chances(start + again, len(moments)).int()) & -65536
         rounded = rounded.view(torch.float32).flatten()[:n].view(w.shape)
         w.copy_(torch.where(factor > 0, rounded, w) if what == WEIGHTS else rounded)
     if touches_moments:
         largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
-        codes[:, :BLOCK] = squared_codes(m, largest_m, share(bits, 32)).view(torch.uint8)
+        codes[:, :BLOCK] = squared_codes(m, largest_m, share(chances(start + FOR_M, len(moments)))).view(torch.uint8)
         y = v * (255**4 / largest_v.clamp(min=1e-28))
         low = y.sqrt().sqrt().floor().clamp(max=254)
         under, over = low**4, (low + 1) ** 4
-        code = (low + (share(bits, 48) * (over - under) < y - under)).clamp(min=1)
+        chance = share(chances(start + FOR_V, len(moments)))
+        code = (low + (chance * (over - under) < y - under)).clamp(min=1)
         codes[:, BLOCK:] = torch.where(v > 0, code, 0).to(torch.uint8)
         scales[:, :1], scales[:, 1:] = largest_m, largest_v

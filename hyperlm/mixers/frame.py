@@ -65,6 +65,25 @@ class Known(Function):
         return *pulled_back(d, *ctx.saved_tensors), None
 
 
+class Both(Function):
+    """Two products of one x: its gradient is added up while the second is found."""
+
+    @staticmethod
+    def forward(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return F.linear(x, first), F.linear(x, second)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, first, second = ctx.saved_tensors
+        d, of_first = pulled_back(d_first, x, first)
+        d.view(-1, d.shape[-1]).addmm_(d_second.flatten(0, -2), second)
+        return d, of_first, d_second.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
 def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight from that of their product."""
     return d @ weight, d.flatten(0, -2).mT @ x.flatten(0, -2)
@@ -144,6 +163,7 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
         narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
-        low, few = F.linear(x, narrow).split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
-        y, entries = self.mix(F.linear(x, self.qkv), F.linear(low, self.gate_up), few, cache, ctx)
+        qkv, small = Both.apply(x, self.qkv, narrow)
+        low, few = small.split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
+        y, entries = self.mix(qkv, F.linear(low, self.gate_up), few, cache, ctx)
         return product(y, self.out, ctx), entries

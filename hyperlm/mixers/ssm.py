@@ -15,7 +15,7 @@ from configs import ModelConfig
 from hyperlm.declare import constant, declare, matrix
 from hyperlm.geometry import R_MAX, exp_map
 from hyperlm.kernels.reference import wide
-from hyperlm.mixers.frame import Context, LayerCache
+from hyperlm.mixers.frame import Both, Context, LayerCache
 
 SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over the channels
 
@@ -34,8 +34,9 @@ class SSM(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        log_a = -F.softplus(F.linear(x, self.rate) + self.rate_bias)  # wide, as the bias is
-        b = -torch.expm1(log_a) * F.linear(x, self.into)
+        rate, into = Both.apply(x, self.rate, self.into)
+        log_a = -F.softplus(rate + self.rate_bias)  # wide, as the bias is
+        b = -torch.expm1(log_a) * into
         h = ctx.ops["scan"](log_a, b, None if cache is None else cache["ssm"])
         _, s = exp_map(h, R_MAX)
         return F.linear(s.to(x.dtype), self.out), {"ssm": h[:, -1]}

@@ -30,11 +30,11 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, MOMENTS, UNDO
+from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
 from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, visits, widths_read
-from hyperlm.precision import compute_copy, summed
+from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
 from hyperlm.residence.lanes import Event, told
@@ -72,7 +72,7 @@ def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[Stat
             for part in (part for piece in pieces_of(leaves[1], SETTLED) for part in piece):
                 at_home = [cut(x[part.leaf], part) for x in leaves]
                 g, p, *moments = (x.to(device) for x in at_home)
-                origin = torch.tensor([signed(start[part.leaf] + part.first * BLOCK)], device=device)
+                origin = torch.tensor([signed(start[part.leaf] + part.first * COUNTERS)], device=device)
                 opt_state = {name: [x] for name, x in zip(state.opt_state, moments, strict=True)}
                 rule.update([g], opt_state, [p], pending.updates, decay=[acts[part.leaf]], origin=origin, factor=factor, what=pending.what)
                 for to, x in zip(at_home[1:], (p, *moments), strict=True):
@@ -122,7 +122,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             read = micro_batches * sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
             traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, read)
             inputs = Inputs(traffic, plan.kept, dtype)
-        traffic.expect(state.params, unchanged=newest is not None and state.pending is newest)
+        traffic.expect(state, unchanged=newest is not None and state.pending is newest)
 
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
@@ -145,21 +145,26 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
 
     def pulled(
         outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The summed gradient of a stage, and the gradient of each of its inputs; of each output, its function and the inputs of that. `pull` is
-        emptied on the way."""
-        leaves, sums, inner = tree.leaves(weights), [], []
+    ) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The gradient of a stage, of each leaf parts yet to be added up, and the gradient of each of its inputs; of each output, its function and the
+        inputs of that. `pull` is emptied on the way."""
+        leaves, parts, inner = tree.leaves(weights), [], []
+        apart = coded and len(pull) <= PARTS  # what codes them adds them up
         for number, (output, x) in enumerate(outputs):
             grads = list(torch.autograd.grad(output(*x), [*leaves, *x], pull.pop(0)))
             inner += grads[len(leaves) :]
             del grads[len(leaves) :]
             if number == 0:
-                sums = grads
+                parts = [[g] for g in grads]
+            elif apart:
+                for own, g in zip(parts, grads, strict=True):
+                    own.append(g)
             elif number == 1:  # in fp32, one after the other, so that little is there twice
-                sums = [ops["add"](sums.pop(0), grads.pop(0)) for _ in leaves]
+                parts = [[ops["add"](own.pop(), grads.pop(0))] for own in parts]
             else:
-                sums = summed(sums, grads, ops["accumulate"])
-        return sums, inner
+                for (total,), g in zip(parts, grads, strict=True):
+                    ops["accumulate"](total, g)
+        return parts, inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nonlocal newest
@@ -194,13 +199,18 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 rest.popleft()
                 fetched.append(traffic.fetch(state, index, update=update))
 
-        def learn(visit: Visit, weights: Tree, found: list[Tensor]) -> Visit:
-            """What becomes of a stage's gradient, whose norm is known."""
-            norm = norms[visit.index]
+        def measured(visit: Visit, weights: Tree, found: list[list[Tensor]]) -> list[Tensor]:
+            """A stage's gradient, as it leaves; its norm is known then."""
             if coded:
-                found = traffic.encoded(visit.index, found, state.step)
-            else:
-                found = [g.to(leaf.dtype).contiguous() for g, leaf in zip(found, tree.leaves(weights), strict=True)]
+                sent, norms[visit.index] = traffic.encoded(visit.index, found)
+                return sent
+            sums = [total for (total,) in found]
+            norms[visit.index] = ops["norm"](sums)
+            return [g.to(leaf.dtype).contiguous() for g, leaf in zip(sums, tree.leaves(weights), strict=True)]
+
+        def learn(visit: Visit, found: list[Tensor]) -> Visit:
+            """What becomes of a stage's gradient."""
+            norm = norms[visit.index]
             if at_once:
                 factor = clip_factors(norm[None], cfg.optim.clip, "layer")[0][0]
                 factor = torch.where(torch.isfinite(norm), factor, 0)  # if not, this stage alone has no gradient
@@ -261,8 +271,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         inputs.gone()
         for _ in range(INPUTS):
             inputs.prefetch(*next(wanted, (-1, 0)))
-        norms[visit.index] = ops["norm"](found)
-        visit = learn(visit, weights, found)
+        found = measured(visit, weights, found)
+        visit = learn(visit, found)
         leave(visit)
         weights = found = None
         fetch_ahead()
@@ -279,19 +289,19 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             visit = fetched.popleft()
             weights = weights_of(visit)
             found, d = pulled(again(layer, weights), weights, d)
-            norms[visit.index] = ops["norm"](found)
-            visit = learn(visit, weights, found)
+            found = measured(visit, weights, found)
+            visit = learn(visit, found)
             leave(visit)
             weights = found = None
             fetch_ahead()
         visit = fetched.popleft()
         weights = weights_of(visit)
         found, _ = pulled([(partial(model.embed, weights, tokens[a], cfg.model, contexts[a]), []) for a in groups], weights, d)
-        norms[0] = ops["norm"](found)
+        found = measured(visit, weights, found)
         every_norm = torch.stack(norms)
         factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)
         facts = told(torch.cat([torch.stack([norm, total_nats, factors.min()]), every_norm]), traffic.main)  # before the last gradient is on its way
-        visit = learn(visit, weights, found)
+        visit = learn(visit, found)
         leave(visit)
 
         norm_found, nats_found, least, *of_stages = facts()  # waits for the device

@@ -7,6 +7,7 @@ holds up all that comes after it: inputs have lanes of their own because their c
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from configs import Config
 from hyperlm import kernels, model, tree
-from hyperlm.kernels.reference import APART, BLOCK, MOMENTS, UNDO, WEIGHTS
-from hyperlm.optim import Optimizer, optimizer, origins, signed
+from hyperlm.kernels.reference import APART, COUNTERS, MOMENTS, UNDO, WEIGHTS
+from hyperlm.optim import Optimizer, optimizer, origins, sent, signed
 from hyperlm.plan import Plan
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
@@ -77,12 +78,13 @@ class Slots:
 
 class Shelf:
     """Device memory for what stays there from one pass to the next: from its end, what the backward pass will read of the first blocks; from its
-    start, where that has been read, gradients of the first stages, until their update."""
+    start, where that has been read, gradients of the first stages, until their update; and more of these in the place of the head."""
 
-    def __init__(self, planned: Plan, read: int, gradients: list[int], device: torch.device) -> None:
-        """read: bytes of a block; gradients: of the stages."""
-        self.read, last = read, planned.staying
-        self.starts = [sum(gradients[index + 1 : last]) for index in range(last)]
+    def __init__(self, planned: Plan, read: int, gradients: list[int], head: Tensor, device: torch.device) -> None:
+        """read: bytes of a block; gradients: of the stages; head: where it comes to."""
+        self.read, self.head, last = read, head, planned.staying - planned.in_head
+        self.in_head = range(last, planned.staying)  # stages whose gradients lie there
+        self.starts = [sum(gradients[index + 1 : last]) for index in range(last)] + [sum(gradients[last:index]) for index in self.in_head]
         waiting = [min(planned.kept, max(0, index - 1)) for index in range(last)]  # blocks not read yet when a stage's gradient is there
         ends = (start + size + blocks * read for start, size, blocks in zip(self.starts, gradients, waiting, strict=False))
         self.memory = slab.allocate(max([planned.kept * read, *ends]), device)
@@ -92,7 +94,7 @@ class Shelf:
         return self.memory[start : start + self.read]
 
     def of_gradient(self, index: int) -> Tensor:
-        return self.memory[self.starts[index] :]
+        return (self.head if index in self.in_head else self.memory)[self.starts[index] :]
 
 
 class Traffic:
@@ -115,14 +117,14 @@ class Traffic:
         self.main, self.into, self.home = Lane(device, own=False), Lane(device), Lane(device)
         self.work = Lane(device, priority=-1)
         self.optimizer: Optimizer = optimizer(cfg.optim, total, cfg.kernels)
-        self.encode = kernels.table(("encode8",), device, cfg.kernels)["encode8"]
+        self.ops = kernels.table(("encode8", "norm"), device, cfg.kernels)
         parts = stages(params)
         self.head = len(parts) - 1
         self.shared, of_head = planned.shared, slab.size(parts[-1])
         self.slots = Slots(slots, max(slab.size(part) for part in parts[:-1]), self.head - 1, of_head if self.shared else 0, device)
         self.head_memory = self.slots.of_head if self.shared else slab.allocate(of_head, device)
         sizes = [] if gradients is None else [slab.size(part) for part in stages(gradients)]
-        self.shelf = Shelf(planned, read, sizes, device)
+        self.shelf = Shelf(planned, read, sizes, self.head_memory, device)
         self.stays = range(0 if gradients is None else planned.staying)  # stages whose gradients have a place there
         self.head_free: tuple[Event, ...] = (self.main.mark(),)
         self.written: list[Event] = [None] * len(parts)  # when each stage in host memory is up to date
@@ -134,9 +136,10 @@ class Traffic:
         decays = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, model.declaration(cfg.model)))]
         self.decay = [[[own[p.leaf] for p in piece] for piece in pieces] for own, pieces in zip(decays, self.pieces, strict=True)]
         starts = [tree.leaves(part) for part in stages(origins(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
-        self.leaf_origin = [torch.tensor([signed(start + GRADIENTS) for start in own], device=device) for own in starts]
+        self.leaf_origin = [list(torch.tensor([signed(start + GRADIENTS) for start in own], device=device)) for own in starts]
+        self.shift: Tensor | None = None  # of random streams, at this step
         self.origin = [
-            [list(torch.tensor([signed(own[p.leaf] + p.first * BLOCK) for p in piece], device=device)) for piece in pieces]
+            [list(torch.tensor([signed(own[p.leaf] + p.first * COUNTERS) for p in piece], device=device)) for piece in pieces]
             for own, pieces in zip(starts, self.pieces, strict=True)
         ]
         self.cuts: dict[tuple, tuple[Tree, list[Cut]]] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
@@ -200,15 +203,16 @@ class Traffic:
             self.slots.free[visit.slot] = free
             self.slots.held[visit.slot] = visit
 
-    def expect(self, params: Tree, *, unchanged: bool) -> None:
-        """These parameters are next. unchanged: they are as they were when stages last left for home; else what is on the device is not used."""
+    def expect(self, state: State, *, unchanged: bool) -> None:
+        """A step begins. unchanged: parameters are as they were when stages last left for home; else what is on the device is not used."""
+        self.shift = sent(signed(state.step * APART), self.device)
         if not unchanged:
             self.slots.held.clear()
             self.staying.clear()
-        if params is not self.params:
+        if state.params is not self.params:
             self.cuts.clear()
             self.landed.clear()
-            self.params = params
+            self.params = state.params
 
     # -- updates
 
@@ -270,7 +274,10 @@ class Traffic:
             self.optimizer.update(grads, opt_state, weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what)
 
         self.into.wait(self.sent[visit.index])
-        return self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn, bring=bring)
+        visit = self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn, bring=bring)
+        if here and visit.index in self.shelf.in_head:
+            self.head_free = (*self.head_free, visit.ready)
+        return visit
 
     def at_once(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The whole update, by a gradient that is on the device."""
@@ -302,14 +309,26 @@ class Traffic:
 
     # -- gradients
 
-    def encoded(self, index: int, found: list[Tensor], step: int) -> list[Tensor]:
-        """A stage's gradient with its matrices in 8 bits; see `reference.encode8`."""
-        origin = self.leaf_origin[index] + signed(step * APART)
-        return [self.encode(g, origin[leaf]) if g.dim() > 1 else g for leaf, g in enumerate(found)]
+    def encoded(self, index: int, found: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+        """A stage's gradient, the sum of each leaf's parts, with its matrices in 8 bits (see `reference.encode8`); and its norm."""
+        coded, squares, vectors = [], [], []
+        for parts, origin in zip(found, self.leaf_origin[index], strict=True):
+            if parts[0].dim() > 1:
+                own, squares_of_own = self.ops["encode8"](parts, origin, self.shift)
+                squares.append(squares_of_own)
+            else:
+                own = reduce(torch.add, parts)
+                vectors.append(own)
+            coded.append(own)
+        if vectors:
+            squares.append(self.ops["norm"](vectors).square()[None])
+        return coded, torch.cat(squares).sum().sqrt()
 
     def stay(self, index: int, found: list[Tensor]) -> None:
         """Have a stage's gradient at hand when its pending update is made."""
         self.staying[index] = slab.views(self.shelf.of_gradient(index), found)
+        if index in self.shelf.in_head:
+            self.main.wait(*self.head_free)
         for to, x in zip(self.staying[index], found, strict=True):
             to.copy_(x)
 
