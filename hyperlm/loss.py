@@ -1,7 +1,7 @@
 """Cross entropy of the head, in chunks of the vocabulary: a sum of nats and a count, never a mean, so that parts add up exactly.
 
 Once through the chunks for the normaliser of every token, and with gradients once more for these, in place of the logits: so each row of the
-head's gradient is a single product over all tokens, with no sum beside it. What fits one chunk is computed once.
+head's gradient is a single product over all tokens, with no sum beside it. The last chunk's logits are computed once.
 Axes: T tokens, D model width, V vocabulary.
 """
 
@@ -54,8 +54,8 @@ class HeadNats(Function):
 
         d_features, d_weight = None, torch.empty_like(weight)
         log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
-        for part in parts:
-            logits = logits if len(parts) == 1 else logits_of(part)
+        for part in reversed(parts):
+            logits = logits if part is parts[-1] else logits_of(part)  # the last ones are still there
             ops["pull_logits"](logits, part.start, targets, log_z)
             own = logits @ weight[part]
             d_features = own if len(parts) == 1 else own.to(log_z.dtype) if d_features is None else d_features.add_(own)

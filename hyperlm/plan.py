@@ -24,7 +24,7 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 128 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 128 << 20, 0.065  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
 # 49e9; a GPU for games on a narrower bus makes fewer.
@@ -144,7 +144,7 @@ def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     cfg = config.model
     backend, each = ("triton", dtype.itemsize) if has_kernel("pull_logits", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
     chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
-    return chunk + tokens * cfg.d_model * (FP32 + 3 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
+    return chunk + tokens * cfg.d_model * (FP32 + 2 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
 
 
 def size(x: Any) -> int:

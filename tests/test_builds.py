@@ -113,7 +113,7 @@ def builds():
         yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", shift="*i64", N=INTS)
-        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), 4, 3, capability
+        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), adamw8.WARPS, 3, capability
         wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
         coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS)

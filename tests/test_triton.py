@@ -338,6 +338,14 @@ def test_accumulate(dtype, n):
     assert torch.equal(total, expected)
 
 
+def test_tell():
+    x, at_home = normal(37, seed=1).float().to(DEVICE), torch.empty(37, pin_memory=GPU)
+    OPS["tell"]["triton"](x, at_home)
+    if GPU:
+        torch.cuda.synchronize()
+    assert torch.equal(at_home, x.cpu())
+
+
 def test_norm():
     parts = [normal(*shape, seed=i).to(DEVICE, dtype) for i, (shape, dtype) in enumerate([((1,), torch.float32), ((300, 211), torch.bfloat16), ((40000,), torch.float32)])]
     truth = torch.cat([x.double().flatten() for x in parts]).norm()

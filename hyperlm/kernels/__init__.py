@@ -28,6 +28,7 @@ OPS: dict[str, dict[str, Callable]] = {
     "take_logits": {"torch": reference.take_logits},
     "tangent_features": {"torch": reference.tangent_features},
     "tangent_step": {"torch": reference.tangent_step},
+    "tell": {"torch": reference.tell},
 }
 try:
     import triton
@@ -69,8 +70,9 @@ else:
     OPS["take_logits"]["triton"] = cross_entropy.take_logits
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
+    OPS["tell"]["triton"] = gradients.tell
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits", "tell")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

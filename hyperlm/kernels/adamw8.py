@@ -15,7 +15,7 @@ from hyperlm.kernels import reference, special
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
 
-ROWS = 4  # blocks that a program updates
+ROWS, WARPS = 2, 1  # blocks that a program updates, and its warps
 CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
 PARTS = reference.PARTS
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
@@ -214,7 +214,7 @@ def adamw8(
     launch(
         update, (cdiv(len(moments), ROWS),),
         w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, shift, w.numel(),
-        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what,
+        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what, warps=WARPS,
     )  # fmt: skip
 
 

@@ -300,6 +300,11 @@ def accumulate(total: Tensor, x: Tensor) -> None:
     total.add_(x)
 
 
+def tell(x: Tensor, to: Tensor) -> None:
+    """Copy a few numbers, fp32, to host memory, which is pinned where x is on a GPU; there they have come when what was launched before is done."""
+    to.copy_(x, non_blocking=True)
+
+
 def norm(parts: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all of these, fp32 scalar on their device."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)))

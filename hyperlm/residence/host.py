@@ -94,7 +94,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-    ops = kernels.table(("accumulate", "add", "norm"), device, cfg.kernels)
+    ops = kernels.table(("accumulate", "add", "norm", "tell"), device, cfg.kernels)
     plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
     grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
@@ -257,9 +257,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         weights = weights_of(visit)
 
         def loss_of(chosen: Sequence[int], *x: Tensor) -> Tensor:
-            features = [model.finish(weights, x_a, cfg.model, contexts[a]) for a, x_a in zip(chosen, x, strict=True)]
+            features = torch.cat([model.finish(weights, x_a, cfg.model, contexts[a]) for a, x_a in zip(chosen, x, strict=True)])
             own = targets[chosen[0] : chosen[-1] + 1].flatten()
-            nats, _ = head_nats(torch.cat(features).flatten(0, 1), weights["weight"], own, kernels=cfg.kernels, at_once=plan.logits)
+            nats, _ = head_nats(features.flatten(0, 1), weights["weight"], own, kernels=cfg.kernels, at_once=plan.logits)
             total_nats.add_(nats.detach())
             return nats / count
 
@@ -300,7 +300,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         found = measured(visit, weights, found)
         every_norm = torch.stack(norms)
         factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)
-        facts = told(torch.cat([torch.stack([norm, total_nats, factors.min()]), every_norm]), traffic.main)  # before the last gradient is on its way
+        numbers = torch.cat([torch.stack([norm, total_nats, factors.min()]), every_norm])
+        facts = told(numbers, traffic.main, ops["tell"])  # before the last gradient is on its way
         visit = learn(visit, found)
         leave(visit)
 
