@@ -15,6 +15,7 @@ from hyperlm.kernels.reference import wide
 IGNORE = -1  # a target that does not count
 # Logits at a time: what plain torch makes of them takes several copies in fp32, and a kernel works in their place.
 AT_ONCE = {"torch": 1 << 24, "triton": 1 << 26}
+TOKENS = 8192  # of which the gradient is found at a time
 OPS = ("pull_logits", "take_logits")
 
 
@@ -36,6 +37,7 @@ class HeadNats(Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ops = table.table(OPS, features.device, backend)
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
+        d_features, d_weight = (torch.empty_like(features), torch.empty_like(weight)) if pulled else (None, None)  # first, while there are large gaps
         log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
         picked = torch.zeros_like(log_z)
         room = features.new_empty(len(features) * parts[0].stop)  # for one chunk at a time
@@ -52,15 +54,22 @@ class HeadNats(Function):
         if not pulled:
             return nats, None, None
 
-        d_features, d_weight = None, torch.empty_like(weight)
         log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
+        sums: list[Tensor] = []  # of d_features, by TOKENS of them
         for part in reversed(parts):
             logits = logits if part is parts[-1] else logits_of(part)  # the last ones are still there
             ops["pull_logits"](logits, part.start, targets, log_z)
-            own = logits @ weight[part]
-            d_features = own if len(parts) == 1 else own.to(log_z.dtype) if d_features is None else d_features.add_(own)
+            for number, (own, to) in enumerate(zip(logits.split(TOKENS), d_features.split(TOKENS), strict=True)):
+                if len(parts) == 1:
+                    torch.mm(own, weight, out=to)
+                elif part is parts[-1]:
+                    sums.append((own @ weight[part]).to(log_z.dtype))
+                else:
+                    sums[number] += own @ weight[part]
             torch.mm(logits.mT, features, out=d_weight[part])
-        return nats, d_features.to(features.dtype), d_weight
+        for to, x in zip(d_features.split(TOKENS), sums, strict=False):
+            to.copy_(x)
+        return nats, d_features, d_weight
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:

@@ -97,6 +97,7 @@ class Block(nn.Module):
             self.ssm_norm, self.ssm = Norm(cfg), SSM(cfg)
         self.mixer_norm, self.mixer = Norm(cfg), MIXERS[kind](cfg)
         self.ffn_norm, self.ffn = Norm(cfg), FFN(cfg)
+        self.names = {name for name, _ in self.named_parameters()}
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         def drop(y: Tensor, branch: int) -> Tensor:
@@ -211,7 +212,8 @@ def init(
 
 def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
     """A block as a function of its parameters: x (B, N, D) -> x (B, N, D) and the next cache."""
-    return functional_call(block, params, (x, cache, ctx), strict=True, tie_weights=False)  # none are tied, and looking for them takes time
+    # None are tied, and which are missing is looked for only where some are: both take as long as the rest of the call.
+    return functional_call(block, params, (x, cache, ctx), strict=params.keys() != block.names, tie_weights=False)
 
 
 def context(dtype: torch.dtype, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
@@ -254,7 +256,7 @@ def hidden(
         gauges: a list that receives {"q": (B, H, N), "k": ...} radii from each hyperbolic layer.
         run: how to run a block; `run_block` or a compiled version of it.
     """
-    ctx = context(params["head"]["weight"].dtype, tokens, cfg, kernels, key=key, gauges=gauges)
+    ctx = context(params["head"]["weight"].dtype, tokens, cfg, kernels, key=key if cfg.dropout else None, gauges=gauges)
     x = embed(params["embed"], tokens, cfg, ctx)
     for layer, (block, block_params) in enumerate(zip(skeleton(cfg).blocks, params["blocks"], strict=True)):
         own = layer_context(ctx, layer)

@@ -18,7 +18,7 @@ from hyperlm import kernels, model, optim, tree
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference import BLOCK, CODED, PARTS
-from hyperlm.loss import AT_ONCE
+from hyperlm.loss import AT_ONCE, TOKENS
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED, slab
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
@@ -144,7 +144,7 @@ def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     cfg = config.model
     backend, each = ("triton", dtype.itemsize) if has_kernel("pull_logits", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
     chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
-    return chunk + tokens * cfg.d_model * (FP32 + 2 * dtype.itemsize) + cfg.vocab_size * cfg.d_model * dtype.itemsize
+    return chunk + tokens * cfg.d_model * (FP32 + 2 * dtype.itemsize) + min(TOKENS, tokens) * cfg.d_model * dtype.itemsize + cfg.vocab_size * cfg.d_model * dtype.itemsize
 
 
 def size(x: Any) -> int:

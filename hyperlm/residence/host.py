@@ -174,7 +174,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         keys = keys[::size]
         tokens, targets = batch[:, :, :-1].clamp(min=0), batch[:, :, 1:]
         shared = model.context(dtype, tokens[0], cfg.model, cfg.kernels)
-        contexts = [shared._replace(key=key) for key in keys]
+        contexts = [shared._replace(key=key if cfg.model.dropout else None) for key in keys]
         layers, groups = len(blocks), range(len(batch))
         goes_ahead = ahead and not state.clipped
         remembers = plan.remembers and (goes_ahead or at_once)  # else forward, updates are on their way home
