@@ -24,7 +24,8 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 128 << 20, 0.065  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 128 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+LOGITS = 2 / 3  # of the room that a block leaves for more logits of the head: it is in pieces
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
 # 49e9; a GPU for games on a narrower bus makes fewer.
@@ -262,7 +263,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
     logits = 0
     if has_kernel("pull_logits", config, dtype) and in_block + more > in_head:
-        logits = min(AT_ONCE["triton"] + (in_block + more - in_head) // item, tokens * cfg.vocab_size)
+        logits = min(AT_ONCE["triton"] + round(LOGITS * (in_block + more - in_head)) // item, tokens * cfg.vocab_size)
         in_head += max(0, logits - AT_ONCE["triton"]) * item
     read = read_bytes(config, dtype, products=products)
     on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
