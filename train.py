@@ -184,7 +184,13 @@ def train(
             if last or now % config.eval.every == 0 or now % config.ckpt.every == 0:
                 state = settle(state)
             if now % config.eval.every == 0 or last:
-                val, more = evaluate(state, corpus, order, config, device)
+                try:
+                    val, more = evaluate(state, corpus, order, config, device)
+                except Exception:
+                    checkpoint.save(writer, state, corpus, None, in_place=in_place)
+                    checkpoint.finish(writer)
+                    print(f"the evaluation failed; step {now} is saved: go on with python train.py --resume {run}", file=sys.stderr)
+                    raise
                 log.record(records, now, val | more)
                 print(log.eval_line(now, total, val))
                 if "sample" in more:

@@ -234,8 +234,8 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
-    16 x 512 tokens: int8 state, 4.54 GiB where 4.63 are planned; fp32, 4.57 where 4.66 are; int8 in 3 GiB, 1.92 where 1.95 are; and 64 x 512 tokens
-    4.61 where 4.69 are.
+    16 x 512 tokens: int8 state, 4.60 GiB where 4.67 are planned; fp32, 4.57 where 4.66 are; int8 in 3 GiB, 1.92 where 1.95 are; and 64 x 512 tokens
+    4.40 where 4.67 are.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize

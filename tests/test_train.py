@@ -108,6 +108,20 @@ def test_too_little_host_memory_is_one_line_with_what_would_fit(prose, capsys, m
     assert len(error) == 1 and "of host memory" in error[0] and "--optim.state int8 needs" in error[0] and not Path("runs/a").exists()
 
 
+def test_an_evaluation_that_fails_loses_nothing(prose, capsys, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    flags = "--train.steps", "6", "--eval.every", "3", "--ckpt.every", "100"
+    assert start(prose, "whole", *flags) == 0
+    with monkeypatch.context() as during:
+        during.setattr(train, "evaluate", fails)
+        assert start(prose, "failed", *flags) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "step 3 is saved" in said[-2] and "out of GPU memory" in said[-1]
+    assert call("--resume", "runs/failed") == 0 and same(final("whole"), final("failed"))
+
+
 def test_extending_a_run_goes_on_from_its_end(prose, capsys):
     assert start(prose, "a", "--train.steps", "2") == 0
     assert call("--resume", "runs/a") == 0

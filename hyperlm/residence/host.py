@@ -176,6 +176,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         shared = model.context(dtype, tokens[0], cfg.model, cfg.kernels)
         contexts = [shared._replace(key=key if cfg.model.dropout else None) for key in keys]
         layers, groups = len(blocks), range(len(batch))
+        together = [groups] if device.type == "cuda" else [[a] for a in groups]
         goes_ahead = ahead and not state.clipped
         remembers = plan.remembers and (goes_ahead or at_once)  # else forward, updates are on their way home
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
@@ -264,7 +265,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             return nats / count
 
         # On a GPU of all groups together: the gradient of the head is large, and so it is found whole, with no sum beside it.
-        together = [groups] if device.type == "cuda" else [[a] for a in groups]
         ends = [(partial(loss_of, chosen), [x[a].requires_grad_() for a in chosen]) for chosen in together]
         found, d = pulled(ends, weights, [None] * len(together))
         x, ends, d = [], [], [g.clone() for g in d]  # clones: they may be parts of one tensor, and go one by one
@@ -296,7 +296,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             fetch_ahead()
         visit = fetched.popleft()
         weights = weights_of(visit)
-        found, _ = pulled([(partial(model.embed, weights, tokens[a], cfg.model, contexts[a]), []) for a in groups], weights, d)
+        if not cfg.model.dropout:  # whose masks belong to a micro-batch; else together again, since the gradient of a lookup sorts its tokens
+            tokens = torch.stack([tokens[chosen[0] : chosen[-1] + 1].flatten(0, 1) for chosen in together])
+            d = [torch.cat([d[a] for a in chosen]) for chosen in together]
+        found, _ = pulled([(partial(model.embed, weights, t, cfg.model, ctx), []) for t, ctx in zip(tokens, contexts, strict=False)], weights, d)
         found = measured(visit, weights, found)
         every_norm = torch.stack(norms)
         factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)
