@@ -145,7 +145,8 @@ def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     cfg = config.model
     backend, each = ("triton", dtype.itemsize) if has_kernel("pull_logits", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
     chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
-    return chunk + tokens * cfg.d_model * (FP32 + 2 * dtype.itemsize) + min(TOKENS, tokens) * cfg.d_model * dtype.itemsize + cfg.vocab_size * cfg.d_model * dtype.itemsize
+    of_features = tokens * (FP32 + 2 * dtype.itemsize) + min(TOKENS, tokens) * dtype.itemsize
+    return chunk + cfg.d_model * (of_features + cfg.vocab_size * dtype.itemsize)
 
 
 def size(x: Any) -> int:
@@ -234,8 +235,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
-    16 x 512 tokens: int8 state, 4.60 GiB where 4.67 are planned; fp32, 4.57 where 4.66 are; int8 in 3 GiB, 1.92 where 1.95 are; and 64 x 512 tokens
-    4.40 where 4.67 are.
+    16 x 512 tokens: int8 state, 4.60 GiB where 4.67 are planned; fp32, 4.57 where 4.66 are; int8 in 3 GiB, 1.92 where 1.95 are.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize

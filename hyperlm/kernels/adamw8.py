@@ -13,11 +13,10 @@ from torch import Tensor
 
 from hyperlm.kernels import reference, special
 from hyperlm.kernels.launch import cdiv, launch
-from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, ROW
+from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, PARTS, ROW
 
 ROWS, WARPS = 2, 1  # blocks that a program updates, and its warps
 CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
-PARTS = reference.PARTS
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
 ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = (
     tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO)

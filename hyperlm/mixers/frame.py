@@ -81,12 +81,16 @@ class Both(Function):
         x, first, second = ctx.saved_tensors
         d, of_first = pulled_back(d_first, x, first)
         d.view(-1, d.shape[-1]).addmm_(d_second.flatten(0, -2), second)
-        return d, of_first, d_second.flatten(0, -2).mT @ x.flatten(0, -2)
+        return d, of_first, weight_gradient(d_second, x)
 
 
 def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight from that of their product."""
-    return d @ weight, d.flatten(0, -2).mT @ x.flatten(0, -2)
+    return d @ weight, weight_gradient(d, x)
+
+
+def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
+    return d.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
