@@ -24,7 +24,7 @@ from hyperlm.env import progress
 from hyperlm.kernels.differentiation import Function
 from hyperlm.kernels.reference import APART, noise, wide
 from hyperlm.mixers import MIXERS
-from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, pulled_back, rope_angles
+from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, pulled_back, remembered, rope_angles
 from hyperlm.mixers.ssm import SSM
 
 # AdamW moves every weight by about the learning rate, so an embedding learns as fast as E_low is small and E_high large. Measured at
@@ -86,7 +86,7 @@ class FFN(nn.Module):
 
     def low(self, x: Tensor, ctx: Context) -> Tensor:
         """All but the last product, (B, N, D/8)."""
-        return product(ctx.ops["gelu"](F.linear(product(x, self.up_low, ctx), self.up_high)), self.down_low, ctx)
+        return remembered(ctx, ctx.ops["mlp"], product(x, self.up_low, ctx), self.up_high, self.down_low)
 
 
 class Block(nn.Module):
@@ -172,7 +172,7 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
 def ops(cfg: ModelConfig) -> tuple[str, ...]:
     """The operations of the dispatch table that a model needs."""
     kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
-    return tuple(sorted({"add", "add_norm", "gelu", *(op for kind in kinds for op in kind.ops)}))
+    return tuple(sorted({"add", "add_norm", "mlp", *(op for kind in kinds for op in kind.ops)}))
 
 
 def declaration(cfg: ModelConfig) -> Params:

@@ -24,8 +24,9 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 128 << 20, 0.05  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
-LOGITS = 2 / 3  # of the room that a block leaves for more logits of the head: it is in pieces
+MARGIN = 128 << 20, 0.065  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+LOGITS = 0.72  # of the room that a block leaves for more logits of the head: it is in pieces
+CACHED = ("causal_conv", "hyperbolic_points", "linear_attention", "tangent_features")  # operations whose last output is for a cache
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
 # 49e9; a GPU for games on a narrower bus makes fewer.
@@ -70,13 +71,16 @@ def on_meta(declared: Any, dtype: torch.dtype) -> Any:
 
 
 class Fused(torch.autograd.Function):
-    """A reference on the meta device that saves what a kernel in its place saves: inputs and outputs, nothing between them."""
+    """A reference on the meta device that saves what a kernel in its place saves: inputs and outputs, nothing between them, and no output that is
+    for a cache. A view of what was between them is a copy there."""
 
     @staticmethod
-    def forward(ctx: Any, fn: Callable, *args: Any) -> Any:
+    def forward(ctx: Any, fn: Callable, caches: bool, *args: Any) -> Any:
         out = fn(*args)
-        ctx.save_for_backward(*(x for x in (*args, *(out if isinstance(out, tuple) else (out,))) if torch.is_tensor(x)))
-        return out
+        several = isinstance(out, tuple)
+        outputs = [x.clone() if x is not None and x.untyped_storage().nbytes() > x.nbytes else x for x in (out if several else (out,))]
+        ctx.save_for_backward(*(x for x in (*args, *outputs[: len(outputs) - caches]) if torch.is_tensor(x)))
+        return tuple(outputs) if several else outputs[0]
 
 
 def has_kernel(op: str, config: Config, dtype: torch.dtype) -> bool:
@@ -91,8 +95,8 @@ def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
     def stand_in(op: str) -> Callable:
         reference = kernels.OPS[op]["torch"]
         fused = op == "softmax_attention" or has_kernel(op, config, dtype)  # torch's own attention is fused as well
-        fused = fused and op != "add"  # saves nothing
-        return partial(Fused.apply, reference) if fused else reference
+        fused = fused and op not in ("add", "mlp")  # these save nothing, and what is between
+        return partial(Fused.apply, reference, op in CACHED) if fused else reference
 
     return {op: stand_in(op) for op in model.ops(config.model)}
 
@@ -192,7 +196,7 @@ def slot_count(config: Config, dtype: torch.dtype) -> int:
 
 
 def widths_read(cfg: ModelConfig, *, products: bool) -> tuple[int, ...]:
-    """Of what the backward pass of the host residence reads of a block: its input, and `products` that are not found again (`mixers.frame.product`)."""
+    """Of what the backward pass of the host residence reads of a block: its input, and `products` that are not found again (`mixers.frame.remembered`)."""
     return (cfg.d_model, *((cfg.d_model, cfg.ffn_rank, cfg.ffn_rank) if products else ()))
 
 
@@ -251,8 +255,9 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     # Gradients on their way home, a block's own or the head's; or that of the stage before, until it is updated.
     leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or max(block, count["head"]) * item
-    saved = round(0.95 * group * max(activations(config, dtype)))
-    pulled = max(saved, saved // 2 + block * item)  # a gradient takes the place of what was saved for it
+    # And the gradient of what a block returns, in the dtype of its matrices, when all that was saved is there; a gradient takes the place of that.
+    saved = group * (max(activations(config, dtype)) + t.batch_size * config.data.seq_len * cfg.d_model * item)
+    pulled = max(saved, saved // 2 + block * item)
     if groups == 1:
         in_block = stream + pulled + block * copy + leaving
     elif config.optim.clip_scope == "global" and goes_home_in_8_bits(config, dtype) and groups <= PARTS:  # added up as they are coded

@@ -29,7 +29,7 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gelu, gradients, norm_gate, radii, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, mlp, radii, readout, reference, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
 
@@ -77,10 +77,10 @@ def builds():
                     out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
                     title, shape = f"convolve_backward {lift}, {k}, {name}", dict(HEADS=w.heads, ROWS=w.rows)
                     yield title, convolution.convolve_backward, args | out | shape, w.warps, 3, capability
-                args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=norm_gate.rows(k))
-                yield f"norm_gate, {k}, {name}", norm_gate.norm_gate_forward, args | dict(y=x), 4, 3, capability
-                out = dict(dy=x, do=x, d_gate=x, d_weight=f, TILES=norm_gate.TILES)
-                yield f"norm_gate_backward, {k}, {name}", norm_gate.norm_gate_backward, args | out, 4, 3, capability
+                args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=readout.rows(k))
+                yield f"norm_gate, {k}, {name}", readout.norm_gate_forward, args | dict(y=x), 4, 3, capability
+                out = dict(y=x, d=x, do=x, d_weight=f, TILES=readout.TILES, AGAIN=True)
+                yield f"norm_gate_backward, {k}, {name}", readout.norm_gate_backward, args | out, 4, 3, capability
                 args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(("r", "beta", "log_decay", "state"), f)
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
             args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
@@ -99,9 +99,9 @@ def builds():
             args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
         yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
-        args = dict(x="*bf16", N=INTS, BLOCK=gelu.BLOCK)
-        yield "gelu", gelu.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
-        yield "gelu_backward", gelu.gelu_backward, args | dict(dy="*bf16", dx="*bf16"), 8, 3, capability
+        args = dict(x="*bf16", N=INTS, BLOCK=mlp.BLOCK)
+        yield "gelu", mlp.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
+        yield "gelu_backward", mlp.gelu_backward, args | dict(d="*bf16", AGAIN=True), 8, 3, capability
         sizes = dict.fromkeys(("T", "N", "G", "H", "stride"), INTS) | dict(TOKENS=radii.TOKENS, COLUMNS=radii.COLUMNS)
         args = dict(product="*bf16") | dict.fromkeys(("radius_bias", "decay_bias"), f) | sizes
         yield "radii", radii.forward, args | dict(r=f, log_decay=f), 4, 3, capability

@@ -209,9 +209,9 @@ def test_weights_that_moved_too_far_are_corrected(coded):
         ends.append((losses, settle(state)))
     (exact, a), (found, b) = ends
     assert found == pytest.approx(exact, rel=1e-2)
-    for part in (lambda state: tree.leaves(state.params), first_moments):
+    for part, most in ((lambda state: tree.leaves(state.params), 0.005), (first_moments, 0.1)):  # over five seeds 0.002, and 0.041 to 0.050
         x, y = (torch.cat([leaf.flatten().float() for leaf in part(state)]) for state in (a, b))
-        assert float((x - y).norm() / x.norm()) < 0.05
+        assert float((x - y).norm() / x.norm()) < most
 
 
 def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):

@@ -250,12 +250,23 @@ def test_radii(dtype, radii, decays, n):
     compare("radii", [product, *biases], dtype)
 
 
+def readout_inputs(n: int, v: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    b, h = 2, 2
+    out = (spread(40, h * v, seed=4, dtype=dtype, grad=False) * (h * v) ** -0.5).requires_grad_()
+    return [token_major(b, h, n, v, seed=1, dtype=dtype), spread(h, v, seed=2, dtype=dtype), spread(b, n, h * v, seed=3, dtype=dtype), out]
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("v", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_gate(dtype, v, n):
-    b, h = 2, 2
-    compare("norm_gate", [token_major(b, h, n, v, seed=1, dtype=dtype), spread(h, v, seed=2, dtype=dtype), spread(b, n, h * v, seed=3, dtype=dtype)], dtype)
+def test_readout(dtype, v, n):
+    compare("readout", [*readout_inputs(n, v, dtype), None], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_readout_of_which_the_result_is_known(dtype):
+    inputs = readout_inputs(70, 64, dtype)
+    compare("readout", [*inputs, OPS["readout"]["triton"](*inputs).detach()], dtype)
 
 
 @pytest.mark.parametrize("d", [96, 512, 4096])
@@ -273,14 +284,33 @@ def test_add(dtype):
         compare("add", inputs, dtype)
 
 
+def mlp_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    t, r, f, s = 26, 24, 300, 40
+    weights = (spread(f, r, seed=2, dtype=dtype, grad=False) * r**-0.5, spread(s, f, seed=3, dtype=dtype, grad=False) * f**-0.5)
+    return [spread(2, t // 2, r, seed=1, dtype=dtype), *(w.requires_grad_() for w in weights)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(dtype):
-    compare("gelu", [spread(3, 5, 1000, seed=1, dtype=dtype)], dtype)
+def test_mlp(dtype):
+    compare("mlp", [*mlp_inputs(dtype), None], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_of_which_the_result_is_known(dtype):
+    inputs = mlp_inputs(dtype)
+    compare("mlp", [*inputs, OPS["mlp"]["triton"](*inputs).detach()], dtype)
+
+
+def test_mlp_refuses_a_second_backward_pass_over_what_the_first_overwrote():
+    y = OPS["mlp"]["triton"](*mlp_inputs(torch.float32)).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_gelu_far_from_0():
-    x = torch.linspace(-12, 12, 20001, device=DEVICE)
-    assert float((OPS["gelu"]["triton"](x).double() - F.gelu(x.double())).abs().max()) <= 1e-6
+    x, one = torch.linspace(-12, 12, 20001, device=DEVICE)[:, None], torch.ones(1, 1, device=DEVICE)
+    assert float((OPS["mlp"]["triton"](x, one, one).double() - F.gelu(x.double())).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize("start", [False, True])

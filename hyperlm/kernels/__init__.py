@@ -15,14 +15,14 @@ OPS: dict[str, dict[str, Callable]] = {
     "add_norm": {"torch": reference.add_norm},
     "causal_conv": {"torch": reference.causal_conv},
     "encode8": {"torch": reference.encode8},
-    "gelu": {"torch": reference.gelu},
     "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
     "hyperbolic_points": {"torch": reference.hyperbolic_points},
     "linear_attention": {"torch": reference.linear_attention},
+    "mlp": {"torch": reference.mlp},
     "norm": {"torch": reference.norm},
-    "norm_gate": {"torch": reference.norm_gate},
     "pull_logits": {"torch": reference.pull_logits},
     "radii": {"torch": reference.radii},
+    "readout": {"torch": reference.readout},
     "scan": {"torch": reference.scan},
     "softmax_attention": {"torch": reference.softmax_attention},
     "take_logits": {"torch": reference.take_logits},
@@ -43,12 +43,12 @@ else:
         convolution,
         cross_entropy,
         decoding,
-        gelu,
         gradients,
         hyperbolic_attention,
         linear_attention,
-        norm_gate,
+        mlp,
         radii,
+        readout,
         scan,
     )
 
@@ -58,21 +58,21 @@ else:
     OPS["add_norm"]["triton"] = add_norm.add_norm
     OPS["causal_conv"]["triton"] = convolution.causal_conv
     OPS["encode8"]["triton"] = adamw8.encode8
-    OPS["gelu"]["triton"] = gelu.gelu
     OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
     OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
     OPS["linear_attention"]["triton"] = linear_attention.linear_attention
+    OPS["mlp"]["triton"] = mlp.mlp
     OPS["norm"]["triton"] = gradients.norm
-    OPS["norm_gate"]["triton"] = norm_gate.norm_gate
     OPS["pull_logits"]["triton"] = cross_entropy.pull_logits
     OPS["radii"]["triton"] = radii.radii
+    OPS["readout"]["triton"] = readout.readout
     OPS["scan"]["triton"] = scan.scan
     OPS["take_logits"]["triton"] = cross_entropy.take_logits
     OPS["tangent_features"]["triton"] = convolution.tangent_features
     OPS["tangent_step"]["triton"] = decoding.tangent_step
     OPS["tell"]["triton"] = gradients.tell
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "gelu", "norm", "pull_logits", "radii", "scan", "take_logits", "tell")
+WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "mlp", "norm", "pull_logits", "radii", "scan", "take_logits", "tell")
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 

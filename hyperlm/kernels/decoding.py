@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperlm.kernels.convolution import FLOOR, W
 from hyperlm.kernels.launch import launch
-from hyperlm.kernels.norm_gate import SMALL
+from hyperlm.kernels.readout import SMALL
 
 
 @triton.jit

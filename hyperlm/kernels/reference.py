@@ -106,6 +106,14 @@ def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
     return o.flatten(2) * F.silu(gate)
 
 
+def readout(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, result: Tensor | None = None) -> Tensor:
+    """`norm_gate` times the output projection, out (D, H V) -> (B, N, D).
+
+    result: what this returns, if it is known: then it need not be found again, and gradients alone are wanted.
+    """
+    return F.linear(norm_gate(o, weight, gate), out)
+
+
 def hyperbolic_attention(
     t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str
 ) -> Tensor:
@@ -264,9 +272,18 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
     return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x times the standard normal distribution function of x, any shape. Reference: Hendrycks and Gimpel 2016."""
-    return F.gelu(x)
+def mlp(x: Tensor, up: Tensor, down: Tensor, y: Tensor | None = None) -> Tensor:
+    """Two products with GELU between them, x times the standard normal distribution function of x. Reference: Hendrycks and Gimpel 2016.
+
+    Args:
+        x: (..., R).
+        up, down: (F, R) and (S, F).
+        y: as `result` of `readout`.
+
+    Returns:
+        gelu(x up^T) down^T, (..., S).
+    """
+    return F.linear(F.gelu(F.linear(x, up)), down)
 
 
 # -- the loss, and gradients -----------------------------------------------------------------------------------------------------------

@@ -35,18 +35,27 @@ class Context(NamedTuple):
     key: Tensor | None = None  # int64 scalar that dropout is a function of; None outside training
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
     unread: bool = False  # whether of what a block returns gradients alone are wanted
-    products: list[Tensor] | None = None  # see `product`
+    products: list[Tensor] | None = None  # see `remembered`
+
+
+def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """find(*args). Where the context has a list of products, a pass without gradients adds to it what it finds, and the pass that repeats it with
+    gradients takes that from the list, in the same order: find(*args, known) need not find it again."""
+    if ctx.products is None:
+        return find(*args)
+    if torch.is_grad_enabled():
+        return find(*args, ctx.products.pop(0))
+    ctx.products.append(find(*args))
+    return ctx.products[-1]
 
 
 def product(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
-    """x weight^T: (..., C) by (D, C) -> (..., D). Where the context has a list of products, a pass without gradients adds to it what it finds, and
-    the pass that repeats it with gradients takes that from the list, in the same order, instead of multiplying again."""
-    if ctx.products is None:
-        return F.linear(x, weight)
-    if torch.is_grad_enabled():
-        return Known.apply(x, weight, ctx.products.pop(0))
-    ctx.products.append(F.linear(x, weight))
-    return ctx.products[-1]
+    """x weight^T: (..., C) by (D, C) -> (..., D), remembered."""
+    return remembered(ctx, linear, x, weight)
+
+
+def linear(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight) if y is None else Known.apply(x, weight, y)
 
 
 class Known(Function):
@@ -155,7 +164,7 @@ class Mixer(nn.Module):
         return []
 
     def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
-        """Convolution, the kind's core, norm and gate: qkv (B, N, 3 D), gate (B, N, D) and the products of `narrow` (B, N, numbers) -> (B, N, D)
+        """Convolution, the kind's core, and `readout`: qkv (B, N, 3 D), gate (B, N, D) and the products of `narrow` (B, N, numbers) -> (B, N, D)
         and the next cache."""
         raise NotImplementedError
 
@@ -169,5 +178,8 @@ class Mixer(nn.Module):
         narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
         qkv, small = Both.apply(x, self.qkv, narrow)
         low, few = small.split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
-        y, entries = self.mix(qkv, F.linear(low, self.gate_up), few, cache, ctx)
-        return product(y, self.out, ctx), entries
+        return self.mix(qkv, F.linear(low, self.gate_up), few, cache, ctx)
+
+    def readout(self, o: Tensor, gate: Tensor, ctx: Context) -> Tensor:
+        """What the core found, o (B, H, N, K), by norm, gate and output projection, (B, N, D)."""
+        return remembered(ctx, ctx.ops["readout"], o, self.norm, gate, self.out)

@@ -14,7 +14,7 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, Radius, a
 
 
 class Phase7(Mixer):
-    ops = ("radii", "hyperbolic_points", "hyperbolic_attention", "norm_gate")
+    ops = ("radii", "hyperbolic_points", "hyperbolic_attention", "readout")
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -35,7 +35,7 @@ class Phase7(Mixer):
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("t_k", t_k), ("s_k", s_k), ("v", v))}
             t_k, s_k, v = (entries[name][:, :, :end] for name in ("t_k", "s_k", "v"))
         o = ctx.ops["hyperbolic_attention"](t_q, s_q, t_k, s_k, v, self.beta, self.score)
-        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, **entries}
+        return self.readout(o, gate, ctx), {"tail": tail, **entries}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

@@ -8,6 +8,7 @@ embedding and no normaliser. Decoding carries a K x K state per head, whatever t
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs import ModelConfig
@@ -19,7 +20,7 @@ SLOWEST, FASTEST = 1e-2, 1.0  # initial decay rates per token, spread over the h
 
 
 class Phase8(Mixer):
-    ops = ("radii", "tangent_features", "linear_attention", "norm_gate", "tangent_step")
+    ops = ("radii", "tangent_features", "linear_attention", "readout", "tangent_step")
     cache_grows = False
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -41,10 +42,10 @@ class Phase8(Mixer):
         if cache is not None and qkv.shape[1] == 1:
             token = (qkv[:, 0], self.conv, r[..., 0], self.beta, log_decay[..., 0])
             y, state, tail = ctx.ops["tangent_step"](*token, state, tail, self.norm, gate[:, 0])
-            return y[:, None], {"tail": tail, "state": state}
+            return F.linear(y, self.out)[:, None], {"tail": tail, "state": state}
         q, k, v, tail = ctx.ops["tangent_features"](qkv, self.conv, r, self.beta, tail)
         o, state = ctx.ops["linear_attention"](q, k, v, log_decay, state)
-        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, "state": state}
+        return self.readout(o, gate, ctx), {"tail": tail, "state": state}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

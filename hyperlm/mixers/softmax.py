@@ -11,7 +11,7 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
 
 
 class Softmax(Mixer):
-    ops = ("causal_conv", "softmax_attention", "norm_gate")
+    ops = ("causal_conv", "softmax_attention", "readout")
 
     def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
@@ -23,7 +23,7 @@ class Softmax(Mixer):
             entries = {name: append(cache[name], new, ctx.position) for name, new in (("k", k), ("v", v))}
             k, v = (entries[name][:, :, :end] for name in ("k", "v"))
         o = ctx.ops["softmax_attention"](q, k, v)
-        return ctx.ops["norm_gate"](o, self.norm, gate), {"tail": tail, **entries}
+        return self.readout(o, gate, ctx), {"tail": tail, **entries}
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

@@ -1,5 +1,6 @@
 """Slabs: a stage's tensors in one piece of memory, so that one copy moves all of them."""
 
+import mmap
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ from hyperlm import tree
 from hyperlm.tree import Tree
 
 ALIGNMENT = 512  # bytes; every leaf starts at a multiple
+PAGE = mmap.PAGESIZE
 
 
 def padded(size: int) -> int:
@@ -22,12 +24,15 @@ def size(stage: Tree) -> int:
 
 
 def pinned(size: int) -> Tensor:
-    """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of two."""
-    array = np.empty(size, np.uint8)  # lives as long as any tensor in it
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
-    weakref.finalize(array, unpin, array.ctypes.data).atexit = False
-    return torch.from_numpy(array)
+    """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of two. In whole
+    pages of its own: a driver pins pages, and lets them go, whatever else is in them."""
+    room = -(-size // PAGE) * PAGE
+    array = np.empty(room + PAGE, np.uint8)  # lives as long as any tensor in it
+    start = -array.ctypes.data % PAGE
+    runtime, address = torch.cuda.cudart(), array.ctypes.data + start
+    torch.cuda.check_error(runtime.cudaHostRegister(address, room, 0))
+    weakref.finalize(array, unpin, address).atexit = False
+    return torch.from_numpy(array[start : start + size])
 
 
 def unpin(address: int) -> None:
