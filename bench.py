@@ -3,22 +3,24 @@
     python bench.py phase7 phase8 softmax     speed and memory of untrained models at several lengths
     python bench.py runs/x runs/y             validation perplexity and bits per byte of runs
     python bench.py phase8 --suite decode     speed and memory of generation, against batch size and context
-    python bench.py phase8 --suite memory --preset max --device-memory 5.81      memory and speed of training, by default from host memory
+    python bench.py phase8 --suite memory --preset max --train.device-memory 5.81      memory and speed of training, by default from host memory
     python bench.py --suite linear            linear attention in Triton beside its peers and the memory's limit (needs a GPU)
     python bench.py --suite hyperbolic        exact hyperbolic attention in Triton beside softmax attention (needs a GPU)
+
+Models are those of a preset, with the same settings on top of it as train.py takes, but for the kind.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
 
-from configs import PRESETS, Config, ConfigError, Kind, resolve
+from configs import PRESETS, Config, ConfigError, Kind, ModelConfig, OptimConfig, TrainConfig, resolve
 from hyperlm import cli, env, runs
 from hyperlm.bench import decode, memory, quality, report, speed
 from hyperlm.bench import kernels as kernel_suites
@@ -32,27 +34,29 @@ class Command:
     suite: Literal["auto", "speed", "quality", "decode", "memory", "linear", "hyperbolic"] = "auto"
     """speed, decode and memory (of kinds), quality (of runs), linear and hyperbolic (kernels); auto takes speed for kinds and quality for runs."""
     preset: str = ""
-    """Shape of the models; by default standard on a GPU and small on a CPU."""
+    """What the settings of models start from; by default standard on a GPU and small on a CPU."""
     lengths: tuple[int, ...] = ()
     """Sequence lengths (decode: context lengths); by default 512 to 16,384 on a GPU and 64 to 1,024 on a CPU."""
     tokens: int = 0
     """Tokens a step; by default as many as the longest sequence has."""
     name: str = ""
     """Folder of the results under runs/."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:n."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Kernel backend."""
-    residence: Literal["device", "host"] = "host"
-    """memory: where parameters and optimizer state live."""
-    state: Literal["fp32", "int8"] = "int8"
-    """memory: what they are kept in."""
-    clip_scope: Literal["global", "layer"] = "global"
-    """memory: what a gradient is clipped by."""
-    grad_accum: int = 0
-    """memory: micro-batches in a step; by default those of the preset."""
-    device_memory: float = 0.0
-    """memory: GiB of GPU memory that the whole process may use; 0 for all."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def parse(argv: list[str]) -> tuple[Command, torch.device]:
+    """The command, and the device that its default preset depends on."""
+    device = env.pick_device(cli.peek("train.device", argv) or "auto")
+    preset = cli.peek("preset", argv) or ("standard" if device.type == "cuda" else "small")
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
+    config = PRESETS[preset]()
+    default = Command(preset=preset, model=config.model, train=config.train, optim=config.optim)
+    return cli.parse(Command, argv, default, description=__doc__), device
 
 
 def kinds_of(command: Command) -> list[Kind]:
@@ -63,31 +67,29 @@ def folders_of(command: Command) -> list[str]:
     return [subject for subject in command.subjects if subject not in get_args(Kind)]
 
 
-def shape(command: Command, device: torch.device) -> Config:
+def shape(command: Command) -> Config:
     """The model to measure, but for its kind."""
-    preset = command.preset or ("standard" if device.type == "cuda" else "small")
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
     if command.lengths and min(command.lengths) < 1:
         raise ConfigError(f"--lengths {min(command.lengths)}: must be at least 1")
-    return replace(resolve(PRESETS[preset]()), kernels=command.kernels)
+    own = {name: getattr(command, name) for name in ("kernels", "model", "train", "optim")}
+    return resolve(replace(PRESETS[command.preset](), **own))
 
 
 def run_speed(command: Command, device: torch.device) -> report.Result:
     lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if device.type == "cuda" else range(6, 11))]
-    return speed.run(kinds_of(command), shape(command, device), device, lengths, command.tokens or max(lengths))
+    return speed.run(kinds_of(command), shape(command), device, lengths, command.tokens or max(lengths))
 
 
 def run_decode(command: Command, device: torch.device) -> report.Result:
     gpu = device.type == "cuda"
     contexts = list(command.lengths) or ([1024, 16384, 131072] if gpu else [64, 1024])
-    return decode.run(kinds_of(command), shape(command, device), device, contexts, [1, 16, 256] if gpu else [1, 4])
+    return decode.run(kinds_of(command), shape(command), device, contexts, [1, 16, 256] if gpu else [1, 4])
 
 
 def run_memory(command: Command, device: torch.device) -> report.Result:
-    config = shape(command, device)
-    t = replace(config.train, residence=command.residence, device_memory=command.device_memory, grad_accum=command.grad_accum or config.train.grad_accum)
-    config = resolve(replace(config, train=t, optim=replace(config.optim, state=command.state, clip_scope=command.clip_scope)))
+    config = shape(command)
+    if config.train.residence == "auto":
+        config = replace(config, train=replace(config.train, residence="host"))
     return memory.run(kinds_of(command), config, device)
 
 
@@ -113,7 +115,7 @@ AUTO = ("speed", "quality")
 
 
 def main(argv: list[str]) -> int:
-    command = cli.parse(Command, argv, description=__doc__)
+    command, device = parse(argv)
     kinds, folders = kinds_of(command), folders_of(command)
     for folder in folders:
         if not Path(folder).is_dir():
@@ -125,7 +127,6 @@ def main(argv: list[str]) -> int:
         raise cli.UsageError(f"--suite {command.suite} needs {'folders of runs' if command.suite == 'quality' else 'kinds'}, and none was named")
     chosen = [name for name in AUTO if subjects[name]] if command.suite == "auto" else [command.suite]
 
-    device = env.pick_device(command.device)
     env.prepare(device)
     results = []
     for name in chosen:

@@ -21,7 +21,7 @@ def test_speed_and_quality_are_measured_and_written(prose, capsys, monkeypatch):
     monkeypatch.setattr("hyperlm.bench.speed.run.__defaults__", (0.0,))
     assert cli.run(train.main, [*SMALLEST, "--data.sources", str(prose), "--name", "r", "--train.steps", "2", "--eval.max-tokens", "0"]) == 0
     trained = json.loads(Path("runs/r/training_summary.json").read_text())
-    assert call("phase7", "phase8", "runs/r", "--preset", "small", "--lengths", "16", "32", "--name", "b", "--device", "cpu") == 0
+    assert call("phase7", "phase8", "runs/r", "--preset", "small", "--lengths", "16", "32", "--name", "b", "--train.device", "cpu") == 0
     out = capsys.readouterr().out
     assert "phase7: time of a sequence grows as N^" in out and "| phase8" in out.replace("|  phase8", "| phase8")
     folder = Path("runs/b")
@@ -35,7 +35,7 @@ def test_speed_and_quality_are_measured_and_written(prose, capsys, monkeypatch):
 
 def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(monkeypatch):
     monkeypatch.setattr("hyperlm.bench.decode.run.__defaults__", (0.0,))
-    assert call("phase7", "phase8", "--suite", "decode", "--preset", "small", "--lengths", "16", "4096", "--name", "d", "--device", "cpu") == 0
+    assert call("phase7", "phase8", "--suite", "decode", "--preset", "small", "--lengths", "16", "4096", "--name", "d", "--train.device", "cpu") == 0
     rows = json.loads(Path("runs/d/results.json").read_text())["results"][0]["rows"]
     size = {(row["model"], row["batch"], row["context"]): row["cache MiB"] for row in rows}
     assert size["phase8", 1, 4096] == size["phase8", 1, 16] and size["phase7", 1, 4096] > 10 * size["phase7", 1, 16]
@@ -45,10 +45,10 @@ def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(monkey
 @pytest.mark.parametrize(("residence", "state"), [("host", "int8"), ("device", "fp32")])
 def test_memory_is_measured_of_a_residence(residence, state, monkeypatch):
     monkeypatch.setattr("hyperlm.bench.memory.run.__defaults__", (0.0,))
-    flags = ["--suite", "memory", "--preset", "small", "--name", "m", "--device", "cpu", "--residence", residence, "--state", state]
-    assert call("phase8", *flags, "--grad-accum", "2") == 0
+    flags = ["--suite", "memory", "--preset", "small", "--name", "m", "--train.device", "cpu", "--train.residence", residence]
+    assert call("phase8", *flags, "--optim.state", state, "--train.grad-accum", "2", "--model.n-layers", "3") == 0
     (row,) = json.loads(Path("runs/m/results.json").read_text())["results"][0]["rows"]
-    assert row["step"] == "16 x 256" and row["tok/s"] > 0 and row["host GiB"] > row["planned GiB"] > 0
+    assert row["step"] == "16 x 256" and row["parameters"] < 2.5e6 and row["tok/s"] > 0 and row["host GiB"] > row["planned GiB"] > 0
     assert ("GB/s in" in row) == (residence == "host")
 
 
@@ -71,10 +71,10 @@ def test_tables_align_and_show_what_is_missing():
         (["phase7", "--suite", "quality"], "needs folders of runs"),
         (["runs", "--suite", "decode"], "neither a kind"),
         (["--suite", "decode"], "needs kinds"),
-        (["--suite", "linear", "--device", "cpu"], "needs a CUDA device"),
+        (["--suite", "linear", "--train.device", "cpu"], "needs a CUDA device"),
         (["phase7", "--preset", "huge"], "choose from"),
         (["phase7", "--lengths", "0"], "at least 1"),
-        (["phase7", "--device", "cuda:99"], "not on this machine"),
+        (["phase7", "--train.device", "cuda:99"], "not on this machine"),
     ],
 )
 def test_a_mistake_is_one_clear_line(argv, message, capsys):

@@ -21,7 +21,7 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
         "parameters": sum(plan.parameters(config).values()),
         "residence": t.residence,
         "state": config.optim.state,
-        "clipped by": config.optim.clip_scope,
+        "clipped by": config.optim.clip_scope if config.optim.clip else "nothing",
         "step": f"{t.grad_accum * t.batch_size} x {config.data.seq_len}",
         "at a time": planned.group * t.batch_size if t.residence == "host" else t.batch_size,
     }
