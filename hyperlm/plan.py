@@ -24,8 +24,9 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-MARGIN = 128 << 20, 0.065  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
-LOGITS = 0.72  # of the room that a block leaves for more logits of the head: it is in pieces
+WORKSPACE = 32 << 20  # bytes that cuBLAS keeps of what torch allocates
+MARGIN = 224 << 20, 0.06  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces
 CACHED = ("causal_conv", "hyperbolic_points", "linear_attention", "tangent_features")  # operations whose last output is for a cache
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
@@ -217,21 +218,24 @@ def remembers(config: Config, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and read * BALANCE < operations and (beside + read) * BALANCE < 3 * operations
 
 
-def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int, *, head: bool) -> tuple[int, int]:
+def shelf_size(gradients: list[int], kept: int, read: int) -> int:
+    """Bytes that hold what is read of `kept` blocks, `read` bytes each, and then the gradients of the first stages, each when its place is free: the
+    backward pass reads blocks and finds gradients from the last to the first, and the embedding, the first stage, reads nothing."""
+    unread = (min(kept, max(0, index - 1)) for index in range(len(gradients)))
+    return max([kept * read, *(sum(gradients[index:]) + blocks * read for index, blocks in enumerate(unread))])
+
+
+def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int, *, head: bool) -> tuple[int, int, int]:
     """Stages, from the first, whose gradients the device has room for when the backward pass ends: in `spare` bytes, and in the place of what it
-    has read of `kept` blocks, `read` bytes each; and if `head` some more in the place of the head. All of these, and those."""
+    has read of `kept` blocks, `read` bytes each; and if `head` some more in the place of the head. All of these, those, and the bytes of `spare`
+    that they take."""
     params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
     own = [gradient_bytes(config, dtype, stage) for stage in (params["embed"], *params["blocks"])]
     if not any(own):
-        return 0, 0
-
-    def fit(count: int) -> bool:
-        """Whether they do at every stage on the way."""
-        return all(sum(own[i:count]) <= spare + read * max(0, kept + 1 - max(i, 1)) for i in range(count))
-
-    count = max(count for count in range(len(own) + 1) if fit(count))
+        return 0, 0, 0
+    count = max(count for count in range(len(own) + 1) if shelf_size(own[:count], kept, read) <= kept * read + spare)
     in_head = sum(size <= head * slab.size(params["head"]) for size in accumulate(own[count:]))
-    return count + in_head, in_head
+    return count + in_head, in_head, shelf_size(own[:count], kept, read) - kept * read
 
 
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0) -> Plan:
@@ -239,7 +243,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
     On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
-    16 x 512 tokens: int8 state, 4.60 GiB where 4.67 are planned; fp32, 4.57 where 4.66 are; int8 in 3 GiB, 1.92 where 1.95 are.
+    16 x 512 tokens, int8 state, in 5.81 GiB: 4.66 GiB where `visits` plans 4.63; phase7, 4.63 where it plans 4.62.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
@@ -253,19 +257,20 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     groups = t.grad_accum // group
     moving = (size(opt_state) + gradient_bytes(config, dtype, params)) / total  # bytes a number that come and go with the weights
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
-    # Gradients on their way home, a block's own or the head's; or that of the stage before, until it is updated.
-    leaving = max(sent["head"], 2 * sent["blocks"] // cfg.n_layers) or max(block, count["head"]) * item
+    # A stage's gradient on its way home, or until it is updated: that of the stage before, and what a block has for its own.
+    leaving, own = (sent["head"], sent["blocks"] // cfg.n_layers) if any(sent.values()) else (max(block, count["head"]) * item, 0)
     # And the gradient of what a block returns, in the dtype of its matrices, when all that was saved is there; a gradient takes the place of that.
     saved = group * (max(activations(config, dtype)) + t.batch_size * config.data.seq_len * cfg.d_model * item)
     pulled = max(saved, saved // 2 + block * item)
     if groups == 1:
-        in_block = stream + pulled + block * copy + leaving
-    elif config.optim.clip_scope == "global" and goes_home_in_8_bits(config, dtype) and groups <= PARTS:  # added up as they are coded
-        in_block = stream + stream // groups + pulled + block * ((groups - 1) * item + copy) + leaving
-    else:
-        in_block = stream + stream // groups + saved + block * (item + FP32 + copy) + leaving
+        in_block = stream + pulled + max(leaving, 2 * own)
+    else:  # what left before is home when the second group comes
+        apart = config.optim.clip_scope == "global" and goes_home_in_8_bits(config, dtype) and groups <= PARTS  # added up as they are coded
+        summed = block * ((groups - 1) * item if apart else FP32)
+        in_block = stream + stream // groups + max(saved + leaving, pulled + summed, summed + block * item + own)
     tokens = t.grad_accum * t.batch_size * config.data.seq_len
-    in_head = 2 * stream + head_bytes(config, dtype, tokens) + count["head"] * copy + sent["head"]
+    in_block += block * copy
+    in_head = 2 * stream + max(head_bytes(config, dtype, tokens), count["head"] * item + sent["head"]) + count["head"] * copy
     logits = 0
     if has_kernel("pull_logits", config, dtype) and in_block + more > in_head:
         logits = min(AT_ONCE["triton"] + round(LOGITS * (in_block + more - in_head)) // item, tokens * cfg.vocab_size)
@@ -277,7 +282,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
         weights=stage + max((slots - 1) * stage, size(params["head"])) if shared else slots * stage + size(params["head"]),
         gradients=0,
         optimizer=min(PIECE, round(moving * max(block, count["head"], count["embed"]))) * PIECES,
-        activations=on_the_way + kept * read + max(in_block, in_head),
+        activations=on_the_way + kept * read + max(in_block, in_head) + (WORKSPACE if dtype == torch.bfloat16 else 0),
         host=size(params) + size(opt_state) + gradient_bytes(config, dtype, params) + (cfg.n_layers - kept) * read,
         group=group,
         remembers=products,
@@ -303,8 +308,8 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     read = read_bytes(config, dtype, products=products)
     kept = max(0, min(layers, (room - found.device) // read))
     found = visiting(config, dtype, found.group, kept, found.shared, products, more)
-    count, in_head = staying(config, dtype, room - found.device, kept, read, head=not found.shared)
-    return replace(found, staying=count, in_head=in_head)
+    count, in_head, taken = staying(config, dtype, room - found.device, kept, read, head=not found.shared)
+    return replace(found, activations=found.activations + taken, staying=count, in_head=in_head)
 
 
 def evaluated(config: Config, dtype: torch.dtype, planned: Plan) -> int:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import CASES
 
-from configs import Config, DataConfig, TrainConfig
+from configs import PRESETS, Config, DataConfig, TrainConfig, resolve
 from hyperlm import model, plan, tree
+from hyperlm.env import CONTEXT, GIB
 from hyperlm.step import init_state
 
 N, B = 48, 3
@@ -55,7 +56,9 @@ def test_gradients_stay_in_spare_memory_and_where_what_was_read_had_been():
     embed, block = (plan.gradient_bytes(settings, torch.float32, part) for part in (declared["embed"], declared["blocks"][0]))
 
     def count(spare: int, kept: int = 0, read: int = 0) -> int:
-        return plan.staying(settings, torch.float32, spare, kept, read, head=False)[0]
+        stages, in_head, taken = plan.staying(settings, torch.float32, spare, kept, read, head=False)
+        assert in_head == 0 and taken <= spare
+        return stages
 
     assert (count(0), count(embed), count(embed + block - 1), count(embed + block)) == (0, 1, 1, 2)
     assert count(embed, kept=1, read=block) == 2  # the first block's gradient comes when its input has been read
@@ -66,5 +69,15 @@ def test_more_gradients_stay_in_the_place_of_the_head():
     for vocabulary, expected in ((64, 0), (64 * 64, 2)):
         settings = config(replace(CASES["phase7"], vocab_size=vocabulary), residence="host")
         embed = plan.gradient_bytes(settings, torch.float32, plan.on_meta(model.declaration(settings.model), torch.float32)["embed"])
-        assert plan.staying(settings, torch.float32, embed, 0, 0, head=True) == (1 + expected, expected)
-        assert plan.staying(settings, torch.float32, embed, 0, 0, head=False) == (1, 0)
+        assert plan.staying(settings, torch.float32, embed, 0, 0, head=True) == (1 + expected, expected, embed)
+        assert plan.staying(settings, torch.float32, embed, 0, 0, head=False) == (1, 0, embed)
+
+
+@pytest.mark.parametrize("budget", [3, 5.81, 24])
+def test_3_billion_parameters_fit_a_small_card_with_room_to_spare(budget):
+    settings = PRESETS["max"]()
+    settings = resolve(replace(settings, optim=replace(settings.optim, state="int8")))
+    allowed = round(budget * GIB) - CONTEXT
+    planned = plan.visits(settings, torch.bfloat16, allowed)
+    assert planned.device + plan.MARGIN[0] <= allowed and planned.host < 24 * GIB
+    assert planned.group >= 4 and (planned.kept == 32 or budget < 24)

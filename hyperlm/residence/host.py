@@ -226,10 +226,14 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 if visit.index in traffic.stays and not goes_ahead:
                     traffic.stay(visit.index, found)
                 held.append((traffic.home.mark(), [found, factor]))
-            while len(held) > (1 if visit.index else 2):  # at the end, no waiting for what is hardly on its way
+            let_go(1 if visit.index else 2)  # at the end, no waiting for what is hardly on its way
+            return visit
+
+        def let_go(but: int) -> None:
+            """Of what other lanes still read, all but the newest."""
+            while len(held) > but:
                 event, _ = held.popleft()
                 traffic.main.wait(event)
-            return visit
 
         # -- forward
         fetch_ahead()
@@ -280,6 +284,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         # -- backward
         def again(layer: int, weights: Tree) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
             for a in groups:
+                if a == 1:
+                    let_go(0)  # it is home by now, and its memory is wanted
                 (own, *products), number = inputs.take(layer, a)
                 yield partial(block_of, layer, weights, a, products=products, unread=True), [ops["add"](own, None).detach().requires_grad_()]
                 inputs.release(number)

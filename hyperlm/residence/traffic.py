@@ -17,7 +17,7 @@ from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.kernels.reference import APART, COUNTERS, MOMENTS, UNDO, WEIGHTS
 from hyperlm.optim import Optimizer, optimizer, origins, sent, signed
-from hyperlm.plan import Plan
+from hyperlm.plan import Plan, shelf_size
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
 from hyperlm.residence.pieces import Cut, Part, copy_in, cut, cut_up, pieces_of
@@ -85,9 +85,7 @@ class Shelf:
         self.read, self.head, last = read, head, planned.staying - planned.in_head
         self.in_head = range(last, planned.staying)  # stages whose gradients lie there
         self.starts = [sum(gradients[index + 1 : last]) for index in range(last)] + [sum(gradients[last:index]) for index in self.in_head]
-        waiting = [min(planned.kept, max(0, index - 1)) for index in range(last)]  # blocks not read yet when a stage's gradient is there
-        ends = (start + size + blocks * read for start, size, blocks in zip(self.starts, gradients, waiting, strict=False))
-        self.memory = slab.allocate(max([planned.kept * read, *ends]), device)
+        self.memory = slab.allocate(shelf_size(gradients[:last], planned.kept, read), device)
 
     def of_block(self, layer: int) -> Tensor:
         start = len(self.memory) - (layer + 1) * self.read
