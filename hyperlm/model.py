@@ -67,9 +67,9 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = declare((cfg.d_model,), constant(1.0))
 
-    def forward(self, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor]:
-        """The stream x with what the branch before adds, y, and the norm of that in the compute dtype."""
-        return ctx.ops["add_norm"](x, y, self.weight, ctx.dtype)
+    def forward(self, x: Tensor, y: Tensor | None, ctx: Context, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The stream x (its values, if it is hollow) with what the branch before adds, y, and the norm of that in the compute dtype."""
+        return ctx.ops["add_norm"](x, y, self.weight, ctx.dtype, values)
 
 
 class FFN(nn.Module):
@@ -103,14 +103,15 @@ class Block(nn.Module):
         def drop(y: Tensor, branch: int) -> Tensor:
             return dropout(y, self.rate, None if ctx.key is None else ctx.key + branch)
 
-        y, entries = None, {}
+        y, entries, values = None, {}, ctx.values
         if hasattr(self, "ssm"):
-            x, n = self.ssm_norm(x, y, ctx)
+            x, n = self.ssm_norm(x, y, ctx, values)
             y, entries = self.ssm(n, cache, ctx)
             y = drop(y, 1)
-        x, n = self.mixer_norm(x, y, ctx)
+        x, n = self.mixer_norm(x, y, ctx, values)
+        values = None if y is not None else values  # a stream that was added to has values of its own
         y, more = self.mixer(n, cache, ctx)
-        x, n = self.ffn_norm(x, drop(y, 2), ctx)
+        x, n = self.ffn_norm(x, drop(y, 2), ctx, values)
         if ctx.unread and not self.rate:
             return Unread.apply(x, self.ffn.low(n, ctx), self.ffn.down_high), entries | more
         return ctx.ops["add"](x, drop(self.ffn(n, ctx), 3)), entries | more

@@ -259,8 +259,9 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     # A stage's gradient on its way home, or until it is updated: that of the stage before, and what a block has for its own.
     leaving, own = (sent["head"], sent["blocks"] // cfg.n_layers) if any(sent.values()) else (max(block, count["head"]) * item, 0)
-    # And the gradient of what a block returns, in the dtype of its matrices, when all that was saved is there; a gradient takes the place of that.
-    saved = group * (max(activations(config, dtype)) + t.batch_size * config.data.seq_len * cfg.d_model * item)
+    # Less a block's input, which is read where it lies; and the gradient of what it returns, in the dtype of its matrices, when all that was saved is
+    # there. A gradient takes the place of that.
+    saved = group * (max(activations(config, dtype)) - boundary + boundary * item // FP32)
     pulled = max(saved, saved // 2 + block * item)
     if groups == 1:
         in_block = stream + pulled + max(leaving, 2 * own)

@@ -274,13 +274,15 @@ def test_readout_of_which_the_result_is_known(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_norm(dtype, branch, d):
     x, weight = spread(2, 13, d, seed=1, dtype=torch.float32), spread(d, seed=3, dtype=torch.float32)
-    compare("add_norm", [x, spread(2, 13, d, seed=2, dtype=dtype) if branch else None, weight, dtype], dtype)
+    y, hollow = spread(2, 13, d, seed=2, dtype=dtype) if branch else None, torch.zeros((), device=DEVICE).expand(x.shape).requires_grad_()
+    compare("add_norm", [x, y, weight, dtype], dtype)
+    compare("add_norm", [hollow, y, weight, dtype, x.detach().to(dtype)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add(dtype):
     x, y = (spread(3, 5, 1000, seed=seed, dtype=dtype) for seed in (1, 2))
-    for inputs in ([x, y], [x, None], [x.detach().float().requires_grad_(), y]):
+    for inputs in ([x, y], [x.detach().float().requires_grad_(), y]):
         compare("add", inputs, dtype)
 
 

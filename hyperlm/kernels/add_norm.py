@@ -1,7 +1,7 @@
 """The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one backward;
 and sums without a norm.
 
-Layout: (T, D), T tokens, D model width. The stream is fp32, branches are in the dtype of the matrices.
+Layout: (T, D), T tokens, D model width. The stream is fp32, or rounded where a block begins; branches are in the dtype of the matrices.
 """
 
 import torch
@@ -22,7 +22,7 @@ BLOCK = 4096  # numbers that a program adds, where there is no norm
 def add_norm_forward(x, y, weight, out, n, T, D, WIDTH: tl.constexpr, ADD: tl.constexpr):
     """n = norm(out) weight, out = x + y with ADD; else x is the stream as it is."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    row = tl.load(x + t * D + c, mask=c < D, other=0.0)
+    row = tl.load(x + t * D + c, mask=c < D, other=0.0).to(tl.float32)
     if ADD:
         row += tl.load(y + t * D + c, mask=c < D, other=0.0).to(tl.float32)
         tl.store(out + t * D + c, row, mask=c < D)
@@ -40,7 +40,7 @@ def add_norm_backward(
     for token in range(TOKENS):
         t = (tl.program_id(0) * TOKENS + token).to(tl.int64)
         mask = (c < D) & (t + c * 0 < T)
-        row = tl.load(out + t * D + c, mask=mask, other=0.0)
+        row = tl.load(out + t * D + c, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(d_n + t * D + c, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(row * row, 0) / D + SMALL)
         unit = row * inverse
@@ -71,48 +71,51 @@ def warps(D: int) -> int:
 
 
 def backward(
-    out: Tensor, weight: Tensor, branch: torch.dtype | None, d_out: Tensor | None, d_n: Tensor | None
+    stream: Tensor, weight: Tensor, branch: torch.dtype | None, d_out: Tensor | None, d_n: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x, y (None without) and weight."""
-    d, t = out.shape[-1], out.numel() // out.shape[-1]
-    d_n = torch.zeros_like(out) if d_n is None else d_n.contiguous()
-    dx, dy = torch.empty_like(out), None if branch is None else torch.empty_like(out, dtype=branch)
+    d, t = stream.shape[-1], stream.numel() // stream.shape[-1]
+    d_n = torch.zeros_like(stream) if d_n is None else d_n.contiguous()
+    dx = torch.empty_like(stream, dtype=torch.float32)
+    dy = None if branch is None else torch.empty_like(stream, dtype=branch)
     programs = cdiv(t, TOKENS)
-    d_weight = torch.empty(programs, d, device=out.device)
+    d_weight = torch.empty(programs, d, device=stream.device)
     launch(
         add_norm_backward, (programs,),
-        out, weight, None if d_out is None else d_out.contiguous(), d_n, dx, dy, d_weight, t, d,
+        stream, weight, None if d_out is None else d_out.contiguous(), d_n, dx, dy, d_weight, t, d,
         WIDTH=next_power_of_2(d), TOKENS=TOKENS, ADD=dy is not None, STREAM=d_out is not None, warps=warps(d), stages=1,
     )  # fmt: skip
     return dx, dy, d_weight.sum(0)
 
 
 class AddNorm(Function):
-    """(x (..., D) fp32, y or None, weight (D,) fp32, dtype) -> the stream and its norm, in dtype."""
+    """(x (..., D) fp32, y or None, weight (D,) fp32, dtype, values of x or None) -> the stream and its norm, in dtype."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        d, t = x.shape[-1], x.numel() // x.shape[-1]
-        out, n = x.view_as(x) if y is None else torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-        launch(add_norm_forward, (t,), x, y, weight, out, n, t, d, WIDTH=next_power_of_2(d), ADD=y is not None, warps=warps(d))
+    def forward(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, values: Tensor | None) -> tuple[Tensor, Tensor]:
+        own = x if values is None else values
+        d, t = own.shape[-1], own.numel() // own.shape[-1]
+        out, n = x.view_as(x) if y is None else torch.empty_like(own, dtype=torch.float32), torch.empty_like(own, dtype=dtype)
+        launch(add_norm_forward, (t,), own, y, weight, out, n, t, d, WIDTH=next_power_of_2(d), ADD=y is not None, warps=warps(d))
         return out, n
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        _, y, weight, _ = inputs
+        _, y, weight, _, values = inputs
         ctx.branch = None if y is None else y.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], weight)
+        ctx.save_for_backward(output[0] if y is not None or values is None else values, weight)
 
     @staticmethod
     def backward(ctx, d_out: Tensor | None, d_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *gradients(backward, *ctx.saved_tensors, ctx.branch, d_out, d_n), None
+        return *gradients(backward, *ctx.saved_tensors, ctx.branch, d_out, d_n), None, None
 
 
 @torch.compiler.disable  # compiled code calls it as it is
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, of a stream in fp32."""
-    return AddNorm.apply(x.contiguous(), None if y is None else y.contiguous(), weight, dtype)
+    x, values = (x.contiguous(), None) if values is None else (x, values.contiguous())
+    return AddNorm.apply(x, None if y is None else y.contiguous(), weight, dtype, values)
 
 
 def add_wide(x: Tensor, y: Tensor | None, out: Tensor) -> None:
@@ -121,24 +124,24 @@ def add_wide(x: Tensor, y: Tensor | None, out: Tensor) -> None:
 
 
 class Add(Function):
-    """(x, y or None) -> x + y, fp32."""
+    """(x, y) -> x + y, fp32."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(x: Tensor, y: Tensor) -> Tensor:
         out = torch.empty_like(x, dtype=torch.float32)
         add_wide(x, y, out)
         return out
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.dtypes = tuple(None if x is None else x.dtype for x in inputs)
+        ctx.dtypes = tuple(x.dtype for x in inputs)
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if dtype is None else d.to(dtype) for dtype in ctx.dtypes)
+    def backward(ctx, d: Tensor) -> tuple[Tensor, ...]:
+        return tuple(d.to(dtype) for dtype in ctx.dtypes)
 
 
 @torch.compiler.disable  # compiled code calls it as it is
-def add(x: Tensor, y: Tensor | None) -> Tensor:
+def add(x: Tensor, y: Tensor) -> Tensor:
     """`reference.add`, of bf16 or fp32."""
-    return Add.apply(x.contiguous(), None if y is None else y.contiguous())
+    return Add.apply(x.contiguous(), y.contiguous())

@@ -251,12 +251,12 @@ def tangent_step(
     return norm_gate(o[:, :, None], norm, gate[:, None])[:, 0], state, tail
 
 
-def add(x: Tensor, y: Tensor | None) -> Tensor:
-    """x, wide, and with y if it is there."""
-    return widen(x) if y is None else widen(x) + y
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, wide."""
+    return widen(x) + y
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What a branch adds to the residual stream, and its RMSNorm for the next branch.
 
     Args:
@@ -264,12 +264,15 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype) ->
         y: (B, N, D), what the branch found; None for nothing.
         weight: (D,), wide.
         dtype: of the norm.
+        values: (B, N, D) in any dtype, the stream where x is hollow: zeros without memory, which only receive its gradient.
 
     Returns:
-        x + y, and its norm times weight.
+        The stream with y, which without y is x as it is; and its norm times weight.
     """
-    x = x if y is None else x + y
-    return x, F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=EPS).to(dtype)
+    stream = x if values is None else x + values
+    stream = stream if y is None else stream + y
+    read = stream.view_as(stream)  # the norm's part of a gradient is added up by itself, which gives the same bits whether x is hollow or not
+    return x if y is None else stream, F.rms_norm(read, read.shape[-1:], weight.to(read.dtype), eps=EPS).to(dtype)
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, y: Tensor | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class Context(NamedTuple):
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
     unread: bool = False  # whether of what a block returns gradients alone are wanted
     products: list[Tensor] | None = None  # see `remembered`
+    values: Tensor | None = None  # of a block's input, where that is hollow: see `reference.add_norm`
 
 
 def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor) -> Tensor:

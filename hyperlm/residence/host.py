@@ -181,8 +181,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         remembers = plan.remembers and (goes_ahead or at_once)  # else forward, updates are on their way home
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
 
-        def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, products: list[Tensor], unread: bool = False) -> Tensor:
-            ctx = model.layer_context(contexts[a], layer)._replace(unread=unread, products=products if remembers else None)
+        def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, products: list[Tensor], **how: Any) -> Tensor:
+            ctx = model.layer_context(contexts[a], layer)._replace(products=products if remembers else None, **how)
             return run(blocks[layer], weights, x, None, ctx)[0]
 
         # The stages that come, and whether their pending update is made on the way; and what is read of blocks.
@@ -287,7 +287,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 if a == 1:
                     let_go(0)  # it is home by now, and its memory is wanted
                 (own, *products), number = inputs.take(layer, a)
-                yield partial(block_of, layer, weights, a, products=products, unread=True), [ops["add"](own, None).detach().requires_grad_()]
+                hollow = torch.zeros((), device=device).expand(own.shape).requires_grad_()
+                yield partial(block_of, layer, weights, a, products=products, unread=True, values=own), [hollow]
                 inputs.release(number)
                 inputs.prefetch(*next(wanted, (-1, 0)))
 
