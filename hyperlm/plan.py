@@ -45,7 +45,7 @@ class Plan:
     activations: int
     host: int
     group: int = 1  # micro-batches at a time
-    remembers: bool = False  # whether some products of blocks are kept, and not found again
+    remembers: bool = False  # whether products of blocks as wide as the stream are kept, and not found again, as narrow ones are
     kept: int = 0  # blocks of which the inputs, and those products, stay on the device
     staying: int = 0  # stages, from the first, whose gradients stay on the device until their pending update
     in_head: int = 0  # the last of these, whose gradients lie where the head comes to
@@ -197,8 +197,9 @@ def slot_count(config: Config, dtype: torch.dtype) -> int:
 
 
 def widths_read(cfg: ModelConfig, *, products: bool) -> tuple[int, ...]:
-    """Of what the backward pass of the host residence reads of a block: its input, and `products` that are not found again (`mixers.frame.remembered`)."""
-    return (cfg.d_model, *((cfg.d_model, cfg.ffn_rank, cfg.ffn_rank) if products else ()))
+    """Of what the backward pass of the host residence reads of a block: its input, and products that are not found again (`mixers.frame.remembered`):
+    narrow ones, for the rest of an FFN need not be found without its gradient then, and if `products` one that is as wide as the stream."""
+    return (*([cfg.d_model] * (1 + products)), cfg.ffn_rank, cfg.ffn_rank)
 
 
 def read_bytes(config: Config, dtype: torch.dtype, *, products: bool) -> int:
@@ -208,7 +209,7 @@ def read_bytes(config: Config, dtype: torch.dtype, *, products: bool) -> int:
 
 
 def remembers(config: Config, dtype: torch.dtype) -> bool:
-    """Whether the bus has time for products of blocks, which then are not found again in the backward pass: going home forward, and coming backward
+    """Whether the bus has time for wide products of blocks, which then are not found again in the backward pass: going home forward, and coming backward
     beside weights, moments and gradients."""
     cfg, t = config.model, config.train
     params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
@@ -239,11 +240,10 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
 
 
 def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0) -> Plan:
-    """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, `products` among it,
-    and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
+    """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, wide products
+    among it if `products`, and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
-    On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs. Measured on an H200 with `max`,
-    16 x 512 tokens, int8 state, in 5.81 GiB: 4.66 GiB where `visits` plans 4.63; phase7, 4.63 where it plans 4.62.
+    On the device at the same time: the buffers of `residence.host`, and what either a block or the head needs.
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
@@ -259,9 +259,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     # A stage's gradient on its way home, or until it is updated: that of the stage before, and what a block has for its own.
     leaving, own = (sent["head"], sent["blocks"] // cfg.n_layers) if any(sent.values()) else (max(block, count["head"]) * item, 0)
-    # Less a block's input, which is read where it lies; and the gradient of what it returns, in the dtype of its matrices, when all that was saved is
-    # there. A gradient takes the place of that.
-    saved = group * (max(activations(config, dtype)) - boundary + boundary * item // FP32)
+    saved = group * (max(activations(config, dtype)) - boundary)  # less a block's input, which is read where it lies; a gradient takes its place
     pulled = max(saved, saved // 2 + block * item)
     if groups == 1:
         in_block = stream + pulled + max(leaving, 2 * own)
@@ -273,8 +271,9 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     in_block += block * copy
     in_head = 2 * stream + max(head_bytes(config, dtype, tokens), count["head"] * item + sent["head"]) + count["head"] * copy
     logits = 0
-    if has_kernel("pull_logits", config, dtype) and in_block + more > in_head:
-        logits = min(AT_ONCE["triton"] + round(LOGITS * (in_block + more - in_head)) // item, tokens * cfg.vocab_size)
+    spare = max(0, in_block - in_head) + more  # beside the head, for more logits
+    if has_kernel("pull_logits", config, dtype) and spare:
+        logits = min(AT_ONCE["triton"] + round(LOGITS * spare) // item, tokens * cfg.vocab_size)
         in_head += max(0, logits - AT_ONCE["triton"]) * item
     read = read_bytes(config, dtype, products=products)
     on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
@@ -341,8 +340,8 @@ def traffic(config: Config, dtype: torch.dtype, planned: Plan, *, clipped: bool)
 
 def resident(config: Config, planned: Plan) -> str:
     """What of a step stays on the device in the host residence, in words."""
-    products = " and products" if planned.remembers else ""
-    return f"inputs{products} of {planned.kept} of {config.model.n_layers} blocks and gradients of {planned.staying} stages stay on the GPU"
+    products = "products" if planned.remembers else "narrow products"
+    return f"inputs and {products} of {planned.kept} of {config.model.n_layers} blocks and gradients of {planned.staying} stages stay on the GPU"
 
 
 def plans(config: Config, dtype: torch.dtype) -> list[Plan]:

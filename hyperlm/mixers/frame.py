@@ -36,6 +36,7 @@ class Context(NamedTuple):
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
     unread: bool = False  # whether of what a block returns gradients alone are wanted
     products: list[Tensor] | None = None  # see `remembered`
+    narrow: bool = False  # whether those of them alone that are narrower than the stream
     values: Tensor | None = None  # of a block's input, where that is hollow: see `reference.add_norm`
 
 
@@ -183,4 +184,5 @@ class Mixer(nn.Module):
 
     def readout(self, o: Tensor, gate: Tensor, ctx: Context) -> Tensor:
         """What the core found, o (B, H, N, K), by norm, gate and output projection, (B, N, D)."""
-        return remembered(ctx, ctx.ops["readout"], o, self.norm, gate, self.out)
+        read = o, self.norm, gate, self.out
+        return ctx.ops["readout"](*read) if ctx.narrow else remembered(ctx, ctx.ops["readout"], *read)

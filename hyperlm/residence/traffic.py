@@ -348,28 +348,28 @@ class Inputs:
         self.main, self.into, self.home = traffic.main, Lane(traffic.device), Lane(traffic.device)
         self.device, self.shelf, self.kept, self.dtype = traffic.device, traffic.shelf, kept, dtype
         self.here: dict[tuple[int, int], list[Tensor]] = {}
-        self.room: dict[tuple[int, int], list[Tensor]] = {}  # in host memory
+        self.room: dict[tuple[int, int], Tensor] = {}  # in host memory
         self.away: dict[tuple[int, int], tuple[list[Tensor], Event]] = {}  # what of it is in use, and since when
         self.leaving: deque[tuple[Event, list[Tensor]]] = deque()
         self.coming: dict[tuple[int, int], tuple[list[Tensor], int, Event]] = {}
         self.ring: Ring | None = None
 
     def put(self, layer: int, group: int, x: Tensor, products: list[Tensor]) -> None:
+        like = [torch.empty_like(x, dtype=self.dtype, device="meta"), *products]
+        size = slab.size(like)
         if layer < self.kept:
-            like = [torch.empty_like(x, dtype=self.dtype, device="meta"), *products]
-            self.here[layer, group] = slab.views(self.shelf.of_block(layer)[group * slab.size(like) :], like)
+            self.here[layer, group] = slab.views(self.shelf.of_block(layer)[group * size :], like)
             for to, y in zip(self.here[layer, group], (x, *products), strict=True):
                 to.copy_(y)
             return
-        read = [x.to(self.dtype), *products]
-        room = self.room.setdefault((layer, group), [])
-        for x in read[len(room) :]:
-            room.append(slab.views(slab.allocate(x.nbytes, torch.device("cpu"), pin=self.device.type == "cuda"), x))
+        if len(self.room.get((layer, group), ())) < size:
+            self.room[layer, group] = slab.allocate(size, torch.device("cpu"), pin=self.device.type == "cuda")
+        room, read = slab.views(self.room[layer, group], like), [x.to(self.dtype), *products]
         self.home.wait(self.main.mark())
         with self.home.open():
-            for to, x in zip(room, read, strict=False):
-                to.copy_(x, non_blocking=True)
-        self.away[layer, group] = room[: len(read)], self.home.mark()
+            for to, y in zip(room, read, strict=True):
+                to.copy_(y, non_blocking=True)
+        self.away[layer, group] = room, self.home.mark()
         self.leaving.append((self.away[layer, group][1], read))  # whose memory may only be used again after that
         self.gone(but=2)
 
@@ -383,15 +383,14 @@ class Inputs:
         if layer < self.kept or layer < 0:
             return
         room, left = self.away[layer, group]
-        if self.ring is None or len(self.ring.buffers[0]) < slab.size(room):
-            self.ring = Ring(INPUTS, slab.size(room), self.device)
+        size = slab.size(room)
+        if self.ring is None or len(self.ring.buffers[0]) < size:
+            self.ring = Ring(INPUTS, size, self.device)
         buffer, number = self.ring.take(self.into)
-        own = slab.views(buffer, room)
         self.into.wait(left)
         with self.into.open():
-            for to, x in zip(own, room, strict=True):
-                to.copy_(x, non_blocking=True)
-        self.coming[layer, group] = own, number, self.into.mark()
+            buffer[:size].copy_(self.room[layer, group][:size], non_blocking=True)
+        self.coming[layer, group] = slab.views(buffer, room), number, self.into.mark()
 
     def take(self, layer: int, group: int) -> tuple[list[Tensor], int | None]:
         """What was put, and the buffer to give back."""
