@@ -234,7 +234,7 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
     own = [gradient_bytes(config, dtype, stage) for stage in (params["embed"], *params["blocks"])]
     if not any(own):
         return 0, 0, 0
-    count = max(count for count in range(len(own) + 1) if shelf_size(own[:count], kept, read) <= kept * read + spare)
+    count = max(count for count in range(len(own) + 1) if shelf_size(own[:count], kept, read) <= kept * read + max(0, spare))
     in_head = sum(size <= head * slab.size(params["head"]) for size in accumulate(own[count:]))
     return count + in_head, in_head, shelf_size(own[:count], kept, read) - kept * read
 
