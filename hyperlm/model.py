@@ -21,10 +21,10 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
-from hyperlm.kernels.differentiation import Function
+from hyperlm.kernels.differentiation import Function, pulled_back
 from hyperlm.kernels.reference import APART, noise, wide
 from hyperlm.mixers import MIXERS
-from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, pulled_back, remembered, rope_angles
+from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, remembered, rope_angles
 from hyperlm.mixers.ssm import SSM
 
 # AdamW moves every weight by about the learning rate, so an embedding learns as fast as E_low is small and E_high large. Measured at

@@ -1,4 +1,4 @@
-"""What kernels' gradients have in common: calling them quickly, and backward passes that are safe under torch.func.
+"""What gradients have in common: calling them quickly, backward passes that are safe under torch.func, and products.
 
 Inside `torch.func.grad` a backward pass receives wrapped tensors, which have no memory that a kernel could read. A second autograd.Function
 around the launch unwraps them.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Function(torch.autograd.Function):
@@ -41,3 +42,12 @@ def gradients(fn: Callable, *args: Any) -> Any:
     if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
         return Launch.apply(fn, *args)
     return fn(*args)
+
+
+def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x (..., C) and weight (D, C) from that of their product, d (..., D)."""
+    return d @ weight, weight_gradient(d, x)
+
+
+def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
+    return d.flatten(0, -2).mT @ x.flatten(0, -2)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels import special
-from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.differentiation import Function, gradients, pulled_back, weight_gradient
 from hyperlm.kernels.launch import cdiv, launch
 
 BLOCK = 4096  # numbers of a program
@@ -56,12 +56,12 @@ def backward(x: Tensor, up: Tensor, down: Tensor, wide: Tensor | None, active: T
     if wide is None or active is None:
         wide, d_active = x @ up.mT, d @ down
         pull(wide, d_active, again=True)
-        d_down = d.mT @ wide
+        d_down = weight_gradient(d, wide)
     else:
-        d_down = d.mT @ active
+        d_down = weight_gradient(d, active)
         d_active = torch.mm(d, down, out=active)
         pull(wide, d_active, again=False)
-    return d_active @ up, d_active.mT @ x, d_down
+    return *pulled_back(d_active, x, up), d_down
 
 
 class MLP(Function):

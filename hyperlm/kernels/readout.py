@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels import special
-from hyperlm.kernels.differentiation import Function, gradients
+from hyperlm.kernels.differentiation import Function, gradients, weight_gradient
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
 from hyperlm.kernels.reference import EPS
@@ -77,7 +77,7 @@ def backward(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, y: Tensor | N
         norm_gate_backward, (programs, h),
         o, weight, gate, y, d_gate, do, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, AGAIN=again,
     )  # fmt: skip
-    return do, d_weight.sum(0).to(weight.dtype), d_gate, d.flatten(0, -2).mT @ y.flatten(0, -2)
+    return do, d_weight.sum(0).to(weight.dtype), d_gate, weight_gradient(d, y)
 
 
 class Readout(Function):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from configs import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
 from hyperlm.geometry import R_MAX, R_MIN
-from hyperlm.kernels.differentiation import Function
+from hyperlm.kernels.differentiation import Function, pulled_back, weight_gradient
 
 CONV_WIDTH = 4
 R_START = 1.0  # of every token before training
@@ -93,15 +93,6 @@ class Both(Function):
         d, of_first = pulled_back(d_first, x, first)
         d.view(-1, d.shape[-1]).addmm_(d_second.flatten(0, -2), second)
         return d, of_first, weight_gradient(d_second, x)
-
-
-def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight from that of their product."""
-    return d @ weight, weight_gradient(d, x)
-
-
-def weight_gradient(d: Tensor, x: Tensor) -> Tensor:
-    return d.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
