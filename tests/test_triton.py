@@ -158,14 +158,22 @@ def test_hyperbolic_attention(dtype, k, n, score):
     compare("hyperbolic_attention", [t_q, s_q, t_k, s_k, v, beta, score], dtype, terms=of_a_single_key if n == 1 else None)
 
 
-@pytest.mark.parametrize(("n", "m", "group"), [(1, 70, 1), (20, 70, 1), (40, 40, 3), (1, 1100, 2)])
+def last_queries(n: int, m: int, group: int, dtype: torch.dtype) -> list:
+    (t_q, s_q), (t_k, s_k), v = points(2, 2 * group, n, 32, 1, dtype), points(2, 2, m, 32, 2, dtype), spread(2, 2, m, 32, seed=3, dtype=dtype)
+    return [t_q, s_q, t_k, s_k, v, torch.linspace(1, 9, 2 * group, device=DEVICE).requires_grad_(), "logcosh"]
+
+
+@pytest.mark.parametrize(("n", "m", "group"), [(1, 70, 1), (20, 70, 1), (40, 40, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hyperbolic_attention_of_the_last_queries_and_of_grouped_keys(dtype, n, m, group):
-    (t_q, s_q), (t_k, s_k), v = points(2, 2 * group, n, 32, 1, dtype), points(2, 2, m, 32, 2, dtype), spread(2, 2, m, 32, seed=3, dtype=dtype)
-    beta = torch.linspace(1, 9, 2 * group, device=DEVICE).requires_grad_()
-    inputs = [t_q, s_q, t_k, s_k, v, beta, "logcosh"]
-    compare("hyperbolic_attention", inputs, dtype)
-    compare("hyperbolic_attention", [x.detach() if torch.is_tensor(x) else x for x in inputs], dtype)  # for one query, the decoding kernels
+    compare("hyperbolic_attention", last_queries(n, m, group, dtype), dtype)
+
+
+@pytest.mark.parametrize(("m", "group"), [(70, 1), (1100, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hyperbolic_attention_of_one_query_without_gradients(dtype, m, group):
+    """The decoding kernels."""
+    compare("hyperbolic_attention", [x.detach() if torch.is_tensor(x) else x for x in last_queries(1, m, group, dtype)], dtype)
 
 
 @pytest.mark.parametrize("score", ["logcosh", "distance"])
