@@ -86,7 +86,7 @@ class FFN(nn.Module):
 
     def low(self, x: Tensor, ctx: Context) -> Tensor:
         """All but the last product, (B, N, D/8)."""
-        return remembered(ctx, ctx.ops["mlp"], product(x, self.up_low, ctx), self.up_high, self.down_low)
+        return remembered(ctx, ctx.ops["mlp"], remembered(ctx, product, x, self.up_low), self.up_high, self.down_low)
 
 
 class Block(nn.Module):

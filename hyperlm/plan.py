@@ -259,8 +259,8 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     stream = t.grad_accum * boundary  # of all groups, into a stage; its gradient is as large
     # A stage's gradient on its way home, or until it is updated: that of the stage before, and what a block has for its own.
     leaving, own = (sent["head"], sent["blocks"] // cfg.n_layers) if any(sent.values()) else (max(block, count["head"]) * item, 0)
-    saved = group * (max(activations(config, dtype)) - boundary)  # less a block's input, which is read where it lies; a gradient takes its place
-    pulled = max(saved, saved // 2 + block * item)
+    saved = group * (max(activations(config, dtype)) - boundary)  # less a block's input, which is read where it lies
+    pulled = max(saved, saved // 2 + block * item)  # a gradient takes the place of what was saved for it
     if groups == 1:
         in_block = stream + pulled + max(leaving, 2 * own)
     else:  # what left before is home when the second group comes

@@ -51,12 +51,8 @@ def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor) -> Tens
     return ctx.products[-1]
 
 
-def product(x: Tensor, weight: Tensor, ctx: Context) -> Tensor:
-    """x weight^T: (..., C) by (D, C) -> (..., D), remembered."""
-    return remembered(ctx, linear, x, weight)
-
-
-def linear(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:
+    """x weight^T, (..., C) by (D, C) -> (..., D): y, if it is known."""
     return F.linear(x, weight) if y is None else Known.apply(x, weight, y)
 
 

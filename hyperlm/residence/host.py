@@ -1,8 +1,8 @@
 """Parameters and optimizer state in host memory; stages visit the device one after the other, so that it holds two or three of them.
 
 Layer-major: every micro-batch goes through one stage before the next stage is touched. Forward, only the input of every stage is kept, in the
-dtype of the matrices, on the device or in host memory; and narrow products, and wide ones where the bus has time (`plan.remembers`). Backward, stage after
-stage in reverse, each is computed again with its graph, and its gradient, summed over the micro-batches in fp32, goes home; those found last stay
+dtype of the matrices, on the device or in host memory; narrow products; and wide ones where the bus has time (`plan.remembers`). Backward, stage
+after stage in reverse, each is computed again with its graph, and its gradient, summed over the micro-batches in fp32, goes home; those found last stay
 on the device as well, where there is room, for they are wanted first. Sums run in the order of the micro-batches: in fp32 on a CPU the result equals
 that of `residence.device` bit for bit.
 
@@ -178,7 +178,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         layers, groups = len(blocks), range(len(batch))
         together = [groups] if device.type == "cuda" else [[a] for a in groups]
         goes_ahead = ahead and not state.clipped
-        narrow = not plan.remembers or not (goes_ahead or at_once)  # then forward, updates are on their way home
+        narrow = not plan.remembers or not (goes_ahead or at_once)  # after a clipped step, updates are on their way home forward
         norms: list[Tensor] = [torch.zeros((), device=device)] * (layers + 2)
 
         def block_of(layer: int, weights: Tree, a: int, x: Tensor, *, products: list[Tensor], **how: Any) -> Tensor:
@@ -230,7 +230,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             return visit
 
         def let_go(but: int) -> None:
-            """Of what other lanes still read, all but the newest."""
+            """Forget what other lanes still read, all `but` the newest, once they have read it."""
             while len(held) > but:
                 event, _ = held.popleft()
                 traffic.main.wait(event)

@@ -11,11 +11,10 @@ from hyperlm import tree
 from hyperlm.tree import Tree
 
 ALIGNMENT = 512  # bytes; every leaf starts at a multiple
-PAGE = mmap.PAGESIZE
 
 
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def padded(size: int, unit: int = ALIGNMENT) -> int:
+    return -(-size // unit) * unit
 
 
 def size(stage: Tree) -> int:
@@ -26,9 +25,9 @@ def size(stage: Tree) -> int:
 def pinned(size: int) -> Tensor:
     """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of two. In whole
     pages of its own: a driver pins pages, and lets them go, whatever else is in them."""
-    room = -(-size // PAGE) * PAGE
-    array = np.empty(room + PAGE, np.uint8)  # lives as long as any tensor in it
-    start = -array.ctypes.data % PAGE
+    room = padded(size, mmap.PAGESIZE)
+    array = np.empty(room + mmap.PAGESIZE, np.uint8)  # lives as long as any tensor in it
+    start = -array.ctypes.data % mmap.PAGESIZE
     runtime, address = torch.cuda.cudart(), array.ctypes.data + start
     torch.cuda.check_error(runtime.cudaHostRegister(address, room, 0))
     weakref.finalize(array, unpin, address).atexit = False
