@@ -76,6 +76,7 @@ class HeadNats(Function):
         _, d_features, d_weight = output
         if d_weight is not None:
             ctx.mark_non_differentiable(d_features, d_weight)
+            ctx.set_materialize_grads(False)  # else zeros as large as these would come with the gradient
             ctx.save_for_backward(d_features, d_weight)
 
     @staticmethod

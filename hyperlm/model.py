@@ -7,7 +7,8 @@ Axes: B batch, N sequence, D model width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -200,12 +201,18 @@ def init(
     bar = progress(desc="initialising", total=tree.count(declared), unit=" parameters", unit_scale=True)
 
     def fill(path: str, spec: Spec) -> Tensor:
-        values = keep(realise(path, spec, seed)).to(device)
+        return keep(realise(path, spec, seed)).to(device)
+
+    def filled(coming: Future[Tensor]) -> Tensor:
+        values = coming.result()
         bar.update(values.numel())
         return values
 
-    with bar:
-        return tree.map_with_path(fill, declared)
+    with bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:  # random numbers of one generator are made by one thread
+        try:
+            return tree.map(filled, tree.map_with_path(partial(pool.submit, fill), declared))
+        finally:
+            pool.shutdown(cancel_futures=True)  # at once, when interrupted
 
 
 # -- running it ------------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
 WORKSPACE = 32 << 20  # bytes that cuBLAS keeps of what torch allocates
-MARGIN = 224 << 20, 0.06  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 224 << 20, 0.08  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
 LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces
 CACHED = ("causal_conv", "hyperbolic_points", "linear_attention", "tangent_features")  # operations whose last output is for a cache
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set

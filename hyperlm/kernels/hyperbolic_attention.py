@@ -464,6 +464,7 @@ class HyperbolicAttention(Function):
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         *tensors, ctx.distance = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod

@@ -118,10 +118,13 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         if traffic is None:
             if not at_once:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
+            # What stays on the device comes there first: what comes and goes then has one large gap, and not several small ones.
+            if device.type == "cuda":
+                torch.cuda.current_blas_handle()  # with memory to work in
             micro_batches, b, n = batch[:, :, 1:].shape
-            read = micro_batches * sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
-            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, read)
-            inputs = Inputs(traffic, plan.kept, dtype)
+            read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
+            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
+            inputs = Inputs(traffic, plan.kept, grouping * read, dtype)
         traffic.expect(state, unchanged=newest is not None and state.pending is newest)
 
     def weights_of(visit: Visit) -> Tree:

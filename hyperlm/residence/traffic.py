@@ -343,8 +343,8 @@ class Inputs:
     """What the backward pass reads of every block and every group of micro-batches, from the forward pass until then: the block's input, and
     products that are not to be found again."""
 
-    def __init__(self, traffic: Traffic, kept: int, dtype: torch.dtype) -> None:
-        """kept: blocks of which all this stays on the device; dtype: what it is kept in."""
+    def __init__(self, traffic: Traffic, kept: int, of_group: int, dtype: torch.dtype) -> None:
+        """kept: blocks of which all this stays on the device; of_group: the most bytes of a block and a group; dtype: what it is kept in."""
         self.main, self.into, self.home = traffic.main, Lane(traffic.device), Lane(traffic.device)
         self.device, self.shelf, self.kept, self.dtype = traffic.device, traffic.shelf, kept, dtype
         self.here: dict[tuple[int, int], list[Tensor]] = {}
@@ -352,7 +352,7 @@ class Inputs:
         self.away: dict[tuple[int, int], tuple[list[Tensor], Event]] = {}  # what of it is in use, and since when
         self.leaving: deque[tuple[Event, list[Tensor]]] = deque()
         self.coming: dict[tuple[int, int], tuple[list[Tensor], int, Event]] = {}
-        self.ring: Ring | None = None
+        self.ring = Ring(INPUTS, of_group if kept < traffic.head - 1 else 0, self.device)
 
     def put(self, layer: int, group: int, x: Tensor, products: list[Tensor]) -> None:
         like = [torch.empty_like(x, dtype=self.dtype, device="meta"), *products]
@@ -384,8 +384,6 @@ class Inputs:
             return
         room, left = self.away[layer, group]
         size = slab.size(room)
-        if self.ring is None or len(self.ring.buffers[0]) < size:
-            self.ring = Ring(INPUTS, size, self.device)
         buffer, number = self.ring.take(self.into)
         self.into.wait(left)
         with self.into.open():
