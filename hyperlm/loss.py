@@ -15,7 +15,7 @@ from hyperlm.kernels.reference import wide
 IGNORE = -1  # a target that does not count
 # Logits at a time: what plain torch makes of them takes several copies in fp32, and a kernel works in their place.
 AT_ONCE = {"torch": 1 << 24, "triton": 1 << 26}
-TOKENS = 8192  # of which the gradient is found at a time
+TOKENS = 2048  # of which the gradient is found at a time
 OPS = ("pull_logits", "take_logits")
 
 

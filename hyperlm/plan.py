@@ -25,7 +25,8 @@ from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
 WORKSPACE = 32 << 20  # bytes that cuBLAS keeps of what torch allocates
-MARGIN = 224 << 20, 0.08  # bytes of device memory, and share of a budget, that a plan leaves for gaps between allocations: the larger
+MARGIN = 224 << 20, 0.05  # bytes of device memory, and share of it, that a plan leaves for gaps between allocations: the larger
+SMALL = 48 << 20  # bytes of that for tensors that torch keeps apart, below 1 MiB or of other streams
 LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces
 CACHED = ("causal_conv", "hyperbolic_points", "linear_attention", "tangent_features")  # operations whose last output is for a cache
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
@@ -293,13 +294,18 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     )
 
 
+def margin(size: int) -> int:
+    """Bytes to leave for gaps, where so many are in use."""
+    return max(MARGIN[0], round(MARGIN[1] * size))
+
+
 def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     """The plan of the host residence that makes the most of `budget` bytes of device memory: as many micro-batches at a time as fit, then as much of
     what is read of blocks, and then gradients. Dropout masks belong to a micro-batch, and a CPU gains nothing from more: there it is one at a time."""
     t, layers = config.train, config.model.n_layers
     alone = config.model.dropout or dtype != torch.bfloat16
     groups = [1] if alone else [g for g in range(t.grad_accum, 0, -1) if t.grad_accum % g == 0]
-    room = budget - max(MARGIN[0], round(MARGIN[1] * budget))
+    room = budget - margin(budget)
     products = remembers(config, dtype)
     ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (products, not products)]
     found = next((plan for plan in ways if plan.device <= room), ways[-1])

@@ -30,10 +30,10 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
+from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO, wide
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, visits, widths_read
+from hyperlm.plan import SMALL, converts, free_once_copied, goes_home_in_8_bits, margin, slot_count, visits, widths_read
 from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
@@ -94,8 +94,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-    ops = kernels.table(("accumulate", "add", "norm", "tell"), device, cfg.kernels)
-    plan = visits(cfg, dtype, allowed_memory(device, cfg.train.device_memory))
+    ops = kernels.table(("accumulate", "norm", "tell"), device, cfg.kernels)
+    allowed = allowed_memory(device, cfg.train.device_memory)
+    plan = visits(cfg, dtype, allowed)
     grouping, slots = plan.group, slot_count(cfg, dtype)
     traffic: Traffic | None = None
     inputs: Inputs | None = None
@@ -118,8 +119,9 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         if traffic is None:
             if not at_once:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
-            # What stays on the device comes there first: what comes and goes then has one large gap, and not several small ones.
             if device.type == "cuda":
+                # All memory at once, to be cut up; and first from it what stays. Taken as it is wanted, it would have gaps that fit nothing.
+                torch.empty(min(allowed, plan.device + margin(plan.device)) - SMALL, dtype=torch.uint8, device=device)
                 torch.cuda.current_blas_handle()  # with memory to work in
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
@@ -146,28 +148,31 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         if not copied:
             traffic.release(visit)
 
+    def in_one_piece(grads: list[Tensor], *, widen: bool) -> list[Tensor]:
+        """A copy, in fp32 if `widen`, of what stays until all is found. Matrices in one piece: in several they would lie between activations that come
+        and go. Vectors apart: a view would keep the whole."""
+        like = [torch.empty(g.shape, dtype=wide(g.dtype) if widen else g.dtype, device="meta") for g in grads if g.dim() > 1]
+        rooms = iter(slab.views(slab.allocate(slab.size(like), device), like))
+        return [next(rooms).copy_(g) if g.dim() > 1 else g.clone() for g in grads]
+
     def pulled(
         outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]
     ) -> tuple[list[list[Tensor]], list[Tensor]]:
         """The gradient of a stage, of each leaf parts yet to be added up, and the gradient of each of its inputs; of each output, its function and the
         inputs of that. `pull` is emptied on the way."""
-        leaves, parts, inner = tree.leaves(weights), [], []
-        apart = coded and len(pull) <= PARTS  # what codes them adds them up
+        leaves, parts, inner, last = tree.leaves(weights), [], [], len(pull) - 1
+        apart = coded and last < PARTS  # what codes them adds them up
         for number, (output, x) in enumerate(outputs):
             grads = list(torch.autograd.grad(output(*x), [*leaves, *x], pull.pop(0)))
             inner += grads[len(leaves) :]
             del grads[len(leaves) :]
-            if number == 0:
-                parts = [[g] for g in grads]
-            elif apart:
-                for own, g in zip(parts, grads, strict=True):
-                    own.append(g)
-            elif number == 1:  # in fp32, one after the other, so that little is there twice
-                parts = [[ops["add"](own.pop(), grads.pop(0))] for own in parts]
-            else:
-                for (total,), g in zip(parts, grads, strict=True):
-                    ops["accumulate"](total, g)
-        return parts, inner
+            if apart or number == 0:
+                parts.append(in_one_piece(grads, widen=not apart) if number < last else grads)
+                grads = None
+            else:  # one after the other, so that little is there twice
+                for total in parts[0]:
+                    ops["accumulate"](total, grads.pop(0))
+        return [list(own) for own in zip(*parts, strict=True)], inner
 
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nonlocal newest
@@ -260,6 +265,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 fetch_ahead()
 
         # -- the head, forward and backward
+        let_go(0)  # what left in the step before
         total_nats = torch.zeros((), device=device)
         visit = fetched.popleft()
         weights = weights_of(visit)
