@@ -1,5 +1,6 @@
 """The training step: accumulation, labels, skipping, and that it learns what there is to learn and nothing more."""
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,11 @@ from conftest import CASES, TINY, generator, normal
 
 from configs import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm import model, tree
+from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
 from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared
 from hyperlm.loss import IGNORE
-from hyperlm.plan import visiting
+from hyperlm.plan import visiting, visits
 from hyperlm.residence import host, traffic
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, weights
@@ -291,6 +293,27 @@ def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeyp
     on_gpu = losses_on(torch.device("cuda", 0), replace(settings, train=replace(settings.train, **options)))
     for found, truth in zip(on_gpu, losses_on(CPU, settings), strict=True):
         assert found == pytest.approx(truth, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [1.7, 2.0], ids=["some micro-batches at a time", "all"])
+@pytest.mark.parametrize("optim", [{}, {"state": "int8"}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}])
+def test_a_step_allocates_what_is_planned(optim, budget):
+    cfg = ModelConfig(d_model=1024, n_layers=4, vocab_size=16384)
+    train = TrainConfig(residence="host", batch_size=2, grad_accum=8, device_memory=budget)
+    settings, device = Config(model=cfg, train=train, optim=OptimConfig(**optim)), torch.device("cuda", 0)
+    planned = visits(settings, torch.bfloat16, allowed_memory(device, budget))
+    assert (planned.group == 8) == (budget == 2)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    state, step = init_state(settings, 10, device), make_step(settings, 10, device)
+    for i in range(4):
+        state, _ = step(state, tokens_of(8, 2, 513, seed=i, vocabulary=cfg.vocab_size))
+        if i == 0:  # which takes all at once
+            torch.cuda.reset_peak_memory_stats()
+    needed = torch.cuda.max_memory_allocated() - before
+    assert 0.9 * planned.device < needed < planned.device + (16 << 20)
 
 
 @pytest.mark.gpu

@@ -121,7 +121,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
             if device.type == "cuda":
                 # All memory at once, to be cut up; and first from it what stays. Taken as it is wanted, it would have gaps that fit nothing.
-                torch.empty(min(allowed, plan.device + margin(plan.device)) - SMALL, dtype=torch.uint8, device=device)
+                torch.empty(max(0, min(allowed, plan.device + margin(plan.device)) - SMALL), dtype=torch.uint8, device=device)
                 torch.cuda.current_blas_handle()  # with memory to work in
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
