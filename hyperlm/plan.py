@@ -299,6 +299,11 @@ def margin(size: int) -> int:
     return max(MARGIN[0], round(MARGIN[1] * size))
 
 
+def taken_at_once(planned: Plan, budget: int) -> int:
+    """Bytes of device memory that a run in the host residence takes at its start, and cuts up."""
+    return max(0, min(budget, planned.device + margin(planned.device)) - SMALL)
+
+
 def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     """The plan of the host residence that makes the most of `budget` bytes of device memory: as many micro-batches at a time as fit, then as much of
     what is read of blocks, and then gradients. Dropout masks belong to a micro-batch, and a CPU gains nothing from more: there it is one at a time."""

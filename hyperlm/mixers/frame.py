@@ -40,10 +40,10 @@ class Context(NamedTuple):
     values: Tensor | None = None  # of a block's input, where that is hollow: see `reference.add_norm`
 
 
-def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor) -> Tensor:
+def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor, narrow: bool = True) -> Tensor:
     """find(*args). Where the context has a list of products, a pass without gradients adds to it what it finds, and the pass that repeats it with
-    gradients takes that from the list, in the same order: find(*args, known) need not find it again."""
-    if ctx.products is None:
+    gradients takes that from the list, in the same order: find(*args, known) need not find it again. narrow: whether it is narrower than the stream."""
+    if ctx.products is None or (ctx.narrow and not narrow):
         return find(*args)
     if torch.is_grad_enabled():
         return find(*args, ctx.products.pop(0))
@@ -171,5 +171,4 @@ class Mixer(nn.Module):
 
     def readout(self, o: Tensor, gate: Tensor, ctx: Context) -> Tensor:
         """What the core found, o (B, H, N, K), by norm, gate and output projection, (B, N, D)."""
-        read = o, self.norm, gate, self.out
-        return ctx.ops["readout"](*read) if ctx.narrow else remembered(ctx, ctx.ops["readout"], *read)
+        return remembered(ctx, ctx.ops["readout"], o, self.norm, gate, self.out, narrow=False)

@@ -30,10 +30,10 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO, wide
+from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
 from hyperlm.loss import head_nats
 from hyperlm.optim import clip_factors, optimizer, origins, signed
-from hyperlm.plan import SMALL, converts, free_once_copied, goes_home_in_8_bits, margin, slot_count, visits, widths_read
+from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, taken_at_once, visits, widths_read
 from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
 from hyperlm.residence.device import Advance
@@ -50,7 +50,7 @@ SETTLED = 1 << 24  # numbers that `settle` updates at a time
 def in_host_memory(stage: Tree, device: torch.device, *, copy: bool = True) -> Tree:
     """A stage in a slab of host memory, pinned if `device` is a GPU; only room for one where not to copy."""
     pin = device.type == "cuda"
-    return slab.packed(stage, pin=pin) if copy else slab.views(slab.allocate(slab.size(stage), torch.device("cpu"), pin=pin), stage)
+    return slab.packed(stage, pin=pin) if copy else slab.views(slab.allocate(slab.size(stage), slab.CPU, pin=pin), stage)
 
 
 def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[State], State]:
@@ -121,7 +121,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 gradients = moved(lambda part: in_host_memory(part, device, copy=False), tree.map(room_for_gradient, state.params))
             if device.type == "cuda":
                 # All memory at once, to be cut up; and first from it what stays. Taken as it is wanted, it would have gaps that fit nothing.
-                torch.empty(max(0, min(allowed, plan.device + margin(plan.device)) - SMALL), dtype=torch.uint8, device=device)
+                slab.allocate(taken_at_once(plan, allowed), device)
                 torch.cuda.current_blas_handle()  # with memory to work in
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
@@ -151,9 +151,8 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def in_one_piece(grads: list[Tensor], *, widen: bool) -> list[Tensor]:
         """A copy, in fp32 if `widen`, of what stays until all is found. Matrices in one piece: in several they would lie between activations that come
         and go. Vectors apart: a view would keep the whole."""
-        like = [torch.empty(g.shape, dtype=wide(g.dtype) if widen else g.dtype, device="meta") for g in grads if g.dim() > 1]
-        rooms = iter(slab.views(slab.allocate(slab.size(like), device), like))
-        return [next(rooms).copy_(g) if g.dim() > 1 else g.clone() for g in grads]
+        matrices = iter(slab.packed([g for g in grads if g.dim() > 1], device, dtype=torch.float32 if widen else None))
+        return [next(matrices) if g.dim() > 1 else g.clone() for g in grads]
 
     def pulled(
         outputs: Iterable[tuple[Callable[..., Tensor], list[Tensor]]], weights: Tree, pull: list[Tensor | None]

@@ -10,6 +10,7 @@ from torch import Tensor
 from hyperlm import tree
 from hyperlm.tree import Tree
 
+CPU = torch.device("cpu")
 ALIGNMENT = 512  # bytes; every leaf starts at a multiple
 
 
@@ -53,9 +54,10 @@ def views(memory: Tensor, stage: Tree) -> Tree:
     return tree.unflatten(found, stage)
 
 
-def packed(stage: Tree, *, pin: bool = False) -> Tree:
-    """A copy of `stage` in one slab of host memory."""
-    copy = views(allocate(size(stage), torch.device("cpu"), pin=pin), stage)
+def packed(stage: Tree, device: torch.device = CPU, *, pin: bool = False, dtype: torch.dtype | None = None) -> Tree:
+    """A copy of `stage` in one slab; its leaves in `dtype`, if given."""
+    like = tree.map(lambda leaf: torch.empty(leaf.shape, dtype=dtype or leaf.dtype, device="meta"), stage)
+    copy = views(allocate(size(like), device, pin=pin), like)
     for to, leaf in zip(tree.leaves(copy), tree.leaves(stage), strict=True):
         to.copy_(leaf)
     return copy

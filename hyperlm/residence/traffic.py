@@ -363,7 +363,7 @@ class Inputs:
                 to.copy_(y)
             return
         if len(self.room.get((layer, group), ())) < size:
-            self.room[layer, group] = slab.allocate(size, torch.device("cpu"), pin=self.device.type == "cuda")
+            self.room[layer, group] = slab.allocate(size, slab.CPU, pin=self.device.type == "cuda")
         room, read = slab.views(self.room[layer, group], like), [x.to(self.dtype), *products]
         self.home.wait(self.main.mark())
         with self.home.open():
