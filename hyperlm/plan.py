@@ -24,7 +24,7 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-WORKSPACE = 32 << 20  # bytes that cuBLAS keeps of what torch allocates
+WORKSPACE = 64 << 20  # bytes that cuBLAS keeps of what torch allocates, on a Hopper GPU: half for the backward pass, which has a thread of its own
 MARGIN = 224 << 20, 0.05  # bytes of device memory, and share of it, that a plan leaves for gaps between allocations: the larger
 SMALL = 48 << 20  # bytes of that for tensors that torch keeps apart, below 1 MiB or of other streams
 LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces

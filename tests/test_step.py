@@ -313,7 +313,30 @@ def test_a_step_allocates_what_is_planned(optim, budget):
         if i == 0:  # which takes all at once
             torch.cuda.reset_peak_memory_stats()
     needed = torch.cuda.max_memory_allocated() - before
-    assert 0.9 * planned.device < needed < planned.device + (16 << 20)
+    assert 0.85 * planned.device < needed < planned.device + (16 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", ({}, {"state": "int8"}, {"state": "int8", "clip_scope": "layer"}))
+def test_steps_allocate_at_the_same_addresses(optim):
+    cfg = Config(
+        model=ModelConfig(d_model=1024, n_layers=4, vocab_size=16384),
+        train=TrainConfig(residence="host", batch_size=2, grad_accum=8, device_memory=2),
+        optim=OptimConfig(clip=1e-3, **optim),
+    )
+    device = torch.device("cuda", 0)
+    state, step = init_state(cfg, 10, device), make_step(cfg, 10, device)
+    found = []
+    for i in range(5):
+        if i > 1:  # after a first step, which takes what stays, and one after that, which is the first clipped one
+            torch.cuda.memory._record_memory_history(clear_history=True)
+        state, _ = step(state, tokens_of(8, 2, 513, seed=i, vocabulary=cfg.model.vocab_size))
+        if i > 1:
+            events = torch.cuda.memory._snapshot()["device_traces"][0]
+            found.append([(event["addr"], event["size"]) for event in events if event["action"] == "alloc" and event["size"] > 1 << 20])
+    torch.cuda.memory._record_memory_history(enabled=None)
+    assert len(found[0]) > 100
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.gpu

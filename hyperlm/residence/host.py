@@ -122,12 +122,19 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             if device.type == "cuda":
                 # All memory at once, to be cut up; and first from it what stays. Taken as it is wanted, it would have gaps that fit nothing.
                 slab.allocate(taken_at_once(plan, allowed), device)
-                torch.cuda.current_blas_handle()  # with memory to work in
+                number = torch.ones(1, 1, dtype=dtype, device=device, requires_grad=True)
+                torch.autograd.grad(number @ number, number)  # cuBLAS takes memory to work in, once forward and once backward
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
             traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
             inputs = Inputs(traffic, plan.kept, grouping * read, dtype)
         traffic.expect(state, unchanged=newest is not None and state.pending is newest)
+
+    def let_go(but: int) -> None:
+        """Forget what other lanes still read, all `but` the newest, once they have read it."""
+        while len(held) > but:
+            event, _ = held.popleft()
+            traffic.main.wait(event)
 
     def weights_of(visit: Visit) -> Tree:
         """A stage's weights to compute with, to be differentiated."""
@@ -176,6 +183,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
     def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nonlocal newest
         prepare(state, batch)
+        let_go(0)  # what left in the step before: every step finds memory alike, or gaps would move until something fits in none
         size = grouping if len(keys) % grouping == 0 else 1
         batch = batch.view(len(batch) // size, size * batch.shape[1], batch.shape[2])
         keys = keys[::size]
@@ -236,12 +244,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             let_go(1 if visit.index else 2)  # at the end, no waiting for what is hardly on its way
             return visit
 
-        def let_go(but: int) -> None:
-            """Forget what other lanes still read, all `but` the newest, once they have read it."""
-            while len(held) > but:
-                event, _ = held.popleft()
-                traffic.main.wait(event)
-
         # -- forward
         fetch_ahead()
         with torch.no_grad():
@@ -264,7 +266,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 fetch_ahead()
 
         # -- the head, forward and backward
-        let_go(0)  # what left in the step before
         total_nats = torch.zeros((), device=device)
         visit = fetched.popleft()
         weights = weights_of(visit)
