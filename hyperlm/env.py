@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
 GIB = 1 << 30
-CONTEXT = 896 << 20  # bytes of GPU memory that the driver, libraries and kernels of a process take beside what it allocates
+CONTEXT = 920 << 20  # bytes of GPU memory that the driver, libraries and kernels of a process take beside what it allocates
 
 
 class DeviceError(ValueError):

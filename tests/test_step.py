@@ -15,7 +15,7 @@ from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
 from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared
 from hyperlm.loss import IGNORE
-from hyperlm.plan import visiting, visits
+from hyperlm.plan import WORKSPACE, visiting, visits
 from hyperlm.residence import host, traffic
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, weights
@@ -313,7 +313,7 @@ def test_a_step_allocates_what_is_planned(optim, budget):
         if i == 0:  # which takes all at once
             torch.cuda.reset_peak_memory_stats()
     needed = torch.cuda.max_memory_allocated() - before
-    assert 0.85 * planned.device < needed < planned.device + (16 << 20)
+    assert 0.9 * (planned.device - WORKSPACE) < needed < planned.device + (16 << 20)  # cuBLAS may have its memory from before
 
 
 @pytest.mark.gpu

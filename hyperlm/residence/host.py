@@ -123,7 +123,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 # All memory at once, to be cut up; and first from it what stays. Taken as it is wanted, it would have gaps that fit nothing.
                 slab.allocate(taken_at_once(plan, allowed), device)
                 number = torch.ones(1, 1, dtype=dtype, device=device, requires_grad=True)
-                torch.autograd.grad(number @ number, number)  # cuBLAS takes memory to work in, once forward and once backward
+                torch.autograd.grad(2 * (number @ number), number)  # cuBLAS takes memory to work in, once forward and once backward
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
             traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
@@ -173,7 +173,10 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
             inner += grads[len(leaves) :]
             del grads[len(leaves) :]
             if apart or number == 0:
-                parts.append(in_one_piece(grads, widen=not apart) if number < last else grads)
+                if number < last:
+                    let_go(0)  # it is home by now, and its memory is wanted
+                    grads = in_one_piece(grads, widen=not apart)
+                parts.append(grads)
                 grads = None
             else:  # one after the other, so that little is there twice
                 for total in parts[0]:
@@ -293,8 +296,6 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
         # -- backward
         def again(layer: int, weights: Tree) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
             for a in groups:
-                if a == 1:
-                    let_go(0)  # it is home by now, and its memory is wanted
                 (own, *products), number = inputs.take(layer, a)
                 hollow = torch.zeros((), device=device).expand(own.shape).requires_grad_()
                 yield partial(block_of, layer, weights, a, products=products, unread=True, values=own), [hollow]
