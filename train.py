@@ -218,6 +218,7 @@ def main(argv: list[str]) -> int:
     if command.doctor:
         return doctor.check(device)
     config = choose_residence(config, device)
+    checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
     announce(config, device)
 
     corpus = data.prepare(config)

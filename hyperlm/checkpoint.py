@@ -144,6 +144,23 @@ def save(writer: ocp.CheckpointManager, state: State, corpus: Corpus, val_loss: 
         finish(writer)
 
 
+def require_room(folder: Path, need: int) -> None:
+    """Found out before anything is computed, not when the first checkpoint is due.
+
+    Args:
+        folder: where checkpoints will be; it need not exist yet.
+        need: bytes of one.
+
+    Raises:
+        CheckpointError: if the disk has less.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(there).free) < need:
+        raise CheckpointError(
+            f"a checkpoint of this run takes {need / GIB:.2f} GiB, and {free / GIB:.2f} are free in {there}: make room, or start where there is more"
+        )
+
+
 def finish(writer: ocp.CheckpointManager) -> None:
     """Wait until the last save is on disk.
 

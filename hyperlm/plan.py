@@ -159,6 +159,11 @@ def size(x: Any) -> int:
     return sum(leaf.nbytes for leaf in tree.leaves(x))
 
 
+def checkpoint_size(config: Config) -> int:
+    """Bytes of a checkpoint: parameters and moments as they are stored."""
+    return sum(map(size, optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))))
+
+
 @lru_cache
 def activations(config: Config, dtype: torch.dtype) -> list[int]:
     """Bytes that each block saves of a micro-batch."""

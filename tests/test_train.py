@@ -43,6 +43,19 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(tree.leaves((a.params, a.opt_state)), tree.leaves((b.params, b.opt_state)), strict=True))
 
 
+def test_a_disk_too_small_for_a_checkpoint_ends_a_run_before_it_starts(prose, capsys, monkeypatch):
+    assert start(prose, "a", "--train.steps", "1") == 0
+    state = final("a")
+    need = sum(x.nbytes for x in tree.leaves((state.params, state.opt_state)))
+    free = {"bytes": need}
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]}))
+    assert start(prose, "b", "--train.steps", "1") == 0
+    free["bytes"] -= 1
+    capsys.readouterr()
+    assert start(prose, "c", "--train.steps", "1") == 2
+    assert capsys.readouterr().err.startswith("error: a checkpoint of this run takes") and not Path("runs/c").exists()
+
+
 def test_a_run_writes_everything_it_promises(prose, capsys):
     assert start(prose, "a", "--train.steps", "4", "--ckpt.every", "2", "--eval.every", "2") == 0
     run = Path("runs/a")
