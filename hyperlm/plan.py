@@ -379,9 +379,11 @@ def table(config: Config) -> str:
             cells = (p.weights, p.gradients, p.optimizer, p.activations, p.device, p.host)
             lines.append(f"{p.residence:<7}{where:<10}" + "".join(f"{c / GIB:>12.2f}" for c in cells))
     p = plans(config, torch.bfloat16)[1]
+    budget = t.device_memory or EXAMPLE
+    within = "within" if p.device + CONTEXT <= round(budget * GIB) else "which does not fit"
     lines += [
         f"device: everything on the device that computes; the driver takes {CONTEXT / GIB:.2f} GiB more",
-        f"host:   parameters and optimizer in host memory (--train.residence host), within {t.device_memory or EXAMPLE} GiB of the GPU with all that the driver "
+        f"host:   parameters and optimizer in host memory (--train.residence host), {within} {budget} GiB of the GPU with all that the driver "
         f"takes: {p.group} of {t.grad_accum} micro-batches at a time, {resident(config, p)}",
     ]
     return "\n".join(lines)
