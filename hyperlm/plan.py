@@ -65,6 +65,11 @@ def parameters(config: Config) -> dict[str, int]:
     return {stage: tree.count(declared[stage]) for stage in ("embed", "blocks", "head")}
 
 
+def stored(config: Config) -> tuple[Tree, dict[str, Tree]]:
+    """Parameters and moments as they are stored, on the meta device."""
+    return optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+
+
 def on_meta(declared: Any, dtype: torch.dtype) -> Any:
     def leaf(spec: Spec) -> torch.Tensor:
         return torch.empty(spec.shape, device="meta", dtype=dtype if len(spec.shape) > 1 else torch.float32, requires_grad=True)
@@ -132,7 +137,7 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
     total = sum(count.values())
-    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
+    params, opt_state = stored(config)
     boundary = t.batch_size * config.data.seq_len * cfg.d_model * FP32
     blocks = activations(config, dtype)
     head = head_bytes(config, dtype, t.batch_size * config.data.seq_len)
@@ -160,8 +165,8 @@ def size(x: Any) -> int:
 
 
 def checkpoint_size(config: Config) -> int:
-    """Bytes of a checkpoint: parameters and moments as they are stored."""
-    return sum(map(size, optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))))
+    """Bytes of a checkpoint: parameters and moments."""
+    return sum(map(size, stored(config)))
 
 
 @lru_cache
@@ -218,7 +223,7 @@ def remembers(config: Config, dtype: torch.dtype) -> bool:
     """Whether the bus has time for wide products of blocks, which then are not found again in the backward pass: going home forward, and coming backward
     beside weights, moments and gradients."""
     cfg, t = config.model, config.train
-    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
+    params, opt_state = stored(config)
     read = cfg.n_layers * read_bytes(config, dtype, products=True)
     beside = size(params["blocks"]) + sum(size(part["blocks"]) for part in opt_state.values()) + gradient_bytes(config, dtype, params["blocks"])
     operations = 2 * t.grad_accum * t.batch_size * config.data.seq_len * parameters(config)["blocks"]  # forward; backward it is three times that
@@ -236,7 +241,7 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
     """Stages, from the first, whose gradients the device has room for when the backward pass ends: in `spare` bytes, and in the place of what it
     has read of `kept` blocks, `read` bytes each; and if `head` some more in the place of the head. All of these, those, and the bytes of `spare`
     that they take."""
-    params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    params, _ = stored(config)
     own = [gradient_bytes(config, dtype, stage) for stage in (params["embed"], *params["blocks"])]
     if not any(own):
         return 0, 0, 0
@@ -253,7 +258,7 @@ def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: 
     """
     cfg, t = config.model, config.train
     count, item = parameters(config), dtype.itemsize
-    params, opt_state = optim.stored(model.declaration(cfg), optim.optimizer(config.optim, 1))
+    params, opt_state = stored(config)
     total, block = sum(count.values()), count["blocks"] // cfg.n_layers
     stage = max(size(params["embed"]), size(params["blocks"][0]))
     slots = slot_count(config, dtype)
@@ -332,7 +337,7 @@ def evaluated(config: Config, dtype: torch.dtype, planned: Plan) -> int:
     """Micro-batches that evaluation takes at a time in the host residence: as many as fit where a block or the head has its place in a step, beside
     what `residence.streamed` has on the device and the last gradients of the step before. Without gradients, and with logits, they need less than
     a block saves of them."""
-    params, _ = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    params, _ = stored(config)
     copies = on_meta(model.declaration(config.model), dtype)
     blocks = STREAMED * size(params["blocks"][0]) + converts(config, dtype) * size(copies["blocks"][0])
     gradients = gradient_bytes(config, dtype, params["embed"]) + gradient_bytes(config, dtype, params["blocks"][0])
@@ -346,7 +351,7 @@ def traffic(config: Config, dtype: torch.dtype, planned: Plan, *, clipped: bool)
     Every stage comes once forward, once backward (but the head, where forward ends), and goes home updated; so do its moments, and unless each
     stage is clipped by itself its gradient, which comes back for the update if it did not stay. What is read of blocks goes and comes.
     """
-    params, opt_state = optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    params, opt_state = stored(config)
     late = config.optim.clip_scope == "global" and (clipped or not goes_home_in_8_bits(config, dtype))  # updates are made forward
     read = (config.model.n_layers - planned.kept) * read_bytes(config, dtype, products=planned.remembers and not late)
     each = size(opt_state) + gradient_bytes(config, dtype, params) + read
