@@ -2,10 +2,11 @@
 
 Frozen dataclasses, read by tyro: each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help. A preset is a
 function that returns a whole `Config`; whatever stands on the command line beats it. `resolve` checks a configuration and fills in what
-follows from other settings. Nothing here imports hyperlm.
+follows from other settings; `another_run` says which changes make another run. Nothing here imports hyperlm.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
@@ -219,6 +220,15 @@ PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard
 
 # -- checks and storage ----------------------------------------------------------------------------------------------------------------
 
+LARGEST_FLOAT = 1e30  # below the end of fp32, so that products with a few such numbers are infinite and not an error
+LARGEST = {"model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30}  # far above what anyone trains: a typing error, or damage
+PROSPECTIVE = (  # what concerns the future of a run only, and may change when it is resumed
+    "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip", "optim.clip_scope",
+    "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute",
+    "kernels", "ckpt.every", "ckpt.keep", "eval.every", "eval.max_tokens", "eval.sample_tokens", "eval.prompt", "log.every", "data.cache",
+)  # fmt: skip
+SPLIT = ("train.batch_size", "train.grad_accum")  # may change while their product stays
+
 
 def resolve(config: Config) -> Config:
     """Check `config` and fill in what follows from other settings.
@@ -226,6 +236,11 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: naming the flag, the reason and a value that works.
     """
+    for name, value in flat(to_dict(config)).items():  # whatever a flag can hold: no number that arithmetic would turn into another
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise ConfigError(f"--{flag_of(name)} {value}: must be a finite number, at most {LARGEST_FLOAT:g}")
+        if isinstance(value, int) and not abs(value) <= LARGEST.get(name, 2**63 - 1):
+            raise ConfigError(f"--{flag_of(name)} {value}: must be at most {LARGEST.get(name, 2**63 - 1):,}")
     m, d, t, o = config.model, config.data, config.train, config.optim
     if d.tokenizer == "bytes":  # 256 bytes and the special tokens, rounded up for the matrix units
         config = replace(config, model=(m := replace(m, vocab_size=320)))
@@ -278,32 +293,53 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
+def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-        ConfigError: on a setting that this version does not have.
+        ConfigError: on a setting that this version does not have, or of a type or value that it cannot have. Those that are absent take their defaults.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'it'} is not a group of settings")
     hints = get_type_hints(cls)
-    if unknown := sorted(set(values) - set(hints)):
-        raise ConfigError(f"unknown setting {unknown[0]!r}: it was written by another version of hyperlm")
-    kwargs = {}
+    if unknown := set(values) - set(hints):
+        raise ConfigError(f"unknown setting {prefix}{min(map(str, unknown)):.60}: it was written by another version of hyperlm")
+    return cls(**{name: checked(values[name], hint, prefix + name) for name, hint in hints.items() if name in values})
+
+
+def checked(value: Any, hint: Any, name: str) -> Any:
+    """`value`, read from JSON, as what the type `hint` of a setting wants."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint, f"{name}.")
+    if origin is tuple and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    if value in choices if origin is Literal else type(value) is hint or (hint is float and type(value) is int):
+        return float(value) if hint is float else value
+    raise ConfigError(f"{name} cannot be {value!r:.60}")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"model.d_model": 512, ...}."""
+    out = {}
     for key, value in values.items():
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(value, hint)
-        kwargs[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**kwargs)
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def flag_of(name: str) -> str:
+    """`model.d_model` -> `model.d-model`"""
+    return name.replace("_", "-")
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, as {"model.d_model": (value in a, value in b)}."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out = {}
-        for key, value in values.items():
-            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return out
-
     left, right = flat(to_dict(a)), flat(to_dict(b))
-    return {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def another_run(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Those `differences` by which `b` would be another run than `a`, not the same one going on: all but what concerns the future alone."""
+    same_step = a.train.batch_size * a.train.grad_accum == b.train.batch_size * b.train.grad_accum
+    allowed = (*PROSPECTIVE, *(SPLIT if same_step else ()))
+    return {name: change for name, change in differences(a, b).items() if name not in allowed}

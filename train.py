@@ -5,26 +5,33 @@
     python train.py --preset max --plan       what a run would need, without starting it
 """
 
+if __name__ == "__main__":
+    from hyperlm import startup
+
+    startup.quiet()  # before the slow imports
+
 import math
 import signal
 import sys
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs import PRESETS, Config, ConfigError, differences, resolve, to_dict
-from hyperlm import checkpoint, cli, data, doctor, env, evals, log, model, plan, runs, sample, tree
+from configs import PRESETS, Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
+from hyperlm import checkpoint, cli, data, doctor, env, evals, health, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
+from hyperlm.env import say
 from hyperlm.kernels import division, select
+from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, place, weights
 from hyperlm.tree import Tree
 
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
-CHANGEABLE = ("train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute", "kernels", "ckpt.", "eval.", "log.", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -32,28 +39,38 @@ class Command(Config):
     preset: str = "standard"
     """small, standard, max or max-ssm: the settings that the rest of the command line starts from."""
     resume: str = ""
-    """Folder of a run to continue exactly; with --train.steps, to extend."""
+    """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
     plan: bool = False
     """Print the parameter count and the memory plan, and stop."""
     doctor: bool = False
     """Check this machine, and stop; exit code 0 only if training can run."""
 
 
-def parse(argv: list[str]) -> tuple[Command, Config]:
-    """The command, and its configuration checked."""
+def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]:
+    """The command, its configuration checked, and the settings of a resumed run that it changes."""
     preset, resume = cli.peek("preset", argv), cli.peek("resume", argv)
     if preset and resume:
         raise cli.UsageError("--preset and --resume exclude each other: a run keeps the settings it was started with")
     if preset and preset not in PRESETS:
         raise cli.UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    stored = runs.read_config(Path(resume)) if resume else PRESETS[preset or "standard"]()
+    stored = stored_settings(Path(resume)) if resume else PRESETS[preset or "standard"]()
     command = cli.parse(Command, argv, Command(**vars(stored)), description=__doc__)
     config = Config(**{f.name: getattr(command, f.name) for f in fields(Config)})
-    if resume:
-        for name, (old, new) in differences(stored, config).items():
-            if not name.startswith(CHANGEABLE):
-                raise ConfigError(f"--{name.replace('_', '-')} {new}: {resume} was started with {old}, and a resumed run must keep it")
-    return command, data.with_vocabulary(resolve(config))
+    for name, (old, new) in another_run(stored, config).items() if resume else ():
+        raise ConfigError(f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one")
+    return command, data.with_vocabulary(resolve(config)), differences(stored, config) if resume else {}
+
+
+def stored_settings(run: Path) -> Config:
+    """The settings of a run, from its newest checkpoint where its config.json is damaged or gone."""
+    try:
+        return runs.read_config(run)
+    except runs.RunError as e:
+        if not run.is_dir() or (found := checkpoint.settings(run)) is None:
+            raise
+        step, config = found
+        print(f"settings   {e}: taken from the checkpoint of step {step}")
+        return config
 
 
 def choose_residence(config: Config, device: torch.device) -> Config:
@@ -101,26 +118,81 @@ def announce(config: Config, device: torch.device) -> None:
         print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))
 
 
-def start(argv: list[str], preset: str, config: Config, corpus: data.Corpus, total: int, device: torch.device) -> tuple[Path, State]:
-    """A new run, and the state that its seed gives."""
+def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], preset: str) -> tuple[Path, State]:
+    """A new run, and the state that its seed gives. Where that fails, nothing is left behind."""
     run = runs.create(config, preset)
-    state = init_state(config, total, device)
-    corpus.tokenizer.save(str(run / "tokenizer.json"))
-    runs.write_json(run / "env.json", {**env.describe(device), "command": " ".join(["python train.py", *argv])})
+    try:
+        state = init_state(config, device)
+        runs.write_config(run, config)
+        corpus.tokenizer.save(str(run / "tokenizer.json"))
+        runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
+        runs.remember(run, {"step": 0, "command": command_line(argv)})
+    except BaseException:
+        runs.remove(run)
+        raise
     return run, state
 
 
-def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> State:
-    """The state of a run's newest checkpoint."""
-    state, meta = checkpoint.restore(run, checkpoint.latest(run), config, place(config, device))
+def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[State, Schedule, float]:
+    """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate."""
+    step = checkpoint.latest(run)
+    state, meta = checkpoint.restore(run, step, config, place(config, device))
+    if meta["schedule"] is None:
+        raise checkpoint.CheckpointError(
+            f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, whose data order this version does not have: "
+            "go on with that version; chat.py and bench.py read it"
+        )
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
-    return state
+    if meta["tokenizer"] != digest_of(corpus):
+        raise data.DataError(f"this version of tokenizers makes another tokenizer of the text than {run} was started with: resuming would not be exact")
+    schedule = Schedule(**meta["schedule"])
+    return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
 
 
-def diverged(run: Path, step: int) -> cli.TrainingError:
-    good = checkpoint.folder_of(run, checkpoint.steps(run)[-1]) if checkpoint.steps(run) else "none"
-    return cli.TrainingError(f"no finite loss or gradient for {BAD_STEPS} steps, up to step {step}; last good checkpoint: {good}; try a lower --optim.lr")
+def go_on(
+    run: Path, state: State, schedule: Schedule, rate: float, total: int, config: Config, changes: dict[str, tuple[Any, Any]], argv: list[str]
+) -> Schedule:
+    """The schedule that a resumed run follows from here: what it was, unless its end or its warm-up is to be another. Said, and remembered."""
+    if "optim.warmup_steps" in changes and state.updates < schedule.warmup:
+        after = new_schedule(config.optim, total)
+    else:
+        after = schedule if total == schedule.end else extended(schedule, config.optim, state.updates, total)
+    lr = learning_rate(after, config.optim)
+    if after != schedule or any(name.startswith("optim.") for name in changes):
+        print(f"rate       {rate:.2e} up to step {state.step}, {lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}")
+    event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
+    runs.remember(run, event)
+    return after
+
+
+def put_back(run: Path, config: Config, corpus: data.Corpus) -> None:
+    """Settings as they are now; and the tokenizer, if what lies there is not that of the text."""
+    runs.write_config(run, config)
+    path = run / "tokenizer.json"
+    with suppress(tok.TokenizerError):
+        if runs.digest(tok.load(path).to_str()) == digest_of(corpus):
+            return
+    print(f"tokenizer  {path} was damaged or gone: put back")
+    corpus.tokenizer.save(str(path))
+
+
+def digest_of(corpus: data.Corpus) -> str:
+    return runs.digest(corpus.tokenizer.to_str())
+
+
+def command_line(argv: list[str]) -> str:
+    return " ".join(["python train.py", *argv])
+
+
+def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingError:
+    good = checkpoint.steps(run)
+    if not good:
+        return cli.TrainingError(f"diverged by step {step}: {why}; no checkpoint was good enough to save: remove {run} (rm -r {run}), and start again with a lower --optim.lr")
+    return cli.TrainingError(
+        f"diverged by step {step}: {why}; the last checkpoint with a finite loss is {checkpoint.folder_of(run, good[-1])}: "
+        f"go on from there with a lower rate, python train.py --resume {run} --optim.lr {config.optim.lr / 10:.0e}"
+    )
 
 
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
@@ -136,49 +208,64 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
     return config.eval.prompt + "".join(tok.stream(tokenizer, ids))
 
 
-def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
-    """Validation losses; and radius gauges with, if asked for, a sample."""
-    params = weights(config, state.params, device)
+def evaluation_batch(config: Config, device: torch.device) -> int:
+    """Sequences that are evaluated at a time."""
     together = 1
     if config.train.residence == "host":  # the fewer visits of the blocks, the better
         dtype = env.compute_dtype(device)
         together = plan.evaluated(config, dtype, plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory)))
-    val = evals.evaluate(params, corpus, config, device, together * config.train.batch_size)
+    return together * config.train.batch_size
+
+
+def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+    """Validation losses; and radius gauges with, if asked for, a sample."""
+    params = weights(config, state, device)
+    val = evals.evaluate(params, corpus, config, device, evaluation_batch(config, device))
     more: dict[str, Any] = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
     if config.eval.sample_tokens:
-        more["sample"] = write_sample(params, state.seed + state.step, corpus, config)
+        with suppress(sample.NotFinite):  # the losses tell
+            more["sample"] = write_sample(params, state.seed + state.step, corpus, config)
     return val, more
 
 
 def train(
-    run: Path, state: State, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
-) -> tuple[State, dict[str, Any], signal.Signals | None]:
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
+) -> tuple[State, signal.Signals | None]:
     """The loop, from `state` to step `total` or a signal.
 
     Returns:
-        The last state, the newest value of everything that was logged, and the signal.
+        The last state, and the signal.
     """
-    step, settle = make_step(config, total, device), make_settle(config, total, device)
-    writer, in_place = checkpoint.manager(run, config.ckpt.keep), config.train.residence == "host"  # where a second copy would not fit
-    records = log.open_log(run, state.step)
-    saved, bad, val_loss, newest = max(checkpoint.steps(run), default=-1), 0, None, {}
-    env.reset_peak_memory(device)
-    timed_from, timed_step = time.monotonic(), state.step
+    in_place = config.train.residence == "host"  # where a second copy would not fit
+    facts = checkpoint.Facts(config, schedule, corpus.fingerprint, digest_of(corpus), corpus.chat)
     with env.stop_signals() as stop_signal:
+        step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
+        writer, records = checkpoint.manager(run, config.ckpt.keep), log.open_log(run, state.step)
+        yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None
+
+        def save(state: State, val_loss: float | None) -> str:
+            """Why `state` was not saved; empty if it was."""
+            loss = health.loss_of(weights(config, state, device), yardstick, config, device, evaluation_batch(config, device))
+            if not (flaw := health.flaw(state, loss, list(writer.losses.values()), config)):
+                checkpoint.save(writer, state, facts, val_loss, loss, in_place=in_place)
+            return flaw
+
+        env.reset_peak_memory(device)
+        timed_from, timed_step = time.monotonic(), state.step
         while state.step < total and not stop_signal():
             state, metrics = step(state, order.at(state.step))
             now, last, val_loss = state.step, state.step == total, None
 
-            bad = bad + 1 if metrics["skipped"] else 0
-            if bad == BAD_STEPS:
-                checkpoint.finish(writer)
-                raise diverged(run, now)
-
             if now % config.log.every == 0 or last or metrics["skipped"]:
                 record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device))
                 log.record(records, now, record)
-                print(log.step_line(now, total, record), flush=True)
-                timed_from, timed_step, newest = time.monotonic(), now, newest | record
+                say(log.step_line(now, total, record))
+                timed_from, timed_step = time.monotonic(), now
+
+            bad = bad + 1 if metrics["skipped"] else 0
+            if bad == BAD_STEPS:
+                checkpoint.finish(writer)
+                raise diverged(run, now, f"no finite loss or gradient for {BAD_STEPS} steps", config)
 
             paused = time.monotonic()
             if last or now % config.eval.every == 0 or now % config.ckpt.every == 0:
@@ -187,52 +274,37 @@ def train(
                 try:
                     val, more = evaluate(state, corpus, order, config, device)
                 except Exception:
-                    checkpoint.save(writer, state, corpus, None, in_place=in_place)
-                    checkpoint.finish(writer)
-                    print(f"the evaluation failed; step {now} is saved: go on with python train.py --resume {run}", file=sys.stderr)
+                    if health.all_finite(state):
+                        checkpoint.save(writer, state, facts, None, None, in_place=in_place)
+                        checkpoint.finish(writer)
+                        print(f"the evaluation failed; step {now} is saved: go on with python train.py --resume {run}", file=sys.stderr)
                     raise
                 log.record(records, now, val | more)
-                print(log.eval_line(now, total, val))
+                say(log.eval_line(now, total, val))
                 if "sample" in more:
-                    print("  | " + more["sample"].rstrip().replace("\n", "\n  | "), flush=True)
-                val_loss, newest = val["val_loss"], newest | val
+                    say("  | " + more["sample"].rstrip().replace("\n", "\n  | "))
+                val_loss = val["val_loss"] if math.isfinite(val["val_loss"]) else None
             if now % config.ckpt.every == 0 or last:
-                checkpoint.save(writer, state, corpus, val_loss, in_place=in_place)
-                saved = now
+                if not (flaw := save(state, val_loss)):
+                    saved = now
+                elif last:
+                    checkpoint.finish(writer)
+                    raise diverged(run, now, flaw, config)
+                else:
+                    say(f"not saved  step {now}: {flaw}; earlier checkpoints stay")
             timed_from += time.monotonic() - paused
-        if saved != state.step:  # a signal ended the loop, whenever in a step it came
-            checkpoint.save(writer, settle(state), corpus, val_loss, in_place=in_place)
-    checkpoint.finish(writer)
-    writer.close()
-    log.close(records)
-    return state, newest, stop_signal()
+        if saved != state.step and (flaw := save(settle(state), val_loss)):  # a signal ended the loop, whenever in a step it came
+            checkpoint.finish(writer)
+            raise diverged(run, state.step, flaw, config)
+        checkpoint.close(writer)
+        log.close(records)
+    return state, stop_signal()
 
 
-def main(argv: list[str]) -> int:
-    command, config = parse(argv)
-    if command.plan:
-        print(plan.table(config))
-        return 0
-    device = env.pick_device(config.train.device)
-    env.prepare(device)
-    if command.doctor:
-        return doctor.check(device)
-    config = choose_residence(config, device)
-    checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
-    announce(config, device)
-
-    corpus = data.prepare(config)
-    order = data.batches(corpus, config)
-    total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
-    if command.resume:
-        run = Path(command.resume)
-        state = resume(run, config, corpus, device)
-        if state.step >= total:
-            print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
-            return 0
-        runs.write_json(run / "config.json", to_dict(config))
-    else:
-        run, state = start(argv, command.preset, config, corpus, total, device)
+def carry_out(
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
+) -> int:
+    """Train, and tell how it went: the exit code."""
     print(f"run        {run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)")
     if len(order.shares) > 1:
         print("mixture    " + ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items()))
@@ -240,17 +312,66 @@ def main(argv: list[str]) -> int:
         print("compiling  the first step may take a minute", flush=True)
 
     started = time.monotonic()
-    state, newest, stopped = train(run, state, total, corpus, order, config, device)
+    try:
+        state, stopped = train(run, state, schedule, total, corpus, order, config, device)
+    except runs.RunError as e:  # records that cannot be written
+        raise cli.TrainingError(f"{e}; {checkpoint.way_on(run)}") from e
     if stopped and state.step < total:
-        print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}")
+        say(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}")
         return 128 + stopped
-
-    summary = {"steps": state.step, "parameters": tree.count(state.params), **newest, "seconds": round(time.monotonic() - started, 1), "device": str(device)}
-    runs.write_json(run / "training_summary.json", summary)
-    print(f"done       {run}: {log.summary_line(summary)}")
-    print(f"talk to it with: python chat.py {run}")
+    summary = summarise(run, state, device, time.monotonic() - started)
+    say(f"done       {run}: {log.summary_line(summary)}")
+    say(f"talk to it with: python chat.py {run}")
     return 0
 
 
+def summarise(run: Path, state: State, device: torch.device, seconds: float | None = None) -> dict[str, Any]:
+    """Write training_summary.json; without `seconds` (a run that is complete) only where a kill at the very end left none."""
+    path = run / "training_summary.json"
+    summary = {"steps": state.step, "parameters": tree.count(state.params), **log.newest(run), "device": str(device)}
+    if seconds is not None:
+        summary["seconds"] = round(seconds, 1)
+    if seconds is not None or not path.exists():
+        runs.write_json(path, summary)
+    return summary
+
+
+def main(argv: list[str]) -> int:
+    command, config, changes = parse(argv)
+    if command.plan:
+        print(plan.table(config))
+        return 0
+    device = env.pick_device(config.train.device)
+    env.prepare(device)
+    if command.doctor:
+        return doctor.check(device)
+    with ExitStack() as stack:
+        if command.resume:
+            run = Path(command.resume)
+            stack.enter_context(runs.owned(run))
+        else:
+            runs.require_new(config.name)
+        config = choose_residence(config, device)
+        checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
+        announce(config, device)
+
+        corpus = data.prepare(config)
+        order = data.batches(corpus, config)
+        total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
+        if command.resume:
+            state, schedule, rate = resume(run, config, corpus, device)
+            put_back(run, config, corpus)
+            if state.step >= total:
+                summarise(run, state, device)
+                print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
+                return 0
+            schedule = go_on(run, state, schedule, rate, total, config, changes, argv)
+        else:
+            run, state = start(config, corpus, device, argv, command.preset)
+            stack.enter_context(runs.owned(run))
+            schedule = new_schedule(config.optim, total)
+        return carry_out(run, state, schedule, total, corpus, order, config, device)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(cli.run(main))

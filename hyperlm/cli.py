@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -15,6 +18,8 @@ from hyperlm.data import DataError
 from hyperlm.env import DeviceError
 from hyperlm.kernels import KernelError
 from hyperlm.runs import RunError
+from hyperlm.sample import NotFinite
+from hyperlm.startup import ENDING
 from hyperlm.tokenizer import TokenizerError
 
 T = TypeVar("T")
@@ -28,7 +33,19 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; what was saved is safe."""
 
 
-EXPECTED = (CheckpointError, ConfigError, DataError, DeviceError, KernelError, RunError, TokenizerError, TrainingError, UsageError)
+EXPECTED = (
+    CheckpointError, ConfigError, DataError, DeviceError, KernelError, NotFinite, RunError, TokenizerError, TrainingError, UsageError,
+)  # fmt: skip
+
+CLOSED_PIPE = 128 + 13  # the exit code of whom SIGPIPE ends, on systems without it too
+
+
+class Stopped(BaseException):
+    """A signal that ends the process came where nothing else takes note of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 def parse(cls: type[T], argv: list[str], default: T | None = None, *, description: str = "") -> T:
@@ -48,13 +65,17 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
 
 
 def peek(flag: str, argv: list[str]) -> str | None:
-    """The value of --flag in `argv`, before the rest can be parsed; None if it is not there."""
+    """The value of --flag in `argv`, before the rest can be parsed; None if it is not there.
+
+    Raises:
+        UsageError: if its value is missing or empty, as from a shell variable that is not set.
+    """
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name == f"--{flag}":
-            if equals:
+            if equals and value:
                 return value
-            if i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            if not equals and i + 1 < len(argv) and argv[i + 1] and not argv[i + 1].startswith("--"):
                 return argv[i + 1]
             raise UsageError(f"--{flag} needs a value")
     return None
@@ -81,24 +102,73 @@ def one_line(report: str) -> str:
 
 
 def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
-    """Run a command: its exit code, with expected errors as one line on stderr and 2."""
+    """Run a command: its exit code, with expected errors as one line on stderr and 2, and 128 + n where signal n ended it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what a console cannot show must not end a run
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    with ending_signals():
+        try:
+            return int(main(sys.argv[1:] if argv is None else argv) or 0)
+        except EXPECTED as e:
+            return failed(str(e))
+        except SystemExit as e:  # --help
+            return int(e.code or 0)
+        except BrokenPipeError:  # the reader of our output is gone
+            return CLOSED_PIPE
+        except OSError as e:  # a full disk, a folder that cannot be written
+            return failed(f"{e.strerror or e}{f' ({e.filename})' if e.filename else ''}")
+        except KeyboardInterrupt:
+            say_last("\ninterrupted")
+            return 128 + signal.SIGINT
+        except Stopped as e:
+            say_last(f"\nstopped by {e.signal.name}")
+            return 128 + e.signal
+        except torch.OutOfMemoryError as e:
+            reason = str(e).split(".")[0]
+            remedy = "lower --train.batch-size and raise --train.grad-accum, set --train.recompute or --train.residence host, or raise --train.device-memory"
+            return failed(f"out of GPU memory ({reason}): {remedy}")
+        except MemoryError:
+            return failed("out of host memory: lower --model.d-model, --model.n-layers or --train.batch-size; --plan shows the parts")
+
+
+def failed(why: str) -> int:
+    say_last("error: " + " ".join(why.splitlines()))
+    return 2
+
+
+def say_last(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def ending_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Stopped`, as SIGINT raises KeyboardInterrupt, so that what is half done is cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else stop)
     try:
-        return int(main(sys.argv[1:] if argv is None else argv) or 0)
-    except EXPECTED as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
-    except BrokenPipeError:  # the reader of our output is gone
-        return 0
-    except OSError as e:  # a full disk, a folder that cannot be written
-        print(f"error: {e.strerror or e}{f' ({e.filename})' if e.filename else ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as e:
-        reason = str(e).split(".")[0]
-        remedy = "lower --train.batch-size and raise --train.grad-accum, set --train.recompute or --train.residence host, or raise --train.device-memory"
-        print(f"error: out of GPU memory ({reason}): {remedy}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(code: int) -> NoReturn:
+    """Leave the process. After an error at once: a thread of the storage layer may wait for minutes for what will never come."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)

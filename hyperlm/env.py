@@ -5,7 +5,6 @@ import gc
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import signal
 import sys
@@ -116,8 +115,19 @@ def peak_memory(device: torch.device) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def readable(size: float) -> str:
+    """Bytes with a unit in which they are no less than 1: 3.1 GiB, 512 KiB."""
+    for unit, one in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= one:
+            return f"{size / one:.3g} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
@@ -165,18 +175,35 @@ def driver_version() -> str:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Inside, SIGINT and SIGTERM only take note: the function that this yields tells which came. A second one acts at once."""
+    """Inside, signals that would end the process only take note: the function that this yields tells which came first. A second one acts at once.
+
+    They are SIGINT, SIGTERM, SIGHUP (the terminal is closed; not where it is ignored, as under nohup) and SIGPIPE (the reader of our output is gone).
+    """
     seen: list[signal.Signals] = []
 
     def note(number: int, frame: Any) -> None:
         seen.append(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
+        for other in endings - {signal.SIGINT}:
+            signal.signal(other, signal.SIG_IGN if other in gone else signal.SIG_DFL)
+        with suppress(OSError):  # nobody may be there to read it
+            print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
 
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    gone = {getattr(signal, name) for name in ("SIGHUP", "SIGPIPE") if hasattr(signal, name)}  # both may come, and often: saving goes on
+    ignored = {number for number in gone - {getattr(signal, "SIGPIPE", None)} if signal.getsignal(number) == signal.SIG_IGN}
+    endings = {signal.SIGINT, signal.SIGTERM, *gone} - ignored
+    before = {number: signal.signal(number, note) for number in endings}
     try:
         yield lambda: seen[0] if seen else None
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """Print a line of a run, which goes on where nobody can read it: a closed pipe or terminal tells by a signal, and a full disk under a
+    redirected output is met where it matters."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

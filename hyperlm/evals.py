@@ -1,6 +1,7 @@
 """Evaluation: validation loss, perplexity and bits per byte, whole and per source; the radius gauges of each layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,20 +33,29 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     results: dict[str, float] = {}
     nats, tokens, size = 0.0, 0, 0
     for shard, (windows, source_bytes) in zip(shards, sets, strict=True):
-        source_nats, source_tokens = torch.zeros((), dtype=torch.float64), 0
-        for part in windows.split(batch):
-            part = part.to(device)
-            features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels)
-            part_nats, part_tokens = head_nats(features.flatten(0, 1), params["head"]["weight"], part[:, 1:].flatten(), kernels=config.kernels)
-            source_nats += part_nats.cpu()
-            source_tokens += int(part_tokens)
-            bar.update(len(part))
+        source_nats, source_tokens = nats_of(params, windows, config, device, batch, bar.update)
         if len(shards) > 1:
-            results[f"val_bpb/{shard.name}"] = float(source_nats) / math.log(2) / source_bytes
-        nats, tokens, size = nats + float(source_nats), tokens + source_tokens, size + source_bytes
+            results[f"val_bpb/{shard.name}"] = source_nats / math.log(2) / source_bytes
+        nats, tokens, size = nats + source_nats, tokens + source_tokens, size + source_bytes
     bar.close()
     loss = nats / tokens
     return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": nats / math.log(2) / size, **results}
+
+
+@torch.no_grad()
+def nats_of(
+    params: Tree, windows: Tensor, config: Config, device: torch.device, batch: int, done: Callable[[int], object] = lambda count: None
+) -> tuple[float, int]:
+    """Summed nats of the targets of windows (W, N+1), and how many there are; `batch` windows at a time, `done` told of each."""
+    nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    for part in windows.split(batch):
+        part = part.to(device)
+        features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels)
+        part_nats, part_tokens = head_nats(features.flatten(0, 1), params["head"]["weight"], part[:, 1:].flatten(), kernels=config.kernels)
+        nats += part_nats.cpu()
+        tokens += int(part_tokens)
+        done(len(part))
+    return float(nats), tokens
 
 
 @torch.no_grad()

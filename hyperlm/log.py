@@ -1,6 +1,7 @@
 """What a run says: a line a person can read, and the same record in metrics.jsonl and TensorBoard."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from hyperlm.env import GIB
+from hyperlm.runs import RunError
 from hyperlm.state import State
 from hyperlm.step import Metrics
 
@@ -18,37 +20,78 @@ class Log(NamedTuple):
 
 
 def open_log(run: Path, step: int) -> Log:
-    """Append to a run's records from `step` on. Records of later steps, left by a run that was killed, are dropped: they will be made again."""
+    """Append to a run's records from `step` on. Records of later steps, left by a run that was killed, are dropped: they will be made again.
+
+    Raises:
+        RunError: if they cannot be written.
+    """
     path = run / "metrics.jsonl"
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if record_step(line) <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
-        os.replace(part, path)
-    board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
-    return Log(open(path, "a", buffering=1), board)
-
-
-def record_step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # half a line, from a killed process
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if (at := record_step(line)) is not None and at <= step]
+            damaged = [line for line in lines[:-1] if record_step(line) is None]  # the last may be half a line, from a killed process
+            if damaged:
+                with open(path.with_suffix(".damaged"), "ab") as file:
+                    file.writelines(damaged)
+                print(f"log        {len(damaged)} lines of {path} cannot be read: they are in {path.with_suffix('.damaged').name} now")
+            part = path.with_suffix(".part")
+            part.write_bytes(b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept))
+            os.replace(part, path)
+        records = open(path, "a", buffering=1, encoding="utf-8")
+        return Log(records, SummaryWriter(str(run), purge_step=step + 1 if step else None))
+    except OSError as e:
+        raise RunError(f"{path} could not be written ({e.strerror or e})") from e
+
+
+def record_step(line: bytes) -> int | None:
+    """The step of a record; None if it is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def record(log: Log, step: int, values: dict[str, Any]) -> None:
-    """Write one record; numbers become scalars of TensorBoard, strings its texts."""
-    log.records.write(json.dumps({"step": step, **values}) + "\n")
-    for name, value in values.items():
-        if isinstance(value, str):
-            log.board.add_text(name, "    " + value.replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
-        else:
-            log.board.add_scalar(name if "/" in name else f"{'val' if name.startswith('val') else 'train'}/{name}", value, step)
+    """Write one record, in which numbers that are not finite are null; numbers become scalars of TensorBoard, strings its texts.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        log.records.write(json.dumps({"step": step, **{name: finite_or_none(value) for name, value in values.items()}}, allow_nan=False) + "\n")
+        for name, value in values.items():
+            if isinstance(value, str):
+                log.board.add_text(name, "    " + value.replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
+            else:
+                log.board.add_scalar(name if "/" in name else f"{'val' if name.startswith('val') else 'train'}/{name}", value, step)
+    except OSError as e:
+        raise RunError(f"{log.records.name} could not be written ({e.strerror or e})") from e
+
+
+def finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """The newest value of what steps and evaluations recorded, but for gauges and samples."""
+    values: dict[str, Any] = {}
+    with open(run / "metrics.jsonl", "rb") as file:
+        for line in file:
+            if record_step(line) is not None:
+                values |= {name: value for name, value in json.loads(line).items() if name != "sample" and not name.startswith("radius/")}
+    values.pop("step", None)
+    return values
 
 
 def close(log: Log) -> None:
-    log.records.close()
-    log.board.close()
+    """Raises RunError if the last records cannot be written."""
+    try:
+        log.records.close()
+        log.board.close()
+    except OSError as e:
+        raise RunError(f"{log.records.name} could not be written ({e.strerror or e})") from e
 
 
 def count(n: float) -> str:

@@ -4,6 +4,7 @@ layer."""
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,15 +36,40 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[Tree, Tree]]
 
 
-def schedule(cfg: OptimConfig, total: int) -> Callable[[int], float]:
-    """Learning rate of step 0, 1, ...: linear warm-up, then a cosine to lr * lr_floor at step `total`."""
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of a run as a share of its peak: linear warm-up, then from `share` at step `start` by a cosine to the floor at step `end`.
+
+    Part of what a checkpoint holds: a run that is extended goes on from the rate that it has, and one that is only resumed keeps its curve.
+    """
+
+    warmup: int
+    start: int
+    share: float
+    end: int
+
+
+def new_schedule(cfg: OptimConfig, total: int) -> Schedule:
+    """That of a new run of `total` steps."""
     warmup = min(cfg.warmup_steps or min(1000, math.ceil(total / 10)), total)
+    return Schedule(warmup, warmup, 1.0, total)
+
+
+def extended(schedule: Schedule, cfg: OptimConfig, step: int, total: int) -> Schedule:
+    """The schedule from step `step` on of a run that is now to end at step `total`: its warm-up stays, and the rate does not jump."""
+    if step < schedule.warmup:
+        return replace(schedule, end=max(total, schedule.warmup))
+    return Schedule(schedule.warmup, step, learning_rate(schedule, cfg)(step) / cfg.lr, total)
+
+
+def learning_rate(schedule: Schedule, cfg: OptimConfig) -> Callable[[int], float]:
+    """The learning rate of step 0, 1, ..."""
 
     def lr(step: int) -> float:
-        if step < warmup:
-            return cfg.lr * (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        if step < schedule.warmup:
+            return cfg.lr * (step + 1) / schedule.warmup
+        progress = min(1.0, (step - schedule.start) / max(1, schedule.end - schedule.start))
+        return cfg.lr * (cfg.lr_floor + (schedule.share - cfg.lr_floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     return lr
 
@@ -124,14 +150,15 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
     return Optimizer(keep, init, update)
 
 
-def optimizer(cfg: OptimConfig, total: int, backend: str = "auto") -> Optimizer:
-    """The optimizer of a run of `total` steps."""
-    lr = schedule(cfg, total)
+def optimizer(cfg: OptimConfig, schedule: Schedule, backend: str = "auto") -> Optimizer:
+    """The optimizer of a run whose learning rate follows `schedule`."""
+    lr = learning_rate(schedule, cfg)
     return adamw8(cfg, lr, backend) if cfg.state == "int8" else adamw(cfg, lr)
 
 
-def stored(declared: Tree, rule: Optimizer) -> tuple[Tree, Tree]:
+def stored(declared: Tree, cfg: OptimConfig) -> tuple[Tree, Tree]:
     """Parameters (a tree of Specs) and optimizer state as they are stored, on the meta device: shapes and dtypes."""
+    rule = optimizer(cfg, new_schedule(cfg, 1))
     params = tree.map(lambda spec: rule.keep(torch.empty(spec.shape, device="meta")), declared)
     return params, rule.init(params)
 

@@ -67,7 +67,7 @@ def parameters(config: Config) -> dict[str, int]:
 
 def stored(config: Config) -> tuple[Tree, dict[str, Tree]]:
     """Parameters and moments as they are stored, on the meta device."""
-    return optim.stored(model.declaration(config.model), optim.optimizer(config.optim, 1))
+    return optim.stored(model.declaration(config.model), config.optim)
 
 
 def on_meta(declared: Any, dtype: torch.dtype) -> Any:

@@ -28,6 +28,10 @@ class Sampling:
     """Draw from the fewest tokens whose probabilities reach this."""
 
 
+class NotFinite(RuntimeError):
+    """Logits that are not finite: weights that diverged."""
+
+
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     """Distribution that the next token is drawn from: logits (V,) -> (V,), fp32."""
     if how.temperature == 0:

@@ -1,6 +1,6 @@
-"""What training changes."""
+"""What training changes, and who may still use it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -19,9 +19,23 @@ class Pending:
     moved: tuple[bool, ...] = ()  # of each stage, whether its weights have moved already
 
 
+class StaleState(RuntimeError):
+    """A state was used whose tensors have been updated since, or from which an update is still pending."""
+
+
+class Uses:
+    """How often the tensors that successive states share were updated in place."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 @dataclass(frozen=True)
 class State:
-    """All that training changes. Data order and randomness are functions of (seed, step), so nothing else needs saving."""
+    """All that training changes. Data order and randomness are functions of (seed, step), so nothing else needs saving.
+
+    Its tensors are updated in place: `consumed` makes a state that was used up an error, as donated buffers are in JAX.
+    """
 
     params: Tree
     opt_state: Tree
@@ -31,3 +45,32 @@ class State:
     seed: int
     clipped: bool = True  # whether the newest gradient was, or there is none yet
     pending: Pending | None = None  # the newest of these updates, if `step.settle` has yet to make it
+    uses: Uses = field(default_factory=Uses, compare=False, repr=False)
+    use: int = 0  # `uses.count` when this state was made
+
+
+def consumed(state: State) -> State:
+    """`state`, to be updated in place by the caller alone: the one given, and copies of it, cannot be used again.
+
+    Raises:
+        StaleState: if it was consumed before.
+    """
+    require_current(state)
+    state.uses.count += 1
+    return replace(state, use=state.uses.count)
+
+
+def require_settled(state: State) -> None:
+    """Before anything but a step reads parameters or moments.
+
+    Raises:
+        StaleState: if they were updated since, or are yet to be.
+    """
+    require_current(state)
+    if state.pending is not None:
+        raise StaleState(f"an update of step {state.step} is pending: settle the state before its weights are read or saved")
+
+
+def require_current(state: State) -> None:
+    if state.use != state.uses.count:
+        raise StaleState(f"the state of step {state.step} was consumed: a step updates its tensors in place; use the state that it returned")

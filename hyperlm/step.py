@@ -15,13 +15,13 @@ from configs import Config
 from hyperlm import model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
-from hyperlm.optim import optimizer, schedule
+from hyperlm.optim import Schedule, learning_rate, new_schedule, optimizer
 from hyperlm.precision import compute_copy
 from hyperlm.residence import device as on_device
 from hyperlm.residence import host
 from hyperlm.residence.streamed import streamed
 from hyperlm.stages import moved
-from hyperlm.state import State
+from hyperlm.state import State, consumed, require_settled
 from hyperlm.tree import Tree
 
 Metrics = dict[str, Any]
@@ -34,19 +34,24 @@ def place(cfg: Config, device: torch.device) -> Callable[[Tree], Tree]:
     return lambda stage: tree.map(lambda x: x.to(device), stage)
 
 
-def init_state(cfg: Config, total_steps: int, device: torch.device) -> State:
+def init_state(cfg: Config, device: torch.device) -> State:
     """The state before the first step."""
-    rule = optimizer(cfg.optim, total_steps, cfg.kernels)
+    rule = optimizer(cfg.optim, new_schedule(cfg.optim, 1), cfg.kernels)
     here = torch.device("cpu") if cfg.train.residence == "host" else device
     params = moved(place(cfg, device), model.init(cfg.model, cfg.train.seed, device=here, keep=rule.keep))
     opt_state = {name: moved(place(cfg, device), part) for name, part in rule.init(params).items()}
     return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
 
 
-def weights(cfg: Config, params: Tree, device: torch.device) -> Tree:
-    """What `model.hidden` and its like compute with on `device`, from the parameters of a settled state."""
+def weights(cfg: Config, state: State, device: torch.device) -> Tree:
+    """What `model.hidden` and its like compute with on `device`.
+
+    Raises:
+        StaleState: unless `state` is current and settled.
+    """
+    require_settled(state)
     dtype = compute_dtype(device)
-    return streamed(params, dtype, device, keep_ends=False) if cfg.train.residence == "host" else compute_copy(params, dtype)
+    return streamed(state.params, dtype, device, keep_ends=False) if cfg.train.residence == "host" else compute_copy(state.params, dtype)
 
 
 def step_keys(state: State, micro_batches: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -55,19 +60,20 @@ def step_keys(state: State, micro_batches: int, device: torch.device) -> tuple[T
     return ((torch.arange(micro_batches, device=device) << 20) + first).unbind()
 
 
-def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[State, Tensor], tuple[State, Metrics]]:
-    """Build the step of a run.
+def make_step(cfg: Config, schedule: Schedule, device: torch.device) -> Callable[[State, Tensor], tuple[State, Metrics]]:
+    """Build the step of a run whose learning rate follows `schedule`.
 
     The step takes a batch (A, B, N+1) of int64 tokens (IGNORE where padded) and consumes its state: parameters and moments are updated in
     place, in the host residence when they are next used or `settle`d. Metrics: loss (nats a token over all micro-batches), grad_norm (before
     clipping), lr, tokens (targets in the batch), skipped (True if loss or gradient was not finite: nothing was updated; but clipped by layer
     in the host residence, where stages are updated before the others are known, only those without a finite gradient learn nothing from it).
-    It synchronises with the device once, to decide whether to update.
+    It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState.
     """
-    lr = schedule(cfg.optim, total_steps)
-    advance = (host if cfg.train.residence == "host" else on_device).make_advance(cfg, total_steps, device)
+    lr = learning_rate(schedule, cfg.optim)
+    advance = (host if cfg.train.residence == "host" else on_device).make_advance(cfg, schedule, device)
 
     def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
+        state = consumed(state)
         count = int((batch[:, :, 1:] != IGNORE).sum())
         keys = step_keys(state, len(batch), device)
         rate = lr(state.updates)
@@ -78,6 +84,9 @@ def make_step(cfg: Config, total_steps: int, device: torch.device) -> Callable[[
     return step
 
 
-def make_settle(cfg: Config, total_steps: int, device: torch.device) -> Callable[[State], State]:
-    """settle(state) -> state, with every parameter up to date: before anything but a step reads it."""
-    return host.make_settle(cfg, total_steps, device) if cfg.train.residence == "host" else lambda state: state
+def make_settle(cfg: Config, schedule: Schedule, device: torch.device) -> Callable[[State], State]:
+    """settle(state) -> state, with every parameter up to date: before anything but a step reads it. It consumes its state as a step does."""
+    if cfg.train.residence != "host":
+        return lambda state: state
+    settle = host.make_settle(cfg, schedule, device)
+    return lambda state: settle(state) if state.pending is None else settle(consumed(state))

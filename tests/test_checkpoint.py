@@ -1,14 +1,17 @@
 """Checkpoints: exact, verified, and clear about damage."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CASES, TINY, generator
 
-from configs import Config, TrainConfig
+from configs import Config, OptimConfig, TrainConfig
 from hyperlm import checkpoint, tree
-from hyperlm.data import Corpus
+from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 
 CPU = torch.device("cpu")
@@ -16,33 +19,37 @@ CPU = torch.device("cpu")
 
 def here(stage):
     return stage
-CORPUS = Corpus([], None, "print", False)
+
+
+def config_of(cfg=TINY) -> Config:
+    return Config(model=cfg, train=TrainConfig(seed=1))
+
+
+def facts(cfg=TINY) -> checkpoint.Facts:
+    return checkpoint.Facts(config_of(cfg), new_schedule(OptimConfig(), 10), "print", "tokenizer", False)
 
 
 def trained(cfg=TINY, steps: int = 2):
-    config = Config(model=cfg, train=TrainConfig(seed=1))
-    state, step = init_state(config, 10, CPU), make_step(config, 10, CPU)
+    config = config_of(cfg)
+    state, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
     for i in range(steps):
         state, _ = step(state, torch.randint(64, (1, 2, 9), generator=generator(i)))
     return state
 
 
-def save(run: Path, *steps_and_losses, keep: int = 2, state=None):
-    from dataclasses import replace
-
-    state = state or trained()
+def save(run: Path, *steps_and_losses, keep: int = 2, state=None, cfg=TINY):
+    state = state or trained(cfg)
     writer = checkpoint.manager(run, keep)
     for step, loss in steps_and_losses:
-        checkpoint.save(writer, replace(state, step=step), CORPUS, loss)
-    checkpoint.finish(writer)
-    writer.close()
+        checkpoint.save(writer, replace(state, step=step, updates=min(step, state.updates)), facts(cfg), loss, 5.0)
+    checkpoint.close(writer)
     return state
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     cfg = CASES["hybrid-ssm"]
-    state = save(tmp_path, (2, 1.0), state=trained(cfg))
-    back, meta = checkpoint.restore(tmp_path, 2, Config(model=cfg), here)
+    state = save(tmp_path, (2, 1.0), cfg=cfg)
+    back, meta = checkpoint.restore(tmp_path, 2, config_of(cfg), here)
     assert (back.step, back.updates, back.tokens, back.seed) == (2, state.updates, state.tokens, 1)
     assert meta["fingerprint"] == "print"
     for before, after in ((state.params, back.params), (state.opt_state, back.opt_state)):
@@ -55,10 +62,10 @@ def test_saving_is_not_disturbed_by_training_on(tmp_path):
     state = trained()
     truth = tree.map(torch.clone, state.params)
     writer = checkpoint.manager(tmp_path, 1)
-    checkpoint.save(writer, state, CORPUS, None)
+    checkpoint.save(writer, state, facts(), None, None)
     tree.map(lambda p: p.fill_(7), state.params)
     checkpoint.finish(writer)
-    back, _ = checkpoint.restore(tmp_path, 2, Config(model=TINY), here)
+    back, _ = checkpoint.restore(tmp_path, 2, config_of(), here)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(truth), tree.leaves(back.params), strict=True))
 
 
@@ -95,9 +102,9 @@ def test_a_flipped_byte_is_noticed_and_the_way_out_named(tmp_path, item):
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     with pytest.raises(checkpoint.CheckpointError) as e:
-        checkpoint.restore(tmp_path, 2, Config(model=TINY), here)
+        checkpoint.restore(tmp_path, 2, config_of(), here)
     assert "step_00000002 is damaged" in str(e.value) and "go on from step 1" in str(e.value) and "\n" not in str(e.value)
-    checkpoint.restore(tmp_path, 1, Config(model=TINY), here)
+    checkpoint.restore(tmp_path, 1, config_of(), here)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "file missing", "item missing", "meta missing"])
@@ -110,21 +117,17 @@ def test_other_damage_is_one_line_too(tmp_path, damage):
     elif damage == "file missing":
         victim.unlink()
     else:
-        import shutil
-
         shutil.rmtree(folder / ("params" if damage == "item missing" else "meta"))
     with pytest.raises(checkpoint.CheckpointError) as e:
-        checkpoint.restore(tmp_path, 1, Config(model=TINY), here)
+        checkpoint.restore(tmp_path, 1, config_of(), here)
     assert "damaged" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     save(tmp_path, (1, None))
-    from dataclasses import replace
-
     for other in (replace(TINY, d_model=64), replace(TINY, n_layers=1), replace(TINY, n_layers=3), replace(TINY, kind="softmax")):
         with pytest.raises(checkpoint.CheckpointError):
-            checkpoint.restore(tmp_path, 1, Config(model=other), here)
+            checkpoint.restore(tmp_path, 1, config_of(other), here)
 
 
 def test_a_step_is_never_overwritten_in_silence(tmp_path):
@@ -146,5 +149,5 @@ def test_a_full_disk_is_found_before_anything_is_half_written(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(checkpoint.CheckpointError) as e:
         save(tmp_path, (2, None))
-    assert "no space left on the disk" in str(e.value) and "the last good one is step 1" in str(e.value) and "--resume" in str(e.value)
+    assert "no space left on the disk" in str(e.value) and "the last good checkpoint is" in str(e.value) and "step_00000001" in str(e.value) and "--resume" in str(e.value)
     assert checkpoint.steps(tmp_path) == [1]

@@ -45,7 +45,7 @@ def test_updating_leaf_by_leaf_equals_updating_at_once():
 
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
-    rule, ends = optim.optimizer(OptimConfig(state=state), 10), []
+    rule, ends = optim.optimizer(cfg := OptimConfig(state=state), optim.new_schedule(cfg, 10)), []
     for bad in (math.nan, math.inf, 0.0):
         w = [rule.keep(normal(3, 256, seed=1).float()), rule.keep(normal(256, seed=2).float())]
         moments, options = rule.init(w), dict(decay=[True, False], origin=torch.tensor([1, 2]))
@@ -57,10 +57,27 @@ def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
 
 
 def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
-    lr = optim.schedule(OptimConfig(lr=1.0, warmup_steps=10, lr_floor=0.1), 110)
+    cfg = OptimConfig(lr=1.0, warmup_steps=10, lr_floor=0.1)
+    lr = optim.learning_rate(optim.new_schedule(cfg, 110), cfg)
     assert lr(0) == pytest.approx(0.1) and lr(9) == pytest.approx(1.0) and lr(10) == pytest.approx(1.0)
     assert lr(60) == pytest.approx(0.55) and lr(110) == pytest.approx(0.1) and lr(500) == pytest.approx(0.1)
-    assert optim.schedule(OptimConfig(lr=1.0), 5)(0) == pytest.approx(1.0)  # a tenth of five steps, at least one
+    lr = optim.learning_rate(optim.new_schedule(OptimConfig(lr=1.0), 5), OptimConfig(lr=1.0))
+    assert lr(0) == pytest.approx(1.0)  # a tenth of five steps, at least one
+
+
+@pytest.mark.parametrize(("step", "total"), [(5, 1000), (20, 1000), (100, 1000), (100, 120), (60, 80)])
+def test_an_extended_schedule_neither_jumps_nor_warms_up_again(step, total):
+    """A run of 100 steps, 10 of warm-up, that is to end at another step from `step` on."""
+    cfg = OptimConfig(lr=0.3, lr_floor=0.1)
+    before = optim.new_schedule(cfg, 100)
+    after = optim.extended(before, cfg, step, total)
+    old, new = optim.learning_rate(before, cfg), optim.learning_rate(after, cfg)
+    assert new(step) == pytest.approx(old(step)) and new(total) == pytest.approx(0.03)
+    assert all(new(s) == old(s) for s in range(min(step, 10)))
+    rates = [new(s) for s in range(max(step, 10), total + 1)]
+    assert all(a >= b - 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.3 * math.pi / 2 / (total - max(step, 10)) * 1.01
+    assert optim.extended(before, cfg, step, total) == after
 
 
 def grads() -> dict:

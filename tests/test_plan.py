@@ -37,7 +37,7 @@ def test_planned_activations_are_those_that_autograd_saves(cfg):
 
 def test_planned_weights_and_moments_are_those_of_the_state():
     settings = config(CASES["hybrid-ssm"])
-    state = init_state(settings, 10, torch.device("cpu"))
+    state = init_state(settings, torch.device("cpu"))
     device, host = plan.plans(settings, torch.float32)
     assert device.weights == sum(p.nbytes for p in tree.leaves(state.params))
     assert device.optimizer == sum(p.nbytes for p in tree.leaves(state.opt_state))

@@ -15,6 +15,7 @@ from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
 from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared
 from hyperlm.loss import IGNORE
+from hyperlm.optim import new_schedule
 from hyperlm.plan import WORKSPACE, visiting, visits
 from hyperlm.residence import host, traffic
 from hyperlm.state import State
@@ -33,11 +34,11 @@ def tokens_of(*shape: int, seed: int = 0, vocabulary: int = 64) -> torch.Tensor:
 
 
 def after(cfg: Config, batches: list[torch.Tensor]):
-    state, step = init_state(cfg, 100, CPU), make_step(cfg, 100, CPU)
+    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
     metrics = None
     for batch in batches:
         state, metrics = step(state, batch)
-    return make_settle(cfg, 100, CPU)(state), metrics
+    return make_settle(cfg, new_schedule(cfg.optim, 100), CPU)(state), metrics
 
 
 def test_loss_is_that_of_the_next_token(cfg):
@@ -78,8 +79,8 @@ def test_micro_batches_of_unequal_length_weigh_by_their_tokens():
 def test_a_non_finite_step_changes_no_parameter_and_is_counted(residence):
     cfg = config()
     cfg = replace(cfg, train=replace(cfg.train, residence=residence))
-    settle = make_settle(cfg, 100, CPU)
-    state, step = init_state(cfg, 100, CPU), make_step(cfg, 100, CPU)
+    settle = make_settle(cfg, new_schedule(cfg.optim, 100), CPU)
+    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
     state, _ = step(state, tokens_of(1, 2, 9))
     state = settle(state)
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
@@ -97,7 +98,7 @@ def test_a_non_finite_step_changes_no_parameter_and_is_counted(residence):
 def test_on_random_tokens_the_loss_stays_at_chance(cfg):
     """Fresh random tokens every step hold nothing to learn; a loss below ln V would mean that the model sees its targets."""
     cfg = config(cfg, lr=3e-3)
-    state, step, losses = init_state(cfg, 60, CPU), make_step(cfg, 60, CPU), []
+    state, step, losses = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 60), CPU), []
     for i in range(60):
         state, metrics = step(state, tokens_of(1, 8, 49, seed=i))
         losses.append(metrics["loss"].item())
@@ -108,7 +109,7 @@ def test_on_random_tokens_the_loss_stays_at_chance(cfg):
 def test_what_can_be_learned_is_learned(cfg):
     """Every second token repeats the one two before it: half of the tokens cost nothing, half cost ln V."""
     cfg = config(cfg, lr=5e-3)
-    state, step = init_state(cfg, 120, CPU), make_step(cfg, 120, CPU)
+    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 120), CPU)
     for i in range(120):
         start = tokens_of(1, 8, 1, seed=i)
         batch = (start + 3 * torch.arange(25)) % 64  # each token is three more than the last
@@ -202,7 +203,7 @@ def test_weights_that_moved_too_far_are_corrected(coded):
     settings, batches, ends = in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)], []
     for ahead in (False, True):
         coded(ahead)
-        step, settle, state, losses = make_step(settings, 100, CPU), make_settle(settings, 100, CPU), init_state(settings, 100, CPU), []
+        step, settle, state, losses = make_step(settings, new_schedule(settings.optim, 100), CPU), make_settle(settings, new_schedule(settings.optim, 100), CPU), init_state(settings, CPU), []
         for i, batch in enumerate(batches):
             state, metrics = step(replace(state, clipped=False), batch)  # as after a step that was not: so weights move ahead
             assert state.clipped and state.pending.what == (CORRECTION if ahead else ALL)
@@ -220,7 +221,7 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
     """The embedding's gradient alone has no finite norm, and it is found last: by then all other weights have moved."""
     coded(True)
     cfg = in_host(config(state="int8", clip=0.2))
-    step, settle, state = make_step(cfg, 100, CPU), make_settle(cfg, 100, CPU), init_state(cfg, 100, CPU)
+    step, settle, state = make_step(cfg, new_schedule(cfg.optim, 100), CPU), make_settle(cfg, new_schedule(cfg.optim, 100), CPU), init_state(cfg, CPU)
     state, _ = step(state, tokens_of(1, 2, 9))
     state = settle(state)
     embed = state.params["embed"]
@@ -244,8 +245,8 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
 
 def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
     cfg, batches = in_host(config()), [tokens_of(2, 2, 17, seed=i) for i in range(4)]
-    settle, step = make_settle(cfg, 100, CPU), make_step(cfg, 100, CPU)
-    state = init_state(cfg, 100, CPU)
+    settle, step = make_settle(cfg, new_schedule(cfg.optim, 100), CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
+    state = init_state(cfg, CPU)
     for batch in batches:
         state, _ = step(state, batch)
         assert state.pending is not None
@@ -256,8 +257,8 @@ def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
 
 def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
     settings = in_host(config(cfg))
-    state, tokens = init_state(settings, 10, CPU), tokens_of(2, 9)
-    params = weights(settings, state.params, CPU)
+    state, tokens = init_state(settings, CPU), tokens_of(2, 9)
+    params = weights(settings, state, CPU)
     for _ in range(2):
         assert torch.equal(model.apply(params, tokens, cfg), model.apply(state.params, tokens, cfg))
 
@@ -267,8 +268,8 @@ def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
     """Pass after pass without waiting for the device."""
     device = torch.device("cuda", 0)
     settings, tokens = in_host(config(cfg)), tokens_of(64, 257).to(device)
-    state = init_state(settings, 10, device)
-    params = weights(settings, state.params, device)
+    state = init_state(settings, device)
+    params = weights(settings, state, device)
     with torch.no_grad():
         found = [model.apply(params, tokens, cfg) for _ in range(8)]
     at_hand = {"embed": params["embed"], "blocks": [tree.map(torch.clone, block) for block in params["blocks"]], "head": params["head"]}
@@ -276,7 +277,7 @@ def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
 
 
 def losses_on(device: torch.device, settings: Config) -> list[float]:
-    state, step, out = init_state(settings, 100, device), make_step(settings, 100, device), []
+    state, step, out = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 100), device), []
     for i in range(10):
         state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
         out.append(metrics["loss"].item())
@@ -307,7 +308,7 @@ def test_a_step_allocates_what_is_planned(optim, budget):
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    state, step = init_state(settings, 10, device), make_step(settings, 10, device)
+    state, step = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 10), device)
     for i in range(4):
         state, _ = step(state, tokens_of(8, 2, 513, seed=i, vocabulary=cfg.vocab_size))
         if i == 0:  # which takes all at once
@@ -325,7 +326,7 @@ def test_steps_allocate_at_the_same_addresses(optim):
         optim=OptimConfig(clip=1e-3, **optim),
     )
     device = torch.device("cuda", 0)
-    state, step = init_state(cfg, 10, device), make_step(cfg, 10, device)
+    state, step = init_state(cfg, device), make_step(cfg, new_schedule(cfg.optim, 10), device)
     found = []
     for i in range(5):
         if i > 1:  # after a first step, which takes what stays, and one after that, which is the first clipped one

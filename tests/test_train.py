@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, SMALLEST
+from conftest import CASES, SMALLEST, TINY
 
 import train
-from hyperlm import checkpoint, cli, data, runs, tree
+from configs import Config
+from hyperlm import checkpoint, cli, data, health, runs, startup, tree
+from hyperlm.state import State
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -144,9 +147,9 @@ def test_extending_a_run_goes_on_from_its_end(prose, capsys):
     assert runs.read_config(Path("runs/a")).train.steps == 5
 
 
-def popen(prose: Path, name: str, *more: str) -> subprocess.Popen:
+def popen(prose: Path, name: str, *more: str, stderr: int = subprocess.STDOUT) -> subprocess.Popen:
     command = [sys.executable, str(REPOSITORY / "train.py"), *SMALLEST, "--data.sources", str(prose), "--name", name, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
 
 
 def wait_for(process: subprocess.Popen, text: str) -> str:
@@ -161,7 +164,7 @@ def wait_for(process: subprocess.Popen, text: str) -> str:
 LONG = ["--train.steps", "40", "--ckpt.every", "5", "--ckpt.keep", "9", "--eval.every", "100", "--data.seq-len", "64"]
 
 
-@pytest.mark.parametrize(("ending", "more"), [(signal.SIGTERM, [*HOST, "int8"]), (signal.SIGINT, [])])
+@pytest.mark.parametrize(("ending", "more"), [(signal.SIGTERM, [*HOST, "int8"]), (signal.SIGINT, []), (signal.SIGHUP, [])])
 def test_a_stopped_run_saves_and_resumes_exactly(prose, ending, more):
     assert start(prose, "whole", *LONG, *more) == 0
     process = popen(prose, "parts", *LONG, *more)
@@ -174,6 +177,100 @@ def test_a_stopped_run_saves_and_resumes_exactly(prose, ending, more):
     assert 7 <= stopped < 40
     assert call("--resume", "runs/parts") == 0
     assert losses("whole") == losses("parts") and same(final("whole"), final("parts"))
+
+
+def test_a_closed_pipe_stops_a_run_as_a_signal_does(prose):
+    assert start(prose, "whole", *LONG) == 0
+    process = popen(prose, "parts", *LONG, stderr=subprocess.PIPE)
+    wait_for(process, "step  3/40")
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert error.strip() == "SIGPIPE: finishing the step and saving; once more to stop at once"
+    assert 3 <= checkpoint.latest(Path("runs/parts")) < 40
+    assert call("--resume", "runs/parts") == 0
+    assert losses("whole") == losses("parts") and same(final("whole"), final("parts"))
+
+
+PLACES = {"reading": "data.prepare", "initialising": "init_state", "storing what was initialised": "env.describe"}
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_before_the_loop_ends_with_a_line_and_leaves_nothing(prose, monkeypatch, capsys, ending, place):
+    monkeypatch.setattr(f"train.{PLACES[place]}", lambda *a, **k: os.kill(os.getpid(), ending))
+    assert start(prose, "a", "--train.steps", "2") == 128 + ending
+    error = capsys.readouterr().err.strip()
+    assert error in (f"stopped by {ending.name}", "interrupted") and not Path("runs").exists()
+
+
+def test_a_signal_while_a_run_is_restored_changes_nothing(prose, monkeypatch, capsys):
+    assert start(prose, "a", "--train.steps", "1") == 0
+    before = {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()}
+    monkeypatch.setattr("train.checkpoint.restore", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM))
+    assert call("--resume", "runs/a", "--train.steps", "3") == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip() == "stopped by SIGTERM"
+    assert {path: path.read_bytes() for path in Path("runs/a").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_during_imports_is_one_line(ending):
+    script = "import time\nfrom hyperlm import startup\nstartup.quiet(); print('in', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    child.stdout.readline()
+    child.send_signal(ending)
+    assert child.stderr.read().strip() == f"stopped by {ending.name}" and child.wait(20) == 128 + ending
+
+
+@pytest.mark.parametrize("command", ["train.py", "bench.py", "chat.py"])
+def test_every_command_is_quiet_before_its_slow_imports(command):
+    """The first of them is not there: one line with what installs it."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"import runpy, sys; sys.modules['torch'] = None; sys.argv = [{command!r}]; runpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert child.returncode == 2 and child.stderr.startswith("error: the package torch is missing: pip install torch") and len(child.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("module", "package"), [("tensorboard.compat", "tensorboard"), ("tyro", "tyro"), ("orbax.checkpoint", "orbax-checkpoint"), ("tokenizers", "tokenizers"), ("matplotlib", "matplotlib")])
+def test_a_missing_package_is_named_with_what_installs_it(module, package, capsys, monkeypatch):
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    startup.explained(ModuleNotFoundError, ModuleNotFoundError(f"No module named {module!r}", name=module), None)
+    assert f"pip install {package}," in capsys.readouterr().err and codes == [2]
+
+
+def test_one_run_has_one_writer(prose, capsys):
+    """A second process says who trains there, and changes nothing: records and checkpoints of the first are complete."""
+    assert start(prose, "whole", *LONG) == 0
+    process = popen(prose, "a", *LONG)
+    wait_for(process, "step  7/40")
+    for command in (["--resume", "runs/a"], ["--resume", "runs/a", "--train.steps", "80"], [*SMALLEST, "--data.sources", prose, "--name", "a"]):
+        assert call(*command) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and (f"process {process.pid} on {platform.node()}" in error or "runs/a exists: continue it with" in error)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and losses("whole") == losses("a") and same(final("whole"), final("a"))
+    assert list(losses("a")) == list(range(1, 41)) and call("--resume", "runs/a") == 0
+
+
+def test_a_lock_is_gone_with_its_process(prose):
+    process = popen(prose, "a", *LONG)
+    wait_for(process, "step 13/40")
+    assert runs.is_owned(Path("runs/a"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not runs.is_owned(Path("runs/a")) and call("--resume", "runs/a", "--train.steps", "20") == 0
+
+
+def test_a_name_that_is_taken_is_found_before_text_is_read(prose, capsys, monkeypatch):
+    assert start(prose, "a", "--train.steps", "1") == 0
+    (Path("runs") / "b").mkdir()
+    monkeypatch.setattr(data, "prepare", lambda *a: pytest.fail("text was read"))
+    for name, message in (("a", "continue it with --resume runs/a"), ("b", "never saved anything: remove it (rm -r runs/b)")):
+        capsys.readouterr()
+        assert start(prose, name) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
@@ -214,7 +311,7 @@ def test_records_of_lost_steps_are_made_again_and_not_twice(prose):
 
 def test_the_command_line_beats_the_preset():
     for argv in (["--preset", "small", "--model.n-layers", "3"], ["--model.n-layers", "3", "--preset=small"]):
-        _, config = train.parse(argv)
+        _, config, _ = train.parse(argv)
         assert (config.model.n_layers, config.model.d_model) == (3, 256)
     assert train.parse([])[1].model.d_model == 512
     assert train.parse(["--data.tokenizer", "bytes"])[1].model.vocab_size == 320
@@ -253,6 +350,16 @@ MISTAKES = {
     "heads that do not divide": (["--model.head-dim", "48"], "must be a multiple"),
     "odd head": (["--model.d-model", "64", "--model.head-dim", "1"], "at least 4"),
     "negative rate": (["--optim.lr", "-1"], "above 0"),
+    "rate beyond fp32": (["--optim.lr", "1e38"], "at most 1e+30"),
+    "rate beyond fp64": (["--optim.lr", "1e400"], "finite"),
+    "rate that is no number": (["--optim.lr", "nan"], "finite"),
+    "endless epochs": (["--train.epochs", "inf"], "finite"),
+    "clipping by infinity": (["--optim.clip", "inf"], "finite"),
+    "seed beyond 64 bits": (["--train.seed", "99999999999999999999999"], "at most"),
+    "ten million layers": (["--model.n-layers", "10000000"], "at most 10,000"),
+    "run of an empty variable": (["--resume", ""], "--resume needs a value"),
+    "run of an empty variable, =": (["--resume="], "--resume needs a value"),
+    "preset of an empty variable": (["--preset="], "--preset needs a value"),
     "no layers": (["--model.n-layers", "0"], "at least 1"),
     "no steps": (["--train.epochs", "0"], "--train.epochs"),
     "dropout of one": (["--model.dropout", "1"], "below 1"),
@@ -286,7 +393,7 @@ def test_a_run_is_never_overwritten(prose, capsys):
 
 def test_a_resumed_run_refuses_what_would_make_it_another(prose, capsys):
     assert start(prose, "a", "--train.steps", "2") == 0
-    for flag, value in (("--model.n-layers", "3"), ("--train.seed", "9"), ("--data.seq-len", "16"), ("--optim.lr", "0.5")):
+    for flag, value in (("--model.n-layers", "3"), ("--train.seed", "9"), ("--data.seq-len", "16"), ("--optim.state", "int8"), ("--train.grad-accum", "3")):
         assert call("--resume", "runs/a", "--train.steps", "4", flag, value) == 2
         assert flag in capsys.readouterr().err
     prose.write_text(prose.read_text() + "\n\nchanged")
@@ -302,10 +409,10 @@ def test_damaged_runs_are_one_line(prose, capsys):
     assert call("--resume", "runs/a", "--train.steps", "4") == 2
     error = capsys.readouterr().err.strip()
     assert "step_00000002 is damaged" in error and "go on from step 1" in error and len(error.splitlines()) == 1
+    shutil.rmtree("runs/a/checkpoints")
     Path("runs/a/config.json").write_text("{")
     assert call("--resume", "runs/a") == 2
     assert "config.json is damaged" in capsys.readouterr().err
-    shutil.rmtree("runs/a/checkpoints")
     Path("runs/b").mkdir()
     assert call("--resume", "runs/b") == 2
     assert "not a run" in capsys.readouterr().err
@@ -315,7 +422,88 @@ def test_a_run_that_diverges_ends_with_a_clear_line(prose, capsys):
     code = start(prose, "a", "--train.steps", "60", "--ckpt.every", "5", "--optim.lr", "1e30", "--optim.clip", "0", "--eval.sample-tokens", "0", "--eval.every", "60")
     assert code == 2
     error = capsys.readouterr().err.strip()
-    assert "no finite loss or gradient for 5 steps" in error and "last good checkpoint" in error and len(error.splitlines()) == 1
+    assert "no finite loss or gradient for 5 steps" in error and "no checkpoint was good enough to save" in error and len(error.splitlines()) == 1
+
+
+DIVERGING = ["--ckpt.every", "1", "--eval.every", "2"]
+
+
+@pytest.mark.parametrize("steps", ["3", "12"])
+def test_weights_that_diverged_take_the_place_of_nothing(prose, capsys, steps):
+    """Trained well for four steps, then at a rate that no weights survive: until the end, and until too many steps were bad."""
+    assert start(prose, "a", "--train.steps", "4", *DIVERGING) == 0
+    good = checkpoint.steps(Path("runs/a"))
+    capsys.readouterr()
+    assert call("--resume", "runs/a", "--train.steps", 4 + int(steps), "--optim.lr", "1e30") == 2
+    said = capsys.readouterr()
+    error = said.err.strip()
+    assert checkpoint.steps(Path("runs/a")) == good and "not saved  step 5: " in said.out
+    assert error.startswith("error: diverged by step") and "runs/a/checkpoints/step_00000004: go on" in error and len(error.splitlines()) == 1
+    assert checkpoint.read_meta(Path("runs/a"), 4)["loss"] < 7 and checkpoint.best(Path("runs/a")) == 4
+    assert not {"NaN", "Infinity"} & set(Path("runs/a/metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
+    advice = error.split("python train.py ")[1].split()
+    assert call(*advice, "--optim.lr", "1e-3") == 0 and final("a").step == 4 + int(steps)
+
+
+def test_a_run_that_never_was_good_says_so(prose, capsys):
+    assert start(prose, "a", "--train.steps", "3", "--optim.lr", "1e30", *DIVERGING) == 2
+    error = capsys.readouterr().err.strip()
+    assert "diverged by step 3" in error and "rm -r runs/a" in error and len(error.splitlines()) == 1 and checkpoint.steps(Path("runs/a")) == []
+
+
+@pytest.mark.parametrize(
+    ("loss", "before", "verdict"),
+    [
+        (3.0, [3.5, 2.9], ""),
+        (4.8, [2.9], ""),
+        (5.0, [2.9], "far above 2.90"),
+        (6.0, [], ""),
+        (6.3, [], "that of guessing, 4.16"),  # log 64
+        (math.nan, [3.0], "its loss is nan"),
+        (math.inf, [], "its loss is inf"),
+    ],
+)
+def test_a_state_is_worth_saving_if_its_loss_is_near_the_lowest(loss, before, verdict):
+    state = State(*([{"a": torch.ones(3)}] * 2), step=1, updates=1, tokens=1, seed=0)
+    flaw = health.flaw(state, loss, before, Config(model=TINY))
+    assert verdict in flaw and bool(flaw) == bool(verdict)
+
+
+def test_a_number_that_is_not_finite_anywhere_in_a_state_is_a_flaw():
+    for bad in (math.nan, math.inf, -math.inf):
+        for where in (0, 1):
+            trees = [{"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.uint8)} for _ in range(2)]
+            assert health.all_finite(State(*trees, step=1, updates=1, tokens=1, seed=0))
+            trees[where]["a"][1] = bad
+            assert not health.all_finite(State(*trees, step=1, updates=1, tokens=1, seed=0))
+
+
+def test_a_resumed_run_may_change_its_future(prose, capsys):
+    assert start(prose, "a", "--train.steps", "2", "--optim.warmup-steps", "1") == 0
+    changes = ["--train.steps", "4", "--optim.lr", "5e-4", "--optim.clip", "2", "--optim.weight-decay", "0", "--train.batch-size", "8", "--train.grad-accum", "1"]
+    capsys.readouterr()
+    assert call("--resume", "runs/a", *changes, "--eval.every", "1") == 0
+    assert "rate       " in capsys.readouterr().out
+    kept = runs.read_config(Path("runs/a"))
+    assert (kept.optim.lr, kept.optim.clip, kept.train.batch_size, kept.train.grad_accum) == (5e-4, 2.0, 8, 1)
+    started, resumed = map(json.loads, Path("runs/a/history.jsonl").read_text().splitlines())
+    assert started["step"] == 0 and resumed["step"] == 2 and resumed["changes"]["optim.lr"] == [1e-3, 5e-4] and "--optim.clip 2" in resumed["command"]
+    assert final("a").step == 4
+
+
+def test_extending_a_run_does_not_raise_its_rate(prose, capsys):
+    """From the end of a cosine, and from the middle of one; and a run that was extended is resumed exactly."""
+    flags = "--optim.warmup-steps", "2", "--ckpt.every", "5", "--ckpt.keep", "9"
+    assert start(prose, "a", "--train.steps", "10", *flags) == 0
+    capsys.readouterr()
+    assert call("--resume", "runs/a", "--train.steps", "20") == 0
+    assert "from there on, 1.00e-04 at step 20" in capsys.readouterr().out
+    rates = {r["step"]: r["lr"] for r in map(json.loads, Path("runs/a/metrics.jsonl").read_text().splitlines()) if "lr" in r}
+    assert all(rates[step + 1] <= rates[step] + 1e-12 for step in range(2, 20)) and rates[11] == pytest.approx(1e-4)
+    whole, end = losses("a"), final("a")
+    shutil.rmtree("runs/a/checkpoints/step_00000020")
+    assert call("--resume", "runs/a") == 0
+    assert losses("a") == whole and same(final("a"), end)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])

@@ -8,6 +8,7 @@ from configs import Config, Kind
 from hyperlm import env, plan
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import seconds
+from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 
 
@@ -27,7 +28,7 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
     }
     if device.type == "cuda" and t.device_memory:
         env.limit_memory(device, allowed)
-    state, step, done = init_state(config, 1000, device), make_step(config, 1000, device), 0
+    state, step, done = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device), 0
     shape = t.grad_accum, t.batch_size, config.data.seq_len + 1
 
     def once() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from configs import Config, Kind
 from hyperlm import env, model, tree
 from hyperlm.bench.report import Plot, Result, Row
+from hyperlm.optim import new_schedule
 from hyperlm.precision import compute_copy
 from hyperlm.step import init_state, make_step
 
@@ -44,8 +45,8 @@ def measure(config: Config, device: torch.device, n: int, tokens: int, budget: f
     row: Row = {"model": config.model.kind, "parameters": tree.count(model.declaration(config.model)), "batch": b, "length": n}
     try:
         batch = torch.randint(config.model.vocab_size, (1, b, n + 1), generator=torch.Generator().manual_seed(n)).to(device)
-        state = init_state(config, 1000, device)
-        step = make_step(config, 1000, device)
+        state = init_state(config, device)
+        step = make_step(config, new_schedule(config.optim, 1000), device)
         params = compute_copy(state.params, env.compute_dtype(device))
 
         @torch.no_grad()

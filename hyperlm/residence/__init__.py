@@ -1,4 +1,4 @@
-"""Where parameters live during a step. Each module's `make_advance(cfg, total, device)` builds the same function
+"""Where parameters live during a step. Each module's `make_advance(cfg, schedule, device)` builds the same function
 
     (state, batch (A, B, N+1), keys (A), count) -> (state, nats, norm, finite)
 

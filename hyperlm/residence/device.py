@@ -11,7 +11,7 @@ from hyperlm import kernels, model, tree
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
-from hyperlm.optim import clip, optimizer, origins
+from hyperlm.optim import Schedule, clip, optimizer, origins
 from hyperlm.precision import compute_copy, summed
 from hyperlm.state import State
 from hyperlm.tree import Tree
@@ -60,8 +60,8 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
     return gradients
 
 
-def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
-    gradients, rule = make_gradients(cfg, device), optimizer(cfg.optim, total, cfg.kernels)
+def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advance:
+    gradients, rule = make_gradients(cfg, device), optimizer(cfg.optim, schedule, cfg.kernels)
     measured = kernels.table(("norm",), device, cfg.kernels)["norm"]
     declared = model.declaration(cfg.model)
     decay = tree.map(lambda spec: spec.decay, declared)

@@ -32,7 +32,7 @@ from hyperlm import kernels, model, tree
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
 from hyperlm.loss import head_nats
-from hyperlm.optim import clip_factors, optimizer, origins, signed
+from hyperlm.optim import Schedule, clip_factors, optimizer, origins, signed
 from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, taken_at_once, visits, widths_read
 from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
@@ -53,9 +53,9 @@ def in_host_memory(stage: Tree, device: torch.device, *, copy: bool = True) -> T
     return slab.packed(stage, pin=pin) if copy else slab.views(slab.allocate(slab.size(stage), slab.CPU, pin=pin), stage)
 
 
-def make_settle(cfg: Config, total: int, device: torch.device) -> Callable[[State], State]:
+def make_settle(cfg: Config, schedule: Schedule, device: torch.device) -> Callable[[State], State]:
     """settle(state) -> state, the update that is pending made."""
-    rule = optimizer(cfg.optim, total, cfg.kernels)
+    rule = optimizer(cfg.optim, schedule, cfg.kernels)
     decays = tree.map(lambda spec: spec.decay, model.declaration(cfg.model))
 
     def settle(state: State) -> State:
@@ -90,7 +90,7 @@ def moves_ahead(config: Config, dtype: torch.dtype) -> bool:
 # -- the step --------------------------------------------------------------------------------------------------------------------------
 
 
-def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
+def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advance:
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
@@ -126,7 +126,7 @@ def make_advance(cfg: Config, total: int, device: torch.device) -> Advance:
                 torch.autograd.grad(2 * (number @ number), number)  # cuBLAS takes memory to work in, once forward and once backward
             micro_batches, b, n = batch[:, :, 1:].shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
-            traffic = Traffic(cfg, total, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
+            traffic = Traffic(cfg, schedule, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
             inputs = Inputs(traffic, plan.kept, grouping * read, dtype)
         traffic.expect(state, unchanged=newest is not None and state.pending is newest)
 

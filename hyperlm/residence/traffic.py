@@ -16,7 +16,7 @@ from torch import Tensor
 from configs import Config
 from hyperlm import kernels, model, tree
 from hyperlm.kernels.reference import APART, COUNTERS, MOMENTS, UNDO, WEIGHTS
-from hyperlm.optim import Optimizer, optimizer, origins, sent, signed
+from hyperlm.optim import Optimizer, Schedule, optimizer, origins, sent, signed
 from hyperlm.plan import Plan, shelf_size
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
@@ -101,7 +101,7 @@ class Traffic:
     def __init__(
         self,
         cfg: Config,
-        total: int,
+        schedule: Schedule,
         device: torch.device,
         params: Tree,
         opt_state: Tree,
@@ -114,7 +114,7 @@ class Traffic:
         self.device, self.params = device, params
         self.main, self.into, self.home = Lane(device, own=False), Lane(device), Lane(device)
         self.work = Lane(device, priority=-1)
-        self.optimizer: Optimizer = optimizer(cfg.optim, total, cfg.kernels)
+        self.optimizer: Optimizer = optimizer(cfg.optim, schedule, cfg.kernels)
         self.ops = kernels.table(("encode8", "norm"), device, cfg.kernels)
         parts = stages(params)
         self.head = len(parts) - 1

@@ -1,0 +1,33 @@
+"""What a command does before its slow imports, so that a signal or a missing package during them is one line. Imports nothing that is slow itself."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}  # where a package is called otherwise than its module
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def quiet() -> None:
+    """Until `cli.run` takes over: a signal ends the process with one line, and a package that is missing is named with the command that installs it."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, stopped)
+    sys.excepthook = explained
+
+
+def stopped(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)  # at once: exceptions in the middle of an import end up anywhere
+
+
+def explained(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not name or name in ("hyperlm", "configs"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    package = DISTRIBUTIONS.get(name, name)
+    print(f"error: the package {package} is missing: pip install {package}, or all of them in hyperlm's folder: pip install -e .", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
