@@ -4,7 +4,10 @@ The tokenizer travels with a run as tokenizer.json. Text that looks like a speci
 put in by id alone.
 """
 
+import os
+import stat
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,6 +18,8 @@ ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 SPECIALS = [END_OF_TEXT, *(f"<|{role}|>" for role in ROLES), END_OF_TURN]
 FOREIGN_ENDS = ("<|end_of_text|>", "</s>", "<eos>")  # what other tokenizers call the end of a text
+LARGEST_FILE = 64 << 20  # bytes of a tokenizer.json; those of the largest vocabularies take about 35 MB
+LARGEST_ID = 1 << 24  # an embedding has a row for every id up to the largest one
 
 
 class TokenizerError(ValueError):
@@ -29,7 +34,9 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def ready(tokenizer: Tokenizer) -> Tokenizer:
-    """Add what is missing of our special tokens, and keep text from being read as any."""
+    """Add what is missing of our special tokens, keep text from being read as any, and cut or pad no text whatever the file says."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     ends = [END_OF_TEXT, *FOREIGN_ENDS]
     has_end = any(tokenizer.token_to_id(name) is not None for name in ends)
     tokenizer.add_special_tokens([name for name in SPECIALS if not (name == END_OF_TEXT and has_end)])
@@ -60,14 +67,93 @@ def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        TokenizerError: if it is missing or not a tokenizer.
+        TokenizerError: if it is missing, not a tokenizer, or one whose ids are no rows of an embedding.
     """
-    if not Path(path).is_file():
-        raise TokenizerError(f"--data.tokenizer {path}: no such file; give bpe, bytes or the path of a tokenizer.json")
     try:
-        return ready(Tokenizer.from_file(str(path)))
-    except Exception as e:  # the library raises plain Exception
-        raise TokenizerError(f"{path} is not a tokenizer.json ({str(e).splitlines()[0]})") from e
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise TokenizerError(f"{path} is not a tokenizer.json (it is no regular file)")
+        if found.st_size > LARGEST_FILE:
+            raise TokenizerError(f"{path} is not a tokenizer.json ({found.st_size >> 20} MiB; the largest ones have {LARGEST_FILE >> 20})")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        tokenizer = ready(Tokenizer.from_str(text))
+    except FileNotFoundError as e:
+        raise TokenizerError(f"{path}: no such file; a tokenizer is bpe, bytes or the path of a tokenizer.json") from e
+    except OSError as e:
+        raise TokenizerError(f"{path}: cannot be read ({e.strerror})") from e
+    except TokenizerError:
+        raise
+    except BaseException as e:
+        raise reported(e, f"{path} is not a tokenizer.json") from e
+    ids = tokenizer.get_vocab().values()
+    if max(ids) >= LARGEST_ID:
+        raise TokenizerError(f"{path}: has a token with id {max(ids):,}; an embedding would need a row for each id up to that one")
+    if len(set(ids)) < len(ids):
+        raise TokenizerError(f"{path}: two tokens have the same id (of its own, or where special tokens are added into gaps): number them without gaps")
+    return tokenizer
+
+
+def reported(error: BaseException, what: str) -> BaseException:
+    """A TokenizerError for what the library raises, plain Exception or a panic of its Rust; any other BaseException as it is."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return TokenizerError(f"{what} ({(str(error).splitlines() or ['no reason given'])[0][:200]})")
+    return error
+
+
+def save(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a tokenizer.json; unlike the library's own, a failure is an OSError that names the file."""
+    Path(path).write_bytes(tokenizer.to_str(pretty=True).encode())
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest id and one: rows that an embedding needs. Ids may have gaps, so that there may be fewer tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, without special tokens.
+
+    Raises:
+        TokenizerError: if the tokenizer has no token for something in them, and none for what is unknown.
+    """
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except BaseException as e:
+        raise reported(e, "the tokenizer cannot encode this text") from e
+
+
+def losses(tokenizer: Tokenizer, texts: list[str]) -> str:
+    """What encoding and decoding changes in `texts`: one example of what case, spacing or accents it does not keep, "" for nothing.
+
+    Raises:
+        TokenizerError: if letters are lost or unknown.
+    """
+    changed = ""
+    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
+        back = tokenizer.decode(ids, skip_special_tokens=False)
+        if back == text:
+            continue
+        if bare(back) != bare(text):
+            raise TokenizerError(f"the tokenizer does not give this text back: {example(text, back)}; it needs a token for every character or byte")
+        changed = changed or example(text, back)
+    return changed
+
+
+def bare(text: str) -> str:
+    """Letters without their case, accents and spacing."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not c.isspace() and not unicodedata.combining(c))
+
+
+def example(text: str, back: str) -> str:
+    """Where two texts begin to differ."""
+    at = len(os.path.commonprefix([text, back]))
+    here = slice(max(0, at - 10), at + 20)
+    return f"{text[here]!r} comes back as {back[here]!r}"
+
+
+def clean(text: str) -> str:
+    """Text with U+FFFD for lone surrogates, which no encoding has."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
@@ -75,9 +161,14 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     return next(i for name in (END_OF_TEXT, *FOREIGN_ENDS) if (i := tokenizer.token_to_id(name)) is not None)
 
 
+def stop_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids that end a reply: of the end of a text or a turn, and of roles, since what follows these is somebody else's."""
+    return {i for name in (*SPECIALS, *FOREIGN_ENDS) if (i := tokenizer.token_to_id(name)) is not None}
+
+
 def turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     """One message of a conversation: its role's token, the text, the end-of-turn token."""
-    return [*opening(tokenizer, role), *tokenizer.encode(content, add_special_tokens=False).ids, tokenizer.token_to_id(END_OF_TURN)]
+    return [*opening(tokenizer, role), *encode(tokenizer, [content])[0], tokenizer.token_to_id(END_OF_TURN)]
 
 
 def opening(tokenizer: Tokenizer, role: str) -> list[int]:
