@@ -69,17 +69,17 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ("stdlib",)
-    """Training text: files, folders (.txt .md .py .jsonl), `stdlib`, or a recipe (.toml), each with an optional weight: `books:0.7`."""
+    """Training text: files, folders (.txt .md .py .jsonl) or `stdlib`, each with an optional weight: `books:0.7`; or recipes (.toml) of these."""
     val_sources: tuple[str, ...] = ()
     """Validation text of its own. Without it, a share of the documents of `sources` is held out."""
     val_fraction: float = 0.05
-    """Share of documents held out for validation, chosen by a hash of their content."""
+    """Share of the text held out for validation: documents chosen by a hash of their content, or the end of one where there are too few."""
     tokenizer: str = "bpe"
     """`bpe` (trained on the corpus), `bytes`, or the path of a tokenizer.json."""
     seq_len: int = 512
     """Tokens N in a training sequence."""
     max_mib: float = 0.0
-    """Use at most this much text of each source, documents picked by hash; 0 for all of it."""
+    """Use at most this much text of each source: as many documents as fit, in the order of their hashes; 0 for all of it."""
     cache: str = ""
     """Folder of tokenised text; by default $XDG_CACHE_HOME/hyperlm or ~/.cache/hyperlm."""
 
@@ -278,6 +278,7 @@ def resolve(config: Config) -> Config:
     require(m.d_model % 8 == 0, "model.d-model", m.d_model, "must be a multiple of 8, for the low-rank layers")
     require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be at least 0 and below 1")
     require(len(d.sources) > 0, "data.sources", "", "needs at least one file, folder, recipe or `stdlib`")
+    require(d.max_mib == 0 or 0.001 <= d.max_mib < float("inf"), "data.max-mib", d.max_mib, "must be at least 0.001, or 0 for all of the text")
     require(0 < d.val_fraction < 1, "data.val-fraction", d.val_fraction, "must be between 0 and 1")
     require(t.steps > 0 or t.epochs > 0, "train.epochs", t.epochs, "must be above 0 where --train.steps is 0")
     require(o.lr > 0, "optim.lr", o.lr, "must be above 0")

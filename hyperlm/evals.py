@@ -9,6 +9,7 @@ from torch import Tensor
 
 from configs import Config
 from hyperlm import model
+from hyperlm import tokenizer as tok
 from hyperlm.data import Corpus, validation_windows
 from hyperlm.env import progress
 from hyperlm.loss import head_nats
@@ -24,38 +25,54 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         batch: sequences at a time; 0 for those of a micro-batch.
 
     Returns:
-        val_loss (nats a token over all sources), val_ppl, val_bpb (bits per byte of raw text), and with several sources val_bpb/<source>.
+        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), and with several sources
+        val_bpb/<source>. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
     """
+    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     n, batch = config.data.seq_len, batch or config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
     bar = progress(desc="evaluating", total=sum(len(windows) for windows, _ in sets), unit=" seq")
     results: dict[str, float] = {}
-    nats, tokens, size = 0.0, 0, 0
+    nats, tokens, text_nats, size = 0.0, 0, 0.0, 0
     for shard, (windows, source_bytes) in zip(shards, sets, strict=True):
-        source_nats, source_tokens = nats_of(params, windows, config, device, batch, bar.update)
+        source_nats, source_tokens, special_nats = nats_of(params, windows, config, device, batch, apart=special, done=bar.update)
         if len(shards) > 1:
-            results[f"val_bpb/{shard.name}"] = source_nats / math.log(2) / source_bytes
-        nats, tokens, size = nats + source_nats, tokens + source_tokens, size + source_bytes
+            results[f"val_bpb/{shard.name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
+        nats, tokens = nats + source_nats, tokens + source_tokens
+        text_nats, size = text_nats + source_nats - special_nats, size + source_bytes
     bar.close()
     loss = nats / tokens
-    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": nats / math.log(2) / size, **results}
+    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results}
 
 
 @torch.no_grad()
 def nats_of(
-    params: Tree, windows: Tensor, config: Config, device: torch.device, batch: int, done: Callable[[int], object] = lambda count: None
-) -> tuple[float, int]:
-    """Summed nats of the targets of windows (W, N+1), and how many there are; `batch` windows at a time, `done` told of each."""
-    nats, tokens = torch.zeros((), dtype=torch.float64), 0
+    params: Tree,
+    windows: Tensor,
+    config: Config,
+    device: torch.device,
+    batch: int,
+    *,
+    apart: Tensor | None = None,
+    done: Callable[[int], object] = lambda count: None,
+) -> tuple[float, int, float]:
+    """Summed nats of the targets of windows (W, N+1), how many there are, and the nats of those among the ids `apart`.
+
+    `batch` windows at a time; `done` is told of each.
+    """
+    nats, tokens, nats_apart = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64)
     for part in windows.split(batch):
         part = part.to(device)
-        features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels)
-        part_nats, part_tokens = head_nats(features.flatten(0, 1), params["head"]["weight"], part[:, 1:].flatten(), kernels=config.kernels)
+        features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels).flatten(0, 1)
+        targets = part[:, 1:].flatten()
+        part_nats, part_tokens = head_nats(features, params["head"]["weight"], targets, kernels=config.kernels)
         nats += part_nats.cpu()
         tokens += int(part_tokens)
+        if apart is not None and (among := torch.isin(targets, apart)).any():  # few: once more costs next to nothing
+            nats_apart += head_nats(features[among], params["head"]["weight"], targets[among], kernels=config.kernels)[0].cpu()
         done(len(part))
-    return float(nats), tokens
+    return float(nats), tokens, float(nats_apart)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def sample_of(order: Batches, config: Config) -> Tensor:
 
 def loss_of(weights: Tree, sample: Tensor, config: Config, device: torch.device, batch: int) -> float:
     """Nats a token on `sample`; `batch` sequences at a time."""
-    nats, tokens = evals.nats_of(weights, sample, config, device, batch)
+    nats, tokens, _ = evals.nats_of(weights, sample, config, device, batch)
     return nats / tokens
 
 

@@ -63,26 +63,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return ready(tokenizer)
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json.
+def read(path: str | Path) -> bytes:
+    """The bytes of a tokenizer.json.
 
     Raises:
-        TokenizerError: if it is missing, not a tokenizer, or one whose ids are no rows of an embedding.
+        TokenizerError: if there is none, or what is there can be none.
     """
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise TokenizerError(f"{path} is not a tokenizer.json (it is no regular file)")
         if found.st_size > LARGEST_FILE:
-            raise TokenizerError(f"{path} is not a tokenizer.json ({found.st_size >> 20} MiB; the largest ones have {LARGEST_FILE >> 20})")
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        tokenizer = ready(Tokenizer.from_str(text))
+            raise TokenizerError(f"{path} is not a tokenizer.json (it has {found.st_size >> 20} MiB, and none has more than {LARGEST_FILE >> 20})")
+        return Path(path).read_bytes()
     except FileNotFoundError as e:
         raise TokenizerError(f"{path}: no such file; a tokenizer is bpe, bytes or the path of a tokenizer.json") from e
     except OSError as e:
         raise TokenizerError(f"{path}: cannot be read ({e.strerror})") from e
-    except TokenizerError:
-        raise
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        TokenizerError: if it is missing, not a tokenizer, or one whose ids are no rows of an embedding.
+    """
+    raw = read(path)
+    try:
+        tokenizer = ready(Tokenizer.from_str(raw.decode("utf-8-sig")))
     except BaseException as e:
         raise reported(e, f"{path} is not a tokenizer.json") from e
     ids = tokenizer.get_vocab().values()

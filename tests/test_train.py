@@ -18,7 +18,7 @@ from conftest import CASES, SMALLEST, TINY
 
 import train
 from configs import Config
-from hyperlm import checkpoint, cli, data, health, runs, startup, tree
+from hyperlm import checkpoint, cli, data, health, model, runs, startup, tree
 from hyperlm.state import State
 
 REPOSITORY = Path(train.__file__).parent
@@ -76,13 +76,20 @@ def test_a_run_writes_everything_it_promises(prose, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
-def test_bits_per_byte_are_counted_on_raw_bytes(prose):
-    assert start(prose, "a", "--train.steps", "1", "--eval.max-tokens", "0") == 0
-    run = Path("runs/a")
-    shard = data.prepare(runs.read_config(run), say=lambda line: None).shards[0]
-    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    size = shard.val_documents[:, 1].sum()
-    assert record["val_bpb"] == pytest.approx(record["val_loss"] * (len(shard.val) - 1) / math.log(2) / size)
+def test_bits_per_byte_are_those_of_text_alone(prose):
+    assert start(prose, "a", "--train.steps", "1", "--eval.max-tokens", "0", "--data.val-fraction", "0.3") == 0
+    config = runs.read_config(Path("runs/a"))
+    corpus = data.prepare(config, say=lambda line: None)
+    record = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
+    windows, _ = data.validation_windows(corpus.shards[0], 32, 0)
+    targets = windows[:, 1:].flatten()
+    logits = model.apply(final("a").params, windows[:, :-1].clamp(min=0), config.model).flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none").double()
+    text = corpus.tokenizer.decode(targets[targets >= 0].tolist(), skip_special_tokens=True)
+    ends = targets == corpus.tokenizer.token_to_id("<|endoftext|>")
+    assert int(ends.sum()) > 1
+    assert record["val_loss"] == pytest.approx(nats.sum().item() / int((targets >= 0).sum()), rel=1e-5)
+    assert record["val_bpb"] == pytest.approx(nats[~ends].sum().item() / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_losses_fall_on_text(prose):

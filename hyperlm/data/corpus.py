@@ -1,29 +1,31 @@
-"""Documents to tokens: split into train and validation by a hash of their content, tokenised once into memory-mapped shards.
+"""Documents to tokens: tokenised once into memory-mapped shards, in a folder of the cache that is named by what is read and how it is used.
 
-The shards lie in a cache keyed by content; documents are separated by an end-of-text token.
+Documents are separated by an end-of-text token.
 """
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from configs import Config, DataConfig
 from hyperlm import tokenizer as tok
-from hyperlm.data.sources import SUFFIXES, DataError, Document, Source, documents, parse_sources
+from hyperlm.data import cache
+from hyperlm.data.selection import Selection, chosen, drop_copies, hold_out, select
+from hyperlm.data.sources import SUFFIXES, DataError, Document, Readings, Source, documents, notes, parse_sources, summary, with_names
 from hyperlm.env import progress
 
-FORMAT = 1  # of the cache
-BPE_TEXT = 256 << 20  # bytes of text that a tokenizer is trained on
+BPE_TEXT = 256 << 20  # characters of text that a tokenizer is trained on
+AT_ONCE = 1 << 20  # characters that are tokenised at a time
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,108 +47,108 @@ class Corpus:
     chat: bool  # some documents were conversations
 
 
-# -- which documents, and on which side ------------------------------------------------------------------------------------------------
-
-
-class Selection(NamedTuple):
-    """Of one source: a digest of its documents, and for each whether it is used and whether for validation."""
-
-    digest: bytes
-    use: np.ndarray
-    val: np.ndarray
-    order: np.ndarray  # 64 hash bits a document; validation documents stand in this order, so that any prefix is a fair sample
-    size: np.ndarray  # bytes
-
-
-def select_documents(source: Source, cfg: DataConfig, val_fraction: float) -> Selection:
-    """Hash every document; decide by hash alone which are used (`max_mib`) and which are held out."""
-    whole, hashes, sizes = hashlib.blake2b(digest_size=16), [], []
-    for document in progress(documents(source), f"reading {source.name}", unit=" docs"):
-        raw = document.raw
-        digest = hashlib.blake2b(repr(document.messages).encode() + raw, digest_size=16).digest()
-        whole.update(digest)
-        hashes.append(np.frombuffer(digest, np.uint64) if raw else np.zeros(2, np.uint64))
-        sizes.append(len(raw))
-    h, size = np.array(hashes, np.uint64).reshape(-1, 2), np.array(sizes, np.int64)
-    use = size > 0
-    if cfg.max_mib:
-        ranked = np.argsort(h[:, 0], kind="stable")
-        use[ranked] &= np.cumsum(size[ranked]) <= cfg.max_mib * (1 << 20)
-    return Selection(whole.digest(), use, use & (h[:, 1] / 2.0**64 < val_fraction), h[:, 1], size)
-
-
 def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     """Tokenise the sources, or find them in the cache.
+
+    Args:
+        say: is told in one line each what was found, assumed, left out or mended.
 
     Raises:
         DataError: on unusable text; TokenizerError on an unusable tokenizer.
     """
-    cfg = config.data
-    sources = parse_sources(cfg.sources)
-    selections = [select_documents(s, cfg, 0.0 if cfg.val_sources else cfg.val_fraction) for s in sources]
-    for extra in parse_sources(cfg.val_sources):
-        sources.append(extra._replace(weight=None))
-        selections.append(select_documents(extra, cfg, 1.0))
-    for source, selection in zip(sources, selections, strict=True):
-        if not selection.use.any():
-            raise DataError(f"--data.sources {source.path or source.name}: no text in it; it needs {' '.join(SUFFIXES)} files that are not empty")
-    hold_out_one(selections)
+    cfg, readings = config.data, Readings()
+    training, validation = parse_sources(cfg.sources), parse_sources(cfg.val_sources, "--data.val-sources")
+    named = with_names([*training, *(source._replace(weight=None) for source in validation)])
+    training, validation = named[: len(training)], named[len(training) :]
+    parts = [with_text([(s, select(s, cfg.max_mib, readings)) for s in side], flag, say) for side, flag in ((training, "sources"), (validation, "val-sources"))]
+    for line in notes(readings):
+        say(f"reading    {line}")
+    training, selections = [s for s, _ in parts[0]], [x for _, x in parts[0]]
+    held_out = [x._replace(val=x.use) for _, x in parts[1]]
+    if not validation:
+        selections = hold_out(selections, cfg.val_fraction, lambda k, i: nth(documents(training[k], readings), i), say)
+    selections = drop_copies(selections, held_out, say)
+    if not any(s.train.any() for s in selections):
+        raise DataError("all of the text is held out, none is left to train on: add text, or take it out of --data.val-sources")
+    sources, selections = [*training, *(s for s, _ in parts[1])], [*selections, *held_out]
 
-    given = Path(cfg.tokenizer).read_bytes() if os.path.isfile(cfg.tokenizer) else b""
-    settings = [FORMAT, cfg.tokenizer if not given else "file", config.model.vocab_size, cfg.val_fraction, cfg.max_mib, len(cfg.sources)]
-    key = hashlib.blake2b(json.dumps([settings, [s.name for s in sources]]).encode() + given, digest_size=12)
-    for selection in selections:
-        key.update(selection.digest)
-    fingerprint = key.hexdigest()
-
-    folder = cache_folder(cfg) / fingerprint
-    cached = (folder / "meta.json").is_file()
+    folder = cache_folder(cfg) / fingerprint(config, sources, selections)
+    cache.sweep(folder.parent)
+    cached = os.path.lexists(folder)
+    if cached and cache.damage(folder):
+        say(f"cache      {folder}: {'; '.join(cache.damage(folder, whole=True)) or 'changed while it was read'}; made again")
+        cached = False
     if not cached:
-        build(folder, config, sources, selections)
+        build(folder, config, sources, selections, readings, say)
     corpus = load(folder, sources)
+    if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
+        raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer has ids up to {size - 1}; set it to {size} or more")
     say(f"data       {describe(corpus)}{' (cached)' if cached else ''}")
     return corpus
 
 
-def build(folder: Path, config: Config, sources: list[Source], selections: list[Selection]) -> None:
-    """Tokenise into `folder`, whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        try:
-            write(part, config, sources, selections)
-            os.replace(part, folder)
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster: its result is the same
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as e:
-        raise DataError(f"cannot write the cache {folder.parent} ({e.strerror}); free some space or set --data.cache") from e
+def with_text(parts: list[tuple[Source, Selection]], flag: str, say: Callable[[str], None]) -> list[tuple[Source, Selection]]:
+    """The sources that have text. A file without any is left out where others have some.
+
+    Raises:
+        DataError: on a folder without text, or if there is none at all.
+    """
+    empty = [source for source, selection in parts if not selection.use.any()]
+    for source in empty:
+        if len(empty) == len(parts) or source.path is None or source.path.is_dir():
+            raise DataError(f"--data.{flag} {source.path or source.name}: no text in it; it needs {' '.join(SUFFIXES)} files that are not empty")
+    for line in summary([f"{source.name}: left out, no text in it" for source in empty]):
+        say(f"reading    {line}")
+    return [(source, selection) for source, selection in parts if selection.use.any()]
 
 
-def hold_out_one(selections: list[Selection]) -> None:
-    """Where the hash holds out nothing at all, hold out the document with the smallest one."""
-    if any(s.val.any() for s in selections):
-        return
-    used = sum(int(s.use.sum()) for s in selections)
-    if used < 2:
-        raise DataError("the text is one document, and validation needs another: add text or set --data.val-sources")
-    candidates = [(int(s.order[i]), s, i) for s in selections for i in np.flatnonzero(s.use)]
-    _, selection, index = min(candidates, key=lambda c: c[0])
-    selection.val[index] = True
+def nth(documents: Iterator[Document], index: int) -> Document:
+    return next(document for i, document in enumerate(documents) if i == index)
+
+
+def fingerprint(config: Config, sources: list[Source], selections: list[Selection]) -> str:
+    """Of what is read and how it is used: documents and on which side each is, names, the tokenizer."""
+    kind = config.data.tokenizer
+    settings = [cache.FORMAT, kind if kind in ("bpe", "bytes") else "file", config.model.vocab_size if kind == "bpe" else 0, [s.name for s in sources]]
+    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
+    if kind not in ("bpe", "bytes"):
+        key.update(tok.read(kind))
+    for selection in selections:
+        key.update(selection.digest())
+    return key.hexdigest()
 
 
 def cache_folder(cfg: DataConfig) -> Path:
     if cfg.cache:
-        return Path(cfg.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperlm"
+        return Path(os.path.expanduser(cfg.cache))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hyperlm"
 
 
 # -- tokens on disk --------------------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(config: Config, sources: list[Source], selections: list[Selection]) -> Tokenizer:
+def build(
+    folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings, say: Callable[[str], None]
+) -> None:
+    """Tokenise into `folder`, whole or not at all.
+
+    Raises:
+        DataError: if the cache cannot be written.
+    """
+    try:
+        with cache.writing(folder) as part:
+            write(part, config, sources, selections, readings, say)
+    except OSError as e:
+        why, remedy = e.strerror or str(e), "set --data.cache to a folder that can be written"
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            most = 4 * sum(int(s.size[s.use].sum()) for s in selections)  # a token has 4 bytes at most, and a byte of text or more
+            free = shutil.disk_usage(folder.parent).free
+            why += f": {free / MIB:,.1f} MiB are free, and the tokens of this text take {most / MIB:,.1f} at most"
+            remedy = "make room, or set --data.cache to where there is more"
+        raise DataError(f"cannot write the cache {folder.parent} ({why}); {remedy}") from e
+
+
+def make_tokenizer(config: Config, sources: list[Source], selections: list[Selection], readings: Readings) -> Tokenizer:
     if config.data.tokenizer == "bytes":
         return tok.byte_tokenizer()
     if config.data.tokenizer != "bpe":
@@ -155,12 +157,13 @@ def make_tokenizer(config: Config, sources: list[Source], selections: list[Selec
     def texts() -> Iterator[str]:
         for source, selection in zip(sources, selections, strict=True):
             left = BPE_TEXT // len(sources)
-            for document, use, val in zip(documents(source), selection.use, selection.val, strict=True):
-                if use and not val and left > 0:
-                    left -= len(document.text)
-                    yield document.text or "\n".join(content for _, content in document.messages)
+            for _, document, val in chosen(source, selection, readings):
+                if not val and left > 0:
+                    text = document.text or "\n".join(content for _, content in document.messages)
+                    left -= len(text)
+                    yield text
 
-    used = sum(int((s.use & ~s.val).sum()) for s in selections)
+    used = sum(int(s.train.sum()) for s in selections)
     return tok.train_bpe(progress(texts(), "training the tokenizer", used, unit=" docs"), config.model.vocab_size)
 
 
@@ -168,58 +171,70 @@ def with_vocabulary(config: Config) -> Config:
     """Set the model's vocabulary from a given tokenizer.json, rounded up for the matrix units; leave it alone otherwise."""
     if config.data.tokenizer in ("bpe", "bytes"):
         return config
-    size = tok.load(config.data.tokenizer).get_vocab_size()
+    size = tok.vocabulary_size(tok.load(config.data.tokenizer))
     return replace(config, model=replace(config.model, vocab_size=-(-size // 64) * 64))
 
 
-def write(folder: Path, config: Config, sources: list[Source], selections: list[Selection]) -> None:
+def write(
+    folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings, say: Callable[[str], None]
+) -> None:
     """Tokenise everything into `folder`."""
-    tokenizer = make_tokenizer(config, sources, selections)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
+    tokenizer = make_tokenizer(config, sources, selections, readings)
+    tok.save(tokenizer, folder / "tokenizer.json")
+    given = config.data.tokenizer not in ("bpe", "bytes")
+    dtype = np.dtype(np.uint16 if tok.vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
     end = tok.end_of_text(tokenizer)
-
-    def ids(batch: list[Document]) -> list[list[int]]:
-        plain = iter(tokenizer.encode_batch([d.text for d in batch if not d.messages], add_special_tokens=False))
-        return [
-            [i for role, content in d.messages for i in tok.turn(tokenizer, role, content)] if d.messages else next(plain).ids for d in batch
-        ]
 
     chat = False
     bar = progress(desc="tokenising", total=sum(int(s.size[s.use].sum()) for s in selections), unit="B", unit_scale=True)
     for index, (source, selection) in enumerate(zip(sources, selections, strict=True)):
-        held_out: list[tuple[int, list[int], int]] = []
+        held_out: list[tuple[int, np.ndarray, int]] = []
         with open(folder / f"train_{index:02d}.bin", "wb") as file:
-            pending: list[tuple[int, Document]] = []
-
-            def flush() -> None:
-                for (i, document), tokens in zip(pending, ids([d for _, d in pending]), strict=True):
-                    tokens.append(end)
-                    if selection.val[i]:
-                        held_out.append((int(selection.order[i]), tokens, int(selection.size[i])))
+            for number, batch in enumerate(batched(chosen(source, selection, readings))):
+                texts = [document.content for _, document, _ in batch]
+                if given and number == 0 and (changed := tok.losses(tokenizer, texts)):
+                    say(f"tokenizer  {config.data.tokenizer} does not keep all of {source.name}: {changed}")
+                for (i, document, val), ids in zip(batch, encoded(tokenizer, [document for _, document, _ in batch]), strict=True):
+                    tokens = np.array([*ids, end], dtype)
+                    if val:
+                        held_out.append((int(selection.order[i]), tokens, len(document.raw)))
                     else:
-                        file.write(np.array(tokens, dtype).tobytes())
-                    bar.update(int(selection.size[i]))
-                pending.clear()
-
-            for i, document in enumerate(documents(source)):
-                if selection.use[i]:
-                    pending.append((i, document))
+                        file.write(tokens.tobytes())
                     chat |= bool(document.messages)
-                if len(pending) == 256:
-                    flush()
-            flush()
-        held_out.sort()
-        stream = [end] + [t for _, tokens, _ in held_out for t in tokens] if held_out else []
-        np.array(stream, dtype).tofile(folder / f"val_{index:02d}.bin")
-        np.save(folder / f"val_{index:02d}.npy", np.array([(len(tokens), size) for _, tokens, size in held_out], np.int64).reshape(-1, 2))
+                    bar.update(len(document.raw))
+        held_out.sort(key=lambda document: document[0])
+        stream = np.concatenate([np.array([end], dtype), *(tokens for _, tokens, _ in held_out)]) if held_out else np.zeros(0, dtype)
+        (folder / f"val_{index:02d}.bin").write_bytes(stream.tobytes())
+        table = io.BytesIO()  # numpy's own writing to files reports a full disk without its reason
+        np.save(table, np.array([(len(tokens), size) for _, tokens, size in held_out], np.int64).reshape(-1, 2))
+        (folder / f"val_{index:02d}.npy").write_bytes(table.getvalue())
     bar.close()
-    (folder / "meta.json").write_text(json.dumps({"format": FORMAT, "dtype": dtype.name, "chat": chat, "shards": len(sources)}))
+    cache.seal(folder, {"dtype": dtype.name, "chat": chat})
+
+
+def batched(documents: Iterator[tuple[int, Document, bool]]) -> Iterator[list[tuple[int, Document, bool]]]:
+    """Documents of about AT_ONCE characters together."""
+    batch, size = [], 0
+    for item in documents:
+        batch.append(item)
+        size += len(item[1].content)
+        if size >= AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[list[int]]:
+    """Ids of each document: texts together, conversations turn by turn."""
+    plain = iter(tok.encode(tokenizer, [d.text for d in documents if not d.messages]))
+    for d in documents:
+        yield [i for role, content in d.messages for i in tok.turn(tokenizer, role, content)] if d.messages else next(plain)
 
 
 def load(folder: Path, sources: list[Source]) -> Corpus:
-    """Map the shards of a cache folder."""
-    meta = json.loads((folder / "meta.json").read_text())
+    """Map the shards of a cache folder that was checked."""
+    meta = cache.read_meta(folder) or {}
 
     def shard(index: int, source: Source) -> Shard:
         def tokens(split: str) -> np.ndarray:
@@ -234,4 +249,4 @@ def load(folder: Path, sources: list[Source]) -> Corpus:
 
 def describe(corpus: Corpus) -> str:
     parts = [f"{s.name} {len(s.train):,} + {len(s.val):,}" for s in corpus.shards]
-    return f"{', '.join(parts)} tokens to train + validate, vocabulary {corpus.tokenizer.get_vocab_size():,}"
+    return f"{', '.join(parts)} tokens to train + validate, vocabulary {tok.vocabulary_size(corpus.tokenizer):,}"

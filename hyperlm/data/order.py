@@ -5,7 +5,7 @@ Axes: A micro-batches, B batch, N sequence, W windows.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,7 @@ from hyperlm.data.sources import DataError
 from hyperlm.loss import IGNORE
 
 BLOCK = 1024  # sequences in which a weighted mixture has exactly its proportions
+NAMED = 3  # sources in a line about several
 
 
 def stream_seed(*parts: object) -> int:
@@ -34,27 +35,28 @@ class Batches:
     shares: dict[str, float]  # of the sequences drawn, by source
 
 
-def batches(corpus: Corpus, config: Config) -> Batches:
+def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) -> Batches:
     """Order the training sequences of a corpus.
 
     Sequences are windows of N+1 tokens at stride N, so that every token is a target once. Without weights each epoch is a permutation of
-    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions.
+    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions, but for sources whose
+    weight asks for less than one sequence of a block: they get one.
+
+    Args:
+        say: is told in one line each of sources that are too short for a sequence, and of weights too small for a block.
 
     Raises:
-        DataError: if a source is shorter than one sequence.
+        DataError: if all of the text is shorter than one sequence.
     """
     a, b, n, seed = config.train.grad_accum, config.train.batch_size, config.data.seq_len, config.train.seed
-    shards = [s for s in corpus.shards if len(s.train)]
+    shards = join_short([s for s in corpus.shards if len(s.train)], n, say)
     counts = np.array([(len(s.train) - 1) // n for s in shards])
-    for shard, count in zip(shards, counts, strict=True):
-        if count == 0:
-            raise DataError(f"{shard.name} has {len(shard.train)} training tokens, less than one sequence: set --data.seq-len below that or add text")
 
     weighted = any(s.weight is not None for s in shards)
     groups = [[i] for i in range(len(shards))] if weighted else [list(range(len(shards)))]
     weights = np.array([s.weight or 1.0 for s in shards]) if weighted else np.ones(1)
     sizes = [int(sum(counts[i] for i in group)) for group in groups]
-    quotas = largest_remainder(weights, BLOCK)
+    quotas = quotas_of([s.name for s in shards], weights, say) if weighted else np.array([BLOCK])
 
     @lru_cache(maxsize=2)
     def block(index: int) -> np.ndarray:
@@ -83,6 +85,40 @@ def batches(corpus: Corpus, config: Config) -> Batches:
 
     shares = quotas / BLOCK if weighted else counts / counts.sum()
     return Batches(at, int(counts.sum()) / (a * b), dict(zip((s.name for s in shards), shares.tolist(), strict=True)))
+
+
+def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
+    """Sources that are shorter than a sequence of N+1 tokens become one, in place of the first; if even that is too short, they are left out.
+
+    Raises:
+        DataError: if nothing is left.
+    """
+    short = [s for s in shards if len(s.train) <= n]
+    if not short:
+        return shards
+    names = ", ".join(s.name for s in short[:NAMED]) + (f" and {len(short) - NAMED} more" if len(short) > NAMED else "")
+    train = np.concatenate([s.train for s in short])
+    if len(train) <= n:
+        if len(short) == len(shards):
+            raise DataError(f"{names}: {len(train)} training tokens, less than one sequence: set --data.seq-len below that or add text")
+        say(f"left out   {names}: {len(train)} training tokens, less than one sequence of {n}")
+        return [s for s in shards if len(s.train) > n]
+    weight = sum(s.weight or 1.0 for s in short) if any(s.weight is not None for s in shards) else None
+    together = replace(short[0], name=f"{short[0].name} and {len(short) - 1} more", train=train, weight=weight)
+    say(f"mixture    {names}: each shorter than a sequence, read as one source")
+    return [together if s is short[0] else s for s in shards if len(s.train) > n or s is short[0]]
+
+
+def quotas_of(names: list[str], weights: np.ndarray, say: Callable[[str], None]) -> np.ndarray:
+    """How many sequences of a BLOCK come from each source: in proportion to its weight, and at least one."""
+    if len(names) > BLOCK:
+        raise DataError(f"{len(names):,} sources with weights: at most {BLOCK:,} can be drawn from; put some into one folder")
+    quotas = largest_remainder(weights, BLOCK)
+    for i in np.flatnonzero(quotas == 0):
+        quotas[i] = 1
+        quotas[np.argmax(quotas)] -= 1
+        say(f"mixture    {names[i]}: a weight of {weights[i]:g} is less than one sequence in {BLOCK:,}; it gets one")
+    return quotas
 
 
 def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:

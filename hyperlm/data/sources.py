@@ -1,21 +1,31 @@
 """Sources to documents: files (.txt, .md, .py, .jsonl), folders of them, `stdlib`, and recipes (.toml) that name several."""
 
+import difflib
 import json
+import os
 import sysconfig
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hyperlm.tokenizer import ROLES
+from hyperlm.data.text import Encoding, NotText, cut, decode, find_encoding, pieces
+from hyperlm.tokenizer import ROLES, clean
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-PIECE = 8192  # characters after which prose is cut at the next empty line: one file is many documents
+HEAVIEST = 1e9  # a weight; sums of them stay numbers
+READ = 1 << 20  # bytes of a .jsonl file at a time
+SHOWN = 3  # files that are named in a line about several
 
 
 class DataError(ValueError):
     """Text that cannot be used; the message says what, why and what to do."""
+
+
+# -- what was asked for ----------------------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -26,19 +36,7 @@ class Source(NamedTuple):
     weight: float | None
 
 
-class Document(NamedTuple):
-    """A text, or a conversation as (role, content) pairs."""
-
-    text: str
-    messages: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def raw(self) -> bytes:
-        """The bytes that bits per byte are counted on."""
-        return (self.text or "".join(content for _, content in self.messages)).encode("utf-8", "replace")
-
-
-def parse_sources(texts: tuple[str, ...]) -> list[Source]:
+def parse_sources(texts: tuple[str, ...], flag: str = "--data.sources") -> list[Source]:
     """Read `path`, `path:weight`, `stdlib` and recipes.
 
     Raises:
@@ -47,93 +45,297 @@ def parse_sources(texts: tuple[str, ...]) -> list[Source]:
     sources = []
     for text in texts:
         path, weight = text, None
-        if ":" in text and not Path(text).exists():
-            head, _, tail = text.rpartition(":")
+        if ":" in text and not os.path.exists(text):
+            path, _, tail = text.rpartition(":")
             try:
-                path, weight = head, float(tail)
+                weight = float(tail)
             except ValueError as e:
-                raise DataError(f"--data.sources {text}: no such file, and {tail!r} is not a weight") from e
-            if not 0 < weight < float("inf"):
-                raise DataError(f"--data.sources {text}: a weight must be above 0")
-        if path.endswith(".toml"):
-            sources += read_recipe(Path(path))
+                raise DataError(f"{flag} {text}: no such file, and {tail!r} is not a weight") from e
+        where = f"{flag} {text}"
+        if weight is not None:
+            check_weight(weight, where)
+        if not path.endswith(".toml"):
+            sources.append(source_at(path, weight, where))
+        elif weight is not None:
+            raise DataError(f"{where}: a recipe has weights of its own; set them there")
         else:
-            sources.append(source_at(path, weight))
+            sources += read_recipe(Path(path), where)
     return sources
 
 
-def source_at(path: str, weight: float | None, base: Path = Path()) -> Source:
+def check_weight(weight: Any, where: str) -> float:
+    """How often a source is drawn, in proportion to others."""
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= HEAVIEST:  # false for nan
+        raise DataError(f"{where}: a weight must be above 0, a number of at most {HEAVIEST:,.0f}")
+    return float(weight)
+
+
+def source_at(path: str, weight: float | None, where: str, base: Path = Path()) -> Source:
     if path == "stdlib":
         return Source("stdlib", None, weight)
-    full = base / Path(path).expanduser()
-    if not full.exists():
-        raise DataError(f"--data.sources {path}: no such file or folder")
-    if full.is_file() and full.suffix not in SUFFIXES:
-        raise DataError(f"--data.sources {path}: cannot read {full.suffix or 'a file without suffix'}; use {' '.join(SUFFIXES)} or a recipe .toml")
-    return Source(full.name, full, weight)
+    full = base / os.path.expanduser(path)
+    if not path or not os.path.exists(full):
+        raise DataError(f"{where}: no such file or folder")
+    if not os.path.isdir(full):
+        if not os.path.isfile(full):
+            raise DataError(f"{where}: neither a file nor a folder")
+        if full.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{where}: cannot read {full.suffix or 'a file without suffix'}; use {' '.join(SUFFIXES)} or a recipe .toml")
+    return Source(os.path.basename(os.path.abspath(full)), full, weight)
 
 
-def read_recipe(path: Path) -> list[Source]:
+def read_recipe(path: Path, where: str) -> list[Source]:
     """Sources of a recipe: [[sources]] tables with `path` and an optional `weight`; paths are relative to the recipe."""
+    if not os.path.isfile(path):
+        raise DataError(f"{where}: no such file")
+    needs = "it needs [[sources]] tables with path and weight"
     try:
-        entries = tomllib.loads(path.read_text())["sources"]
-        return [source_at(entry["path"], float(entry["weight"]) if "weight" in entry else None, path.parent) for entry in entries]
-    except FileNotFoundError as e:
-        raise DataError(f"--data.sources {path}: no such file") from e
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as e:
-        if isinstance(e, DataError):
-            raise
-        raise DataError(f"{path}: not a recipe ({e}); it needs [[sources]] tables with path and weight") from e
+        recipe = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as e:
+        raise unreadable(path, e) from e
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not a recipe ({str(e).splitlines()[0]}); {needs}") from e
+    check_keys(recipe, ("sources",), f"{path}")
+    tables = recipe.get("sources")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise DataError(f"{path}: not a recipe; {needs}")
+    sources = []
+    for number, table in enumerate(tables, 1):
+        here = f"{path}, source {number}"
+        check_keys(table, ("path", "weight"), here)
+        if not isinstance(table.get("path"), str):
+            raise DataError(f"{here}: not a recipe; path must be a text in quotes")
+        weight = check_weight(table["weight"], here) if "weight" in table else None
+        sources.append(source_at(table["path"], weight, f"{here}, {table['path']}", path.parent))
+    return sources
+
+
+def check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0)
+            raise DataError(f"{where}: not a recipe; {key!r} means nothing here, did you mean {near[0]!r}?")
+
+
+def with_names(sources: list[Source]) -> list[Source]:
+    """The same sources with names that differ: by as much of their paths as that takes, and where paths are the same by a number."""
+    parts = [Path(os.path.abspath(s.path)).parts if s.path else (s.name,) for s in sources]
+    names = {p: p[-1] for p in parts}
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        count = Counter(names.values())
+        names = {p: "/".join(p[-depth:]).replace("//", "/") if count[name] > 1 else name for p, name in names.items()}
+    seen = Counter[tuple[str, ...]]()
+    unique = []
+    for source, p in zip(sources, parts, strict=True):
+        seen[p] += 1
+        shown = "".join(c if c.isprintable() else "\ufffd" for c in clean(names[p]))  # a name is one line, whatever the file system allows
+        unique.append(source._replace(name=shown if seen[p] == 1 else f"{shown}#{seen[p]}"))
+    return unique
+
+
+# -- documents -------------------------------------------------------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """A text, or a conversation as (role, content) pairs."""
+
+    text: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def content(self) -> str:
+        return self.text or "".join(content for _, content in self.messages)
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8 and with newlines alone at line ends."""
+        return self.content.encode()
+
+    def head(self, limit: int) -> "Document":
+        """At most `limit` bytes from the start, in whole characters."""
+        if not self.messages:
+            return Document(self.text.encode()[:limit].decode("utf-8", "ignore"))
+        kept = []
+        for role, content in self.messages:
+            raw = content.encode()[: max(0, limit)]
+            kept.append((role, raw.decode("utf-8", "ignore")))
+            limit -= len(content.encode())
+            if limit <= 0:
+                break
+        return Document("", tuple(kept))
+
+    def divide(self, share: float) -> "tuple[Document, Document] | None":
+        """A beginning of about this share and the rest, cut where a text may be, or between messages; None if there is no such place."""
+        if self.messages:
+            sizes = list(accumulate(len(content) for _, content in self.messages))[:-1]
+            if not sizes:
+                return None
+            turns = [i for i in range(len(sizes)) if self.messages[i + 1][0] == "user"] or range(len(sizes))
+            at = 1 + min(turns, key=lambda i: abs(sizes[i] - share * len(self.content)))
+            parts = Document("", self.messages[:at]), Document("", self.messages[at:])
+        else:
+            low = int(share * len(self.text))
+            at, _ = cut(self.text, low, (low + len(self.text)) // 2)
+            parts = Document(self.text[:at]), Document(self.text[at:])
+        return parts if all(part.content.strip() for part in parts) else None
+
+
+class Reading(NamedTuple):
+    """How a file is read, found out the first time."""
+
+    encoding: Encoding | None  # None: it is left out
+    notes: tuple[tuple[str, str], ...] = ()  # (what about, in words)
+
+
+Readings = dict[Path, Reading]
 
 
 def files(source: Source) -> list[Path]:
-    if source.path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        return sorted(p for p in root.rglob("*.py") if not NOT_STDLIB & set(p.relative_to(root).parts[:-1]))
-    if source.path.is_file():
+    """Every file of a source, in order.
+
+    Raises:
+        DataError: on a folder that cannot be read.
+    """
+    if source.path is not None and not os.path.isdir(source.path):
         return [source.path]
-    return sorted(p for p in source.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    suffixes = (".py",) if source.path is None else SUFFIXES
+    root = Path(sysconfig.get_paths()["stdlib"]) if source.path is None else source.path
+
+    def fail(e: OSError) -> None:
+        raise e
+
+    found = []
+    try:
+        for folder, below, names in os.walk(root, onerror=fail):
+            if source.path is None:
+                below[:] = [name for name in below if name not in NOT_STDLIB]
+            found += [path for name in names if (path := Path(folder, name)).suffix.lower() in suffixes and path.is_file()]
+    except OSError as e:
+        raise unreadable(e.filename or root, e) from e
+    return sorted(found)
 
 
-def documents(source: Source) -> Iterator[Document]:
-    """Every non-empty document of a source, always in the same order."""
+def documents(source: Source, readings: Readings | None = None) -> Iterator[Document]:
+    """Every document of a source that has text, always in the same order.
+
+    Args:
+        readings: how files are read; what is not there is found out and added.
+
+    Raises:
+        DataError: naming the file, and of .jsonl the line.
+    """
+    readings = {} if readings is None else readings
     for path in files(source):
-        text = path.read_bytes().decode("utf-8", "replace")
-        if path.suffix == ".jsonl":
-            yield from jsonl_documents(path, text)
-        elif path.suffix == ".py":
-            yield Document(text)
-        else:
-            yield from (Document(piece) for piece in pieces(text))
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Cut prose at the first empty line after PIECE characters; the pieces join to the text."""
-    start = 0
-    while start < len(text):
-        cut = text.find("\n\n", start + PIECE)
-        end = len(text) if cut < 0 else cut + 2
-        yield text[start:end]
-        start = end
-
-
-def jsonl_documents(path: Path, text: str) -> Iterator[Document]:
-    """Lines with a `text` field, or `messages` of {"role", "content"}."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
-            if "messages" in record:
-                messages = tuple((m["role"], m["content"]) for m in record["messages"])
-                if wrong := {role for role, _ in messages} - set(ROLES):
-                    raise ValueError(f"role {wrong.pop()!r} is none of {', '.join(ROLES)}")
-                yield Document("", messages)
-            elif not isinstance(record["text"], str):
-                raise ValueError("text is not a string")
-            else:
-                yield Document(record["text"])
-        except KeyError as e:
-            raise DataError(f"{path}:{number}: no {e} field; a line needs text, or messages with role and content") from e
-        except (ValueError, TypeError) as e:
-            raise DataError(f"{path}:{number}: {e}") from e
+            yield from (d for d in file_documents(path, readings, named=path == source.path) if d.content and not d.content.isspace())
+        except OSError as e:
+            raise unreadable(path, e) from e
+        except UnicodeError as e:
+            raise DataError(f"{path}: changed while it was read; start again when nothing writes it") from e
+
+
+def file_documents(path: Path, readings: Readings, named: bool) -> Iterator[Document]:
+    lines = path.suffix.lower() == ".jsonl"
+    raw = b"" if lines else path.read_bytes()
+    first = path not in readings
+    if first:
+        try:
+            encoding = find_encoding(lambda: blocks(path) if lines else [raw])
+            readings[path] = Reading(encoding, (("encoding", encoding.assumed),) if encoding.assumed else ())
+        except NotText as e:
+            if named:
+                raise DataError(f"{path}: {e}") from e
+            readings[path] = Reading(None, (("skipped", f"left out, {e}"),))
+    reading = readings[path]
+    if reading.encoding is None:
+        return
+    if lines:
+        yield from jsonl_documents(path, reading.encoding)
+    elif path.suffix.lower() == ".py":
+        yield Document(decode(raw, reading.encoding))
+    else:
+        where = Counter[str]()
+        yield from (Document(piece) for piece in pieces(decode(raw, reading.encoding), where))
+        if first and where.total() > where["empty lines"]:
+            best = ", ".join(f"{n} at {what}" for what, n in where.most_common())
+            readings[path] = reading._replace(notes=(*reading.notes, ("cut", f"few empty lines, cut into {where.total() + 1} documents ({best})")))
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(READ):
+            yield block
+
+
+def jsonl_documents(path: Path, encoding: Encoding) -> Iterator[Document]:
+    """Lines with a `text` field, or `messages` of {"role", "content"}; one line in memory at a time."""
+    with open(path, encoding=encoding.name, errors=encoding.errors) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield parse_line(line)
+                except RecursionError as e:
+                    raise DataError(f"{path}:{number}: nested too deeply") from e
+                except ValueError as e:
+                    raise DataError(f"{path}:{number}: {e}") from e
+
+
+def parse_line(line: str) -> Document:
+    """Of a .jsonl file.
+
+    Raises:
+        ValueError: saying what is wrong; RecursionError if it is nested too deeply.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"{kind(record)}, not an object with text or messages")
+    if "messages" not in record:
+        if "text" not in record:
+            raise ValueError("no 'text' field; a line needs text, or messages with role and content")
+        return Document(checked(record["text"], "text"))
+    if not isinstance(record["messages"], list):
+        raise ValueError(f"messages is {kind(record['messages'])}, not a list")
+    messages = []
+    for number, message in enumerate(record["messages"], 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is {kind(message)}, not an object with role and content")
+        for field in ("role", "content"):
+            if field not in message:
+                raise ValueError(f"no {field!r} field in message {number}; a line needs text, or messages with role and content")
+        if message["role"] not in ROLES:
+            raise ValueError(f"role {message['role']!r:.80} is none of {', '.join(ROLES)}")
+        messages.append((message["role"], checked(message["content"], f"content of message {number}")))
+    return Document("", tuple(messages))
+
+
+def checked(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not a string but {kind(value)}")
+    if clean(value) != value:
+        raise ValueError(f"{name} has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What JSON calls it."""
+    return {type(None): "null", bool: "true or false", dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
+
+
+def unreadable(path: str | Path, e: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({e.strerror or e})")
+
+
+def notes(readings: Readings) -> Iterator[str]:
+    """What had to be assumed while files were read, in a line or two for each kind of assumption."""
+    by_kind: dict[str, list[str]] = {}
+    for path, reading in readings.items():
+        for what, words in reading.notes:
+            by_kind.setdefault(what, []).append(f"{path.name}: {words}")
+    for lines in by_kind.values():
+        yield from summary(lines)
+
+
+def summary(lines: Iterable[str]) -> list[str]:
+    """The first few of many lines, and how many more there are."""
+    lines = list(lines)
+    return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more files likewise"] if len(lines) > SHOWN else [])

@@ -1,0 +1,175 @@
+"""Folders of the cache: written whole or not at all, checked when they are read, and made again where they are damaged.
+
+Nothing here knows what the files hold. A folder's meta.json has the size of every other file, a checksum of each of its blocks, and a digest of
+itself. While a folder is written it has another name, and beside it a lock file that ends with the process: `<name>.<random>` and
+`<name>.<random>.lock`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+FORMAT = 2
+BLOCK = 1 << 20  # bytes under one checksum
+SAMPLE = 4  # blocks of a folder, beside the first and last of each file, that are checked at every start
+META = "meta.json"
+TEMPORARY = re.compile(r"([0-9a-f]{24}\.[0-9a-f]{8})(\.lock|\.old)?")
+
+
+def seal(folder: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json, with the checksums of all that is in the folder."""
+    entries = {path.name: {"size": path.stat().st_size, "blocks": [zlib.crc32(block) for block in blocks(path)]} for path in sorted(folder.iterdir())}
+    meta = {"format": FORMAT, **meta, "entries": entries}
+    (folder / META).write_text(json.dumps({**meta, "digest": digest(meta)}))
+
+
+def digest(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """What meta.json says; None if it is not there, or not as it was written."""
+    try:
+        if not os.path.isfile(folder / META):
+            return None
+        meta = json.loads((folder / META).read_bytes())
+        return meta if meta.pop("digest") == digest(meta) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def damage(folder: Path, whole: bool = False) -> list[str]:
+    """What in a folder is not as it was written, each in words that begin with the file's name.
+
+    Args:
+        whole: check every block, not only sizes and a sample.
+    """
+    meta = read_meta(folder)
+    if meta is None:
+        return [f"{META} is missing or damaged"]
+    large = [(name, i) for name, entry in meta["entries"].items() for i in range(1, len(entry["blocks"]) - 1)]
+    sample = set(large if whole else random.sample(large, min(SAMPLE, len(large))))
+    found = []
+    for name, entry in meta["entries"].items():
+        count = len(entry["blocks"])
+        chosen = [i for i in range(count) if i in (0, count - 1) or (name, i) in sample]
+        if wrong := disagreement(folder / name, entry["size"], entry["blocks"], chosen):
+            found.append(f"{name} {wrong}")
+    return found
+
+
+def disagreement(path: Path, size: int, checksums: list[int], chosen: list[int]) -> str:
+    """How a file differs from what is known of it, as far as its size and the chosen blocks tell."""
+    try:
+        if not path.is_file():
+            return "is missing"
+        with open(path, "rb") as file:
+            if (now := os.fstat(file.fileno()).st_size) != size:
+                return f"has {now:,} bytes instead of {size:,}"
+            for i in chosen:
+                file.seek(i * BLOCK)
+                if zlib.crc32(file.read(BLOCK)) != checksums[i]:
+                    return "does not match its checksum"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+    return ""
+
+
+def verify(root: Path) -> Iterator[str]:
+    """Check all of a cache, every byte: each damaged entry by name. What other versions left there is passed over."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        if re.fullmatch("[0-9a-f]{24}", folder.name) and not of_another_version(folder):
+            yield from (f"{folder.name}/{wrong}" for wrong in damage(folder, whole=True))
+
+
+def of_another_version(folder: Path) -> bool:
+    try:
+        return json.loads((folder / META).read_bytes())["format"] != FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which takes the place of `folder` at the end, or is gone if that was not reached."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = claim(folder)
+    try:
+        part.mkdir()
+        yield part
+        install(part, folder)
+    finally:
+        remove(part)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def claim(folder: Path) -> tuple[Path, FileLock]:
+    """A name that is free for a temporary folder, and its lock."""
+    while True:
+        part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}")
+        lock = FileLock(f"{part}.lock", timeout=0)
+        with suppress(Timeout):  # another process was sweeping just then, and took it for one that was left
+            lock.acquire()
+            if os.path.lexists(lock.lock_file):
+                return part, lock
+            lock.release()
+
+
+def install(part: Path, folder: Path) -> None:
+    """Put a folder in its place; what is there and damaged makes way. Processes that have it mapped keep what they have."""
+    for _ in range(9):
+        try:
+            return os.replace(part, folder)
+        except OSError:
+            if not os.path.lexists(folder):
+                raise
+        if not damage(folder, whole=True):  # another process was faster: its result is the same
+            return
+        with suppress(FileNotFoundError):
+            os.rename(folder, f"{part}.old")
+        remove(Path(f"{part}.old"))
+    os.replace(part, folder)
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed processes left half written, and nothing of living ones."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(root)):
+            if not (found := TEMPORARY.fullmatch(name)):
+                continue
+            part, path = root / found[1], root / f"{found[1]}.lock"
+            if not path.exists():  # a lock is made before its folder and goes after it
+                remove(root / name)
+                continue
+            lock = FileLock(path, timeout=0)
+            with suppress(Timeout), lock:
+                remove(part)
+                remove(Path(f"{part}.old"))
+                path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """A folder or file, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,185 @@
+"""Which documents are used, and on which side: by a hash of their content, and near the share that was asked for.
+
+Documents of several sources are decided on together; what is held out is trained on nowhere.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from hyperlm.data.sources import DataError, Document, Readings, Source, documents
+from hyperlm.env import progress
+
+LEAST = 64  # bytes of a document that is divided, on either side
+
+
+class Selection(NamedTuple):
+    """Of one source, for each of its documents (there are n)."""
+
+    hashes: np.ndarray  # (n, 2) uint64, of the content: the first decides what is used, the second what is held out
+    size: np.ndarray  # (n,) int64, bytes that are used of each
+    use: np.ndarray  # (n,) bool
+    val: np.ndarray  # (n,) bool, held out; false where it is not used
+    divided: tuple[int, float] | None = None  # a document whose beginning, of this share, is trained on and whose rest is held out
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.use & ~self.val
+
+    @property
+    def order(self) -> np.ndarray:
+        """64 bits a document; validation documents stand in this order, so that any prefix is a fair sample."""
+        return self.hashes[:, 1]
+
+    def digest(self) -> bytes:
+        """Of the documents that are used, and how."""
+        divided = self.divided and (int(self.use[: self.divided[0]].sum()), self.divided[1])
+        h = hashlib.blake2b(repr((int(self.use.sum()), divided)).encode(), digest_size=16)
+        for column in (self.hashes, self.size, self.val):
+            h.update(column[self.use].tobytes())
+        return h.digest()
+
+
+def content_hash(document: Document) -> bytes:
+    return hashlib.blake2b(repr(document.messages).encode() + document.raw, digest_size=16).digest()
+
+
+def select(source: Source, max_mib: float, readings: Readings) -> Selection:
+    """Hash every document, and take as many as `max_mib` allows (0 for all); nothing is held out yet."""
+    digests, sizes = bytearray(), array("q")
+    for document in progress(documents(source, readings), f"reading {source.name}", unit=" docs"):
+        digests += content_hash(document)
+        sizes.append(len(document.raw))
+    hashes, size = np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2), np.array(sizes, np.int64)
+    use = np.ones(len(size), bool)
+    if max_mib:
+        use, size = limit(hashes[:, 0], size, int(max_mib * (1 << 20)))
+    return Selection(hashes, size, use, np.zeros(len(size), bool))
+
+
+def limit(order: np.ndarray, size: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents in this order, as long as they fit into `most` bytes and passing over those that do not: (which, bytes of each).
+
+    Where none fits, the first is cut.
+    """
+    use, room = np.zeros(len(size), bool), most
+    ranked = np.argsort(order, kind="stable")
+    for i, needed in zip(ranked.tolist(), size[ranked].tolist(), strict=True):
+        if needed <= room:
+            use[i] = True
+            room -= needed
+    if len(size) and most and not use.any():
+        use[ranked[0]] = True
+        size = np.where(use, most, size)
+    return use, size
+
+
+def near(share: float, asked: float) -> bool:
+    """Within a factor of two, on both sides."""
+    return asked / 2 <= share <= 2 * asked and (1 - share) >= (1 - asked) / 2
+
+
+def hold_out(
+    selections: list[Selection], fraction: float, fetch: Callable[[int, int], Document], say: Callable[[str], None]
+) -> list[Selection]:
+    """Hold out about this share of the bytes.
+
+    A document is held out if its hash is below the share, whatever else there is. Where that misses the share by a factor of two, as with few
+    documents or one that is most of the text, it is by their order of hashes, passing over what is too long; and if nothing is short enough, the
+    end of the longest is held out.
+
+    Args:
+        fetch: (selection, document) -> the document.
+        say: is told of all but the first case.
+
+    Raises:
+        DataError: if the text is too short to be on two sides.
+    """
+    contents, which = np.unique(np.concatenate([s.order[s.use] for s in selections]), return_inverse=True)  # copies go together
+    size = np.bincount(which, np.concatenate([s.size[s.use] for s in selections]), len(contents))
+    total = size.sum()
+
+    def holding(held: np.ndarray) -> list[Selection]:
+        return [s._replace(val=s.use & np.isin(s.order, contents[held])) for s in selections]
+
+    held = contents / 2.0**64 < fraction
+    by_hash = size[held].sum() / total
+    if near(by_hash, fraction):
+        return holding(held)
+
+    held, room = np.zeros(len(contents), bool), fraction * total
+    for i in range(len(contents)):
+        if size[i] <= room:
+            held[i] = True
+            room -= size[i]
+    share = size[held].sum() / total
+    if near(share, fraction):
+        say(f"split      {share:.1%} of the text held out, {held.sum()} of {len(contents)} documents; by hash alone it were {by_hash:.1%} instead of {fraction:.1%}")
+        return holding(held)
+
+    longest = int(np.argmax(np.where(held, 0, size)))
+    source, index = next((k, int(i)) for k, s in enumerate(selections) for i in np.flatnonzero(s.use & (s.order == contents[longest])))
+    document = fetch(source, index)
+    length = len(document.raw)
+    tail = min(max(room, LEAST), length / 2)
+    parts = document.divide(1 - tail / length) if length >= 2 * LEAST else None
+    if parts:
+        what = "the text is one document" if len(contents) == 1 else "too few documents are short enough"
+        say(f"split      {what}: {len(parts[1].raw):,} bytes at the end of one are held out")
+        found = holding(held)
+        found[source] = found[source]._replace(divided=(index, 1 - tail / length))
+        return found
+    if len(contents) == 1:
+        raise DataError(
+            f"the text is one document of {length} bytes, too short to hold out its end, and validation needs another: add text or set --data.val-sources"
+        )
+    if not held.any():
+        held[int(np.argmin(size))] = True
+    say(f"split      {size[held].sum() / total:.1%} of the text is held out instead of {fraction:.1%}: no documents are of a better length")
+    return holding(held)
+
+
+def drop_copies(training: list[Selection], validation: list[Selection], say: Callable[[str], None]) -> list[Selection]:
+    """Train on nothing that is also held out."""
+    contents = [s.order[s.val] for s in (*training, *validation)] + [s.order[[s.divided[0]]] for s in training if s.divided]
+    held = np.unique(np.concatenate(contents))
+    dropped, kept = 0, []
+    for s in training:
+        copies = s.train & np.isin(s.order, held)
+        if s.divided:
+            copies[s.divided[0]] = False
+        dropped += int(copies.sum())
+        kept.append(s._replace(use=s.use & ~copies))
+    if dropped:
+        say(f"split      {dropped:,} document{'s' * (dropped > 1)} dropped from training: the same text is held out")
+    return kept
+
+
+def chosen(source: Source, selection: Selection, readings: Readings) -> Iterator[tuple[int, Document, bool]]:
+    """Every document that is used, as (its number, the document, whether it is held out).
+
+    Raises:
+        DataError: if files are not what they were when documents were selected.
+    """
+    count = 0
+    for i, document in enumerate(documents(source, readings)):
+        if i == len(selection.size) or content_hash(document) != selection.hashes[i].tobytes():
+            break
+        count += 1
+        if not selection.use[i]:
+            continue
+        if len(document.raw) > selection.size[i]:
+            document = document.head(int(selection.size[i]))
+        parts = document.divide(selection.divided[1]) if selection.divided and selection.divided[0] == i else None
+        if parts:
+            yield i, parts[0], False
+            yield i, parts[1], True
+        else:
+            yield i, document, bool(selection.val[i])
+    else:
+        if count == len(selection.size):
+            return
+    raise DataError(f"{source.name}: its text changed while it was read; start again when nothing writes there")
