@@ -51,21 +51,31 @@ def lift_rounded(u: Tensor, r: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 def arcosh1p(w: Tensor, eps: float = 0.0) -> Tensor:
     """arcosh(1 + w) for w >= 0, rounded at its tip: the function with f(0) = 0 and f'(w) = 1 / sqrt(w (w + 2) + eps^2).
 
-    With eps = 0 it is exact. With eps > 0 its gradient is bounded by 1/eps, where the exact one is infinite at w = 0; it differs
-    from the exact one by less than log(1 + eps) everywhere, and tends to a constant difference (invisible to a softmax) for large w.
+    With eps = 0 it is exact. With eps > 0 its gradient is bounded by 1/eps, where the exact one is infinite at w = 0; it is never above
+    the exact one, below it by less than log(1 + eps), and tends to that constant difference (invisible to a softmax) for large w.
+    The gradient is finite for every w: for w = 0 and eps = 0, where there is none, it is 1.
     """
-    root = torch.sqrt(w * (w + 2) + eps * eps)
+    square = w * (w + 2) + eps * eps
+    if eps == 0:  # the square root of 0 would make it infinite, and NaN after the product with 0 that follows where points coincide
+        root = torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+    else:
+        root = square.sqrt()
     return torch.log1p((w + (root - eps)) / (1 + eps))
 
 
 def cosh_distance_minus_one(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) -> Tensor:
-    """cosh d(x, y) - 1 of points that broadcast, at least 0."""
-    return (t_x * t_y - (s_x * s_y).sum(-1) - 1).clamp(min=0)
+    """cosh d(x, y) - 1 of points that broadcast, at least 0: half the Lorentzian square of x - y, which for near points has no cancellation as
+    t_x t_y - s_x . s_y - 1 has."""
+    return (((s_x - s_y).square().sum(-1) - (t_x - t_y).square()) / 2).clamp(min=0)
 
 
-def distance(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) -> Tensor:
-    """Geodesic distance of points that broadcast: t (...), s (..., K) -> (...)."""
-    return arcosh1p(cosh_distance_minus_one(t_x, s_x, t_y, s_y))
+def distance(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor, eps: float = 0.0) -> Tensor:
+    """Geodesic distance of points that broadcast: t (...), s (..., K) -> (...). Its tip is rounded by `eps` as in `arcosh1p`; with
+    `kernels.reference.TIP` this is what the score "distance" of the models uses.
+
+    Where points coincide it is 0, and so is its gradient.
+    """
+    return arcosh1p(cosh_distance_minus_one(t_x, s_x, t_y, s_y), eps)
 
 
 def exp_map(v: Tensor, r_max: float | None = None) -> tuple[Tensor, Tensor]:
