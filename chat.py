@@ -4,6 +4,7 @@
     python chat.py runs/x --prompt "def "     one text, then the end
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from hyperlm.tree import Tree
 class Command:
     run: Annotated[str, tyro.conf.Positional] = ""
     """Folder of the run; the newest by default."""
-    prompt: str = ""
+    prompt: str | None = None
     """Write one text that goes on from this, and end."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     max_tokens: int = 256
@@ -50,6 +51,7 @@ class Speaker(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     chat: bool  # its data had conversations
+    name: str  # run and step
 
 
 class Memory(NamedTuple):
@@ -65,10 +67,11 @@ def load(command: Command) -> Speaker:
     device = env.pick_device(command.device)
     env.prepare(device)
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
+    tokenizer = trained.load_tokenizer(run, config)  # before the weights, which may take long
     found = trained.load(run, step, config, device)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     decode = sample.decoder(found.weights, config.model, kernels=command.kernels)
-    return Speaker(found.weights, decode, replace(config, kernels=command.kernels), tok.load(run / "tokenizer.json"), found.meta["chat"])
+    return Speaker(found.weights, decode, replace(config, kernels=command.kernels), tokenizer, found.chat, f"{run}, step {step}")
 
 
 def begin(speaker: Speaker) -> Memory:
@@ -83,12 +86,11 @@ def read(speaker: Speaker, memory: Memory, ids: list[int]) -> Memory:
 
 def reply(speaker: Speaker, memory: Memory, how: Sampling, generator: torch.Generator, limit: int) -> Iterator[tuple[int, Memory]]:
     """Tokens of a reply of at most `limit`, each with the memory after it."""
-    end_of_turn = speaker.tokenizer.token_to_id(tok.END_OF_TURN)
     tokens = sample.generate(
         *memory,
         how,
         generator,
-        stop={tok.end_of_text(speaker.tokenizer), end_of_turn},
+        stop=tok.stop_ids(speaker.tokenizer),
         usable=speaker.tokenizer.get_vocab_size(),
         decode=speaker.decode,
     )
@@ -114,7 +116,7 @@ def speak(speaker: Speaker, memory: Memory, text: str, how: Sampling, generator:
 
     started = time.monotonic()
     for piece in tok.stream(speaker.tokenizer, ids_of_reply()):
-        print(piece, end="", flush=True)
+        print(sample.printable(piece), end="", flush=True)
     print()
     if speaker.chat:
         memory = read(speaker, memory, [speaker.tokenizer.token_to_id(tok.END_OF_TURN)])
@@ -128,7 +130,7 @@ def session(speaker: Speaker, command: Command, generator: torch.Generator) -> N
     print("write something; /reset forgets, /temp 0.5 sets the temperature, /quit ends", file=sys.stderr)
     while True:
         try:
-            line = input("> ")
+            line = tok.clean(input("> "))
         except EOFError:
             print()
             return
@@ -151,7 +153,7 @@ def session(speaker: Speaker, command: Command, generator: torch.Generator) -> N
 def check(how: Sampling) -> Sampling:
     """Raises ConfigError on values that no distribution has."""
     for ok, flag, value, why in (
-        (how.temperature >= 0, "temperature", how.temperature, "must be at least 0"),
+        (0 <= how.temperature < math.inf, "temperature", how.temperature, "must be a number of at least 0"),
         (how.top_k >= 0, "top-k", how.top_k, "must be at least 0"),
         (0 < how.top_p <= 1, "top-p", how.top_p, "must be above 0 and at most 1"),
     ):
@@ -165,18 +167,27 @@ def main(argv: list[str]) -> int:
     how = check(command.sampling)
     if command.max_tokens < 1:
         raise ConfigError(f"--max-tokens {command.max_tokens}: must be at least 1")
+    if command.seed is not None and not 0 <= command.seed < 1 << 64:
+        raise ConfigError(f"--seed {command.seed}: must be at least 0 and below 2^64")
+    if command.prompt is None and sys.stdin is None:
+        raise cli.UsageError("there is no input to read: give --prompt")
     speaker = load(command)
     generator = torch.Generator()
     if command.seed is None:
         generator.seed()
     else:
         generator.manual_seed(command.seed)
-    if command.prompt:
-        if not speaker.chat:
-            print(command.prompt, end="", flush=True)
-        speak(speaker, begin(speaker), command.prompt, how, generator, command.max_tokens)
-    else:
-        session(speaker, command, generator)
+    try:
+        if command.prompt is None:
+            session(speaker, command, generator)
+        else:
+            prompt = tok.clean(command.prompt)
+            if not speaker.chat:
+                print(sample.printable(prompt), end="", flush=True)
+            speak(speaker, begin(speaker), prompt, how, generator, command.max_tokens)
+    except sample.NotFinite as e:
+        remedy = "try --checkpoint best" if command.checkpoint == "latest" else "train it anew with a lower --optim.lr"
+        raise runs.RunError(f"the weights of {speaker.name}, give {e}: the run diverged; {remedy}") from e
     return 0
 
 

@@ -1,5 +1,6 @@
 """Text from a model: prefill, then one token at a time with a carried cache. Never a full forward pass per token."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,21 +29,38 @@ class Sampling:
     """Draw from the fewest tokens whose probabilities reach this."""
 
 
-class NotFinite(RuntimeError):
-    """Logits that are not finite: weights that diverged."""
+class NotFinite(ArithmeticError):
+    """Logits from which nothing can be drawn: the weights have diverged."""
 
 
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
-    """Distribution that the next token is drawn from: logits (V,) -> (V,), fp32."""
+    """Distribution that the next token is drawn from: logits (V,) -> (V,), fp64, for every temperature of at least 0.
+
+    Raises:
+        NotFinite: if a logit is infinite or NaN.
+    """
+    x = logits.double()
+    if not bool(torch.isfinite(x).all()):
+        raise NotFinite("logits that are not finite")
     if how.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    p = torch.softmax(logits.float() / how.temperature, -1)
+        return torch.nn.functional.one_hot(x.argmax(), len(x)).double()
+    # The largest becomes 0, so that nothing overflows. A temperature below 1e-300 has no reciprocal; and no two logits are as near as that.
+    p = torch.softmax((x - x.max()) / max(how.temperature, 1e-300), -1)
     p, order = p.sort(descending=True, stable=True)
     if how.top_k:
-        p[how.top_k :] = 0
+        p[min(how.top_k, len(p)) :] = 0
     before = p.cumsum(-1) - p
     p[before >= how.top_p * p.sum()] = 0
     return torch.zeros_like(p).scatter_(0, order, p / p.sum())
+
+
+# What moves a terminal's cursor, changes its colours, or turns the direction of writing: C0 but for newline and tab, C1, marks of direction.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text with its control characters as escapes: \\x1b for the character, \\u202e for that which would turn what follows around."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def empty_cache(params: Tree, cfg: ModelConfig) -> model.Cache:
@@ -111,6 +129,9 @@ def generate(
 
     Yields:
         Each token once it has been read, with the logits after it and the next cache.
+
+    Raises:
+        NotFinite: if there are no probabilities to draw from.
     """
     while (token := int(torch.multinomial(probabilities(logits[:usable], how).cpu(), 1, generator=generator))) not in stop:
         logits, cache = decode(torch.tensor([token], device=logits.device), cache)

@@ -1,12 +1,14 @@
 """The weights of a run, to evaluate it or to talk to it."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 
 from configs import Config
-from hyperlm import checkpoint, plan, tree
+from hyperlm import checkpoint, plan, runs, tree
+from hyperlm import tokenizer as tok
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.precision import compute_copy
 from hyperlm.residence.host import in_host_memory
@@ -20,7 +22,8 @@ class Trained(NamedTuple):
     weights: Tree  # for `model.hidden` and its like
     step: int
     tokens: int
-    meta: dict[str, Any]
+    fingerprint: str  # of the text
+    chat: bool  # whether that had conversations
 
 
 def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
@@ -37,4 +40,24 @@ def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
 
     state, meta = checkpoint.restore(run, step, config, place, with_opt=False)
     params = state.params if fits else streamed(state.params, dtype, device, keep_ends=True)
-    return Trained(params, state.step, state.tokens, meta)
+    for name, kind in (("fingerprint", str), ("chat", bool)):
+        if not isinstance(meta.get(name), kind):
+            raise checkpoint.CheckpointError(f"{checkpoint.folder_of(run, step)} is damaged (its meta has no {name}); restore it from a copy")
+    return Trained(params, state.step, state.tokens, meta["fingerprint"], meta["chat"])
+
+
+def load_tokenizer(run: Path, config: Config) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        RunError: if it is missing, or has ids that the model of `config` lacks.
+        TokenizerError: if its file is damaged.
+    """
+    path = run / "tokenizer.json"
+    if not path.is_file():
+        raise runs.RunError(f"{path} is missing: restore it, or let python train.py --resume {run} write it again")
+    tokenizer = tok.load(path)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.model.vocab_size:
+        raise runs.RunError(f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own")
+    return tokenizer

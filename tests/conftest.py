@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,27 @@ def write_prose(path: Path, words: int = 12000, seed: int = 0) -> Path:
 @pytest.fixture
 def prose(tmp_path) -> Path:
     return write_prose(tmp_path / "prose.txt")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Callable[..., Path]:
+    """made(*flags): a folder where train.py has made runs/r of the prose with these flags. Made once, so only to be read, or copied."""
+    found: dict[tuple[str, ...], Path] = {}
+
+    def make(*flags: str) -> Path:
+        if flags not in found:
+            import train
+            from hyperlm import cli
+
+            folder = tmp_path_factory.mktemp("made")
+            with pytest.MonkeyPatch.context() as within:
+                within.chdir(folder)
+                within.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+                assert cli.run(train.main, [*SMALLEST, "--data.sources", str(write_prose(folder / "prose.txt")), "--name", "r", *flags]) == 0
+            found[flags] = folder
+        return found[flags]
+
+    return make
 
 
 # A whole run in a second or two: flags for train.py, with a text of one's own.
