@@ -10,9 +10,15 @@
 Models are those of a preset, with the same settings on top of it as train.py takes, but for the kind.
 """
 
+if __name__ == "__main__":
+    from hyperlm import startup
+
+    startup.quiet()  # before the slow imports
+
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -69,57 +75,86 @@ def folders_of(command: Command) -> list[str]:
 
 def shape(command: Command) -> Config:
     """The model to measure, but for its kind."""
-    if command.lengths and min(command.lengths) < 1:
-        raise ConfigError(f"--lengths {min(command.lengths)}: must be at least 1")
     own = {name: getattr(command, name) for name in ("kernels", "model", "train", "optim")}
     return resolve(replace(PRESETS[command.preset](), **own))
 
 
-def run_speed(command: Command, device: torch.device) -> report.Result:
+# A suite checks first what would otherwise be found out late, and returns what measures: results that grow.
+Measuring = Iterator[report.Result]
+
+
+def speed_suite(command: Command, device: torch.device) -> Measuring:
     lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if device.type == "cuda" else range(6, 11))]
-    return speed.run(kinds_of(command), shape(command), device, lengths, command.tokens or max(lengths))
+    what = kinds_of(command), shape(command), device, lengths, command.tokens or max(lengths)
+    speed.check(*what)
+    return speed.run(*what)
 
 
-def run_decode(command: Command, device: torch.device) -> report.Result:
+def decode_suite(command: Command, device: torch.device) -> Measuring:
     gpu = device.type == "cuda"
     contexts = list(command.lengths) or ([1024, 16384, 131072] if gpu else [64, 1024])
-    return decode.run(kinds_of(command), shape(command), device, contexts, [1, 16, 256] if gpu else [1, 4])
+    what = kinds_of(command), shape(command), device, contexts, [1, 16, 256] if gpu else [1, 4]
+    decode.check(*what)
+    return decode.run(*what)
 
 
-def run_memory(command: Command, device: torch.device) -> report.Result:
+def memory_suite(command: Command, device: torch.device) -> Measuring:
     config = shape(command)
     if config.train.residence == "auto":
         config = replace(config, train=replace(config.train, residence="host"))
+    memory.check(kinds_of(command), config, device)
     return memory.run(kinds_of(command), config, device)
 
 
-def run_quality(command: Command, device: torch.device) -> report.Result:
-    return quality.run([Path(folder) for folder in folders_of(command)], device, command.kernels)
+def quality_suite(command: Command, device: torch.device) -> Measuring:
+    folders = [Path(folder) for folder in folders_of(command)]
+    quality.check(folders)
+    return quality.run(folders, device, command.kernels)
 
 
-def run_kernels(command: Command, device: torch.device) -> report.Result:
+def kernel_suite(command: Command, device: torch.device) -> Measuring:
     if device.type != "cuda" or not HAVE_TRITON:
         raise cli.UsageError(f"--suite {command.suite} needs a CUDA device and Triton; `python train.py --doctor` says what this machine has")
     return {"linear": kernel_suites.linear, "hyperbolic": kernel_suites.hyperbolic}[command.suite](device)
 
 
-SUITES: dict[str, Callable[[Command, torch.device], report.Result]] = {
-    "speed": run_speed,
-    "decode": run_decode,
-    "memory": run_memory,
-    "quality": run_quality,
-    "linear": run_kernels,
-    "hyperbolic": run_kernels,
+SUITES: dict[str, Callable[[Command, torch.device], Measuring]] = {
+    "speed": speed_suite,
+    "decode": decode_suite,
+    "memory": memory_suite,
+    "quality": quality_suite,
+    "linear": kernel_suite,
+    "hyperbolic": kernel_suite,
 }
 AUTO = ("speed", "quality")
+MOST = 1 << 26  # tokens of a sequence or a step; to make them takes a moment
+
+
+def check(command: Command) -> Path:
+    """Where the results will be.
+
+    Raises:
+        ConfigError, UsageError: on what cannot be measured or written.
+    """
+    for flag, values, low in (("lengths", command.lengths, 1), ("tokens", (command.tokens,), 0)):
+        for value in values:
+            if not low <= value <= MOST:
+                raise ConfigError(f"--{flag} {value}: must be at least {low} and at most {MOST:,}")
+    if "/" in command.name or "\0" in command.name or command.name in (".", ".."):
+        raise ConfigError(f"--name {command.name!r}: must be a plain folder name")
+    folder = runs.ROOT / (command.name or f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists():
+        raise cli.UsageError(f"{folder} exists: choose another --name")
+    for subject in folders_of(command):
+        if not Path(subject).is_dir():
+            raise cli.UsageError(f"{subject}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")
+    return folder
 
 
 def main(argv: list[str]) -> int:
     command, device = parse(argv)
+    folder = check(command)
     kinds, folders = kinds_of(command), folders_of(command)
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise cli.UsageError(f"{folder}: neither a kind ({', '.join(get_args(Kind))}) nor the folder of a run")
     subjects = {"speed": kinds, "decode": kinds, "memory": kinds, "quality": folders, "linear": ["all"], "hyperbolic": ["all"]}
     if command.suite == "auto" and not command.subjects:
         raise cli.UsageError("name what to measure: phase7, phase8, softmax or folders of runs; or a --suite")
@@ -128,17 +163,22 @@ def main(argv: list[str]) -> int:
     chosen = [name for name in AUTO if subjects[name]] if command.suite == "auto" else [command.suite]
 
     env.prepare(device)
-    results = []
-    for name in chosen:
-        results.append(SUITES[name](command, device))
-        print(report.table(results[-1].rows))
-        print("\n".join(results[-1].notes))
-    folder = runs.ROOT / (command.name or f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder, results, env.describe(device), " ".join(["python bench.py", *argv]))
-    print(f"written to {folder}: report.md, results.json{', plots' if any(r.plots for r in results) else ''}")
+    suites = {name: SUITES[name](command, device) for name in chosen}
+    runs.ROOT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):  # found out now, not when there is something to write
+        pass
+    results: dict[str, report.Result] = {}
+    try:
+        for name, measuring in suites.items():
+            for results[name] in measuring:
+                pass
+            print(report.table(results[name].rows), *results[name].notes, sep="\n", flush=True)
+    finally:  # whatever ended it: what was measured is not lost
+        if results:
+            report.write(folder, list(results.values()), env.describe(device), " ".join(["python bench.py", *argv]))
+            print(f"written to {folder}: report.md, results.json{', plots' if any(r.plots for r in results.values()) else ''}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(cli.run(main))

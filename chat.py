@@ -4,6 +4,11 @@
     python chat.py runs/x --prompt "def "     one text, then the end
 """
 
+if __name__ == "__main__":
+    from hyperlm import startup
+
+    startup.quiet()  # before the slow imports
+
 import math
 import sys
 import time
@@ -192,4 +197,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    cli.end(cli.run(main))

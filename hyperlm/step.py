@@ -34,11 +34,17 @@ def place(cfg: Config, device: torch.device) -> Callable[[Tree], Tree]:
     return lambda stage: tree.map(lambda x: x.to(device), stage)
 
 
+def init_params(cfg: Config, device: torch.device) -> Tree:
+    """Initial parameters as the optimizer keeps them, where the residence has them."""
+    here = torch.device("cpu") if cfg.train.residence == "host" else device
+    keep = optimizer(cfg.optim, new_schedule(cfg.optim, 1), cfg.kernels).keep
+    return moved(place(cfg, device), model.init(cfg.model, cfg.train.seed, device=here, keep=keep))
+
+
 def init_state(cfg: Config, device: torch.device) -> State:
     """The state before the first step."""
     rule = optimizer(cfg.optim, new_schedule(cfg.optim, 1), cfg.kernels)
-    here = torch.device("cpu") if cfg.train.residence == "host" else device
-    params = moved(place(cfg, device), model.init(cfg.model, cfg.train.seed, device=here, keep=rule.keep))
+    params = init_params(cfg, device)
     opt_state = {name: moved(place(cfg, device), part) for name, part in rule.init(params).items()}
     return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
 

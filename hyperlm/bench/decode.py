@@ -1,13 +1,13 @@
 """Suite `decode`: tokens/s and memory of generating one token after another, against batch size and length of what came before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
 
 import torch
 
-from configs import Config, Kind
+from configs import Config, ConfigError, Kind
 from hyperlm import env, model, sample, tree
 from hyperlm.bench.report import Plot, Result, Row
 from hyperlm.bench.speed import OUT_OF_MEMORY, seconds
@@ -47,17 +47,30 @@ def measure(weights: Callable[[], tree.Tree], config: Config, device: torch.devi
     return row
 
 
-def run(kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5) -> Result:
-    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for."""
-    rows, count = [], {}
-    bar = env.progress(total=len(kinds) * len(batches) * len(contexts), desc="decode")
-    for kind in kinds:
+def check(kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int]) -> None:
+    """Raises ConfigError where the memory of a CPU cannot hold a cache."""
+    for kind in kinds if device.type == "cpu" else ():
         own = replace(config, model=replace(config.model, kind=kind))
-        weights = cache(lambda own=own: compute_copy(model.init(own.model, 0, device=device), env.compute_dtype(device)))
-        count[kind] = tree.count(model.declaration(own.model))
-        for batch, context in product(batches, contexts):
-            rows.append(measure(weights, own, device, batch, context, budget))
-            bar.update()
-    bar.close()
-    notes = [f"{kind}: {n:,} parameters; caches hold random numbers, as if the context had been read" for kind, n in count.items()]
-    return Result("decode", rows, notes, [Plot("decode_speed.png", "Decoding speed", "context", "tok/s", ("model", "batch"))])
+        cache = filled_cache(own, max(batches), max(contexts), torch.device("meta"))
+        need, have = sum(x.nbytes for layer in cache.layers for x in layer.values()), env.total_memory(device)
+        if need > have:
+            raise ConfigError(f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it")
+
+
+def run(
+    kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5
+) -> Iterator[Result]:
+    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for. Yields what is measured so far."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    plots = [Plot("decode_speed.png", "Decoding speed", "context", "tok/s", ("model", "batch"))]
+    with env.progress(total=len(kinds) * len(batches) * len(contexts), desc="decode") as bar:
+        for kind in kinds:
+            own = replace(config, model=replace(config.model, kind=kind))
+            weights = cache(lambda own=own: compute_copy(model.init(own.model, 0, device=device), env.compute_dtype(device)))
+            count = tree.count(model.declaration(own.model))
+            notes.append(f"{kind}: {count:,} parameters; caches hold random numbers, as if the context had been read")
+            for batch, context in product(batches, contexts):
+                rows.append(measure(weights, own, device, batch, context, budget))
+                bar.update()
+                yield Result("decode", list(rows), list(notes), plots)

@@ -7,7 +7,7 @@ down. Limits are lower bounds of a time: bytes of inputs and outputs at the rate
 a large product, special functions at 16 a clock and multiprocessor, all of the same device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -205,8 +205,8 @@ def crossing(device: torch.device) -> str:
     return f"65,536 tokens, 16 heads of 64, forward+backward with decay against cuDNN softmax, device ms: {listed}; faster from {first} on"
 
 
-def linear(device: torch.device) -> Result:
-    """Check, then time causal linear attention and its peers."""
+def linear(device: torch.device) -> Iterator[Result]:
+    """Check, then time causal linear attention and its peers. Yields what is measured so far."""
     from hyperlm.kernels.linear_attention import division
 
     contestants, rate = linear_contestants(), rates(device)
@@ -217,11 +217,12 @@ def linear(device: torch.device) -> Result:
         limits = {"forward": 4 * x["q"].nbytes / rate.bytes, "forward+backward": 11 * x["q"].nbytes / rate.bytes}
         notes.append(f"{', '.join(map(str, shape))}: {division(shape[0] * shape[1], shape[2], device)}")
         rows += timed(contestants, shape, x, limits)
-    return Result("linear", rows, [*notes, crossing(device)])
+        yield Result("linear", list(rows), list(notes))
+    yield Result("linear", rows, [*notes, crossing(device)])
 
 
-def hyperbolic(device: torch.device) -> Result:
-    """Check, then time exact hyperbolic attention and softmax attention.
+def hyperbolic(device: torch.device) -> Iterator[Result]:
+    """Check, then time exact hyperbolic attention and softmax attention. Yields what is measured so far.
 
     The limit is the larger of two: 2 products and 2 special functions a pair forward, 7 and 4 more backward (weights are computed twice).
     The distance takes 3 and 6 special functions, but is held against the same.
@@ -237,4 +238,4 @@ def hyperbolic(device: torch.device) -> Result:
         listed = "; ".join(f"{what}: products {products[what]:.3f} ms, special functions {special[what]:.3f} ms" for what in products)
         notes.append(f"{', '.join(map(str, shape))}: limits {listed}")
         rows += timed(contestants, shape, hyperbolic_inputs(shape, device), {what: max(products[what], special[what]) for what in products})
-    return Result("hyperbolic", rows, notes)
+        yield Result("hyperbolic", list(rows), list(notes))

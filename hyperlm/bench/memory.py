@@ -1,10 +1,11 @@
 """Suite `memory`: what training needs on the device and in host memory, how fast it is, and what it moves between them. Random tokens, real steps."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from configs import Config, Kind
+from configs import Config, ConfigError, Kind
 from hyperlm import env, plan
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import seconds
@@ -52,12 +53,27 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
     return row
 
 
-def run(kinds: list[Kind], config: Config, device: torch.device, budget: float = 10.0) -> Result:
-    """Measure every kind; `budget` is the seconds to time its steps for."""
-    rows = [measure(replace(config, model=replace(config.model, kind=kind)), device, budget) for kind in env.progress(kinds, "memory")]
+def check(kinds: list[Kind], config: Config, device: torch.device) -> None:
+    """Raises ConfigError where host memory cannot hold what the residence needs there."""
+    for kind in kinds:
+        own, dtype = replace(config, model=replace(config.model, kind=kind)), env.compute_dtype(device)
+        if config.train.residence == "host":
+            need = plan.visits(own, dtype, env.allowed_memory(device, config.train.device_memory)).host
+        else:
+            need = plan.everything(own, dtype).device if device.type == "cpu" else 0
+        if need > (have := env.available_memory(torch.device("cpu"))):
+            sizes = f"{need / env.GIB:,.1f} GiB of host memory, and {have / env.GIB:,.1f} are free"
+            raise ConfigError(f"--suite memory: training {kind} needs {sizes}; lower the shape of the model, or --optim.state int8")
+
+
+def run(kinds: list[Kind], config: Config, device: torch.device, budget: float = 10.0) -> Iterator[Result]:
+    """Measure every kind; `budget` is the seconds to time its steps for. Yields what is measured so far."""
     notes = [
         "process: all that the driver counts on this GPU, other processes included; host: the most that this process had resident",
         "GB/s: bytes that a step moves, from the plan, over the time that it takes",
         "retries: how often memory was so tight that the allocator had to give blocks back first, which is slow",
     ]
-    return Result("memory", rows, notes)
+    rows: list[Row] = []
+    for kind in env.progress(kinds, "memory"):
+        rows.append(measure(replace(config, model=replace(config.model, kind=kind)), device, budget))
+        yield Result("memory", list(rows), notes)

@@ -1,6 +1,9 @@
 """What a benchmark leaves: results.json with every number, report.md with the tables, and the plots."""
 
 import json
+import math
+import os
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,7 @@ def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
         own = [row for row in rows if tuple(row[column] for column in plot.series) == key]
         points = [(row[plot.x], row[plot.y]) for row in own if isinstance(row.get(plot.y), int | float)]
         label = ", ".join([str(key[0]), *(f"{column} {value}" for column, value in zip(plot.series[1:], key[1:], strict=True))])
+        points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not plot.log)]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     if plot.log:
@@ -72,18 +76,33 @@ def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(folder / plot.file, dpi=150)
     plt.close(figure)
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(folder: Path, results: list[Result], machine: dict[str, Any], command: str) -> None:
-    """Write results.json, report.md and the plots into `folder`."""
-    (folder / "results.json").write_text(json.dumps({"command": command, "machine": machine, "results": [asdict(r) for r in results]}, indent=2) + "\n")
-    parts = [f"# hyperlm benchmark\n\n`{command}`\n", "\n".join(f"- {name}: {value}" for name, value in machine.items())]
-    for result in results:
-        parts.append(f"## {result.suite}\n\n{table(result.rows)}\n\n" + "\n".join(f"- {note}" for note in result.notes))
-        for plot in result.plots:
-            draw(plot, result.rows, folder)
-            parts.append(f"![{plot.title}]({plot.file})")
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    """Write results.json, report.md and the plots into `folder`, which is new: all of it or nothing."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as parts:
+        part = Path(parts) / folder.name
+        part.mkdir()
+        record = {"command": command, "machine": machine, "results": [asdict(r) for r in results]}
+        (part / "results.json").write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
+        texts = [f"# hyperlm benchmark\n\n`{command}`\n", "\n".join(f"- {name}: {value}" for name, value in machine.items())]
+        for result in results:
+            texts.append(f"## {result.suite}\n\n{table(result.rows)}\n\n" + "\n".join(f"- {note}" for note in result.notes))
+            for plot in result.plots:
+                draw(plot, result.rows, part)
+                texts.append(f"![{plot.title}]({plot.file})")
+        (part / "report.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8", errors="backslashreplace")
+        os.replace(part, folder)
