@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
     startup.quiet()  # before the slow imports
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator

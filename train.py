@@ -197,15 +197,15 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
 
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
     """A text that begins with the configured prompt."""
-    cfg, tokenizer = config.model, corpus.tokenizer
-    prompt = tokenizer.encode(config.eval.prompt, add_special_tokens=False).ids
+    cfg, tokenizer, begun = config.model, corpus.tokenizer, tok.clean(config.eval.prompt)
+    prompt = tokenizer.encode(begun, add_special_tokens=False).ids
     end = tok.end_of_text(tokenizer)
     logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
     generator = torch.Generator().manual_seed(seed)
     decode = sample.decoder(params, cfg, kernels=config.kernels)
     drawn = sample.generate(logits, cache, sample.Sampling(), generator, stop={end}, usable=tokenizer.get_vocab_size(), decode=decode)
     ids = [token for (token, _, _), _ in zip(drawn, range(config.eval.sample_tokens), strict=False)]
-    return config.eval.prompt + "".join(tok.stream(tokenizer, ids))
+    return begun + "".join(tok.stream(tokenizer, ids))
 
 
 def evaluation_batch(config: Config, device: torch.device) -> int:
@@ -238,9 +238,8 @@ def train(
     """
     in_place = config.train.residence == "host"  # where a second copy would not fit
     facts = checkpoint.Facts(config, schedule, corpus.fingerprint, digest_of(corpus), corpus.chat)
-    with env.stop_signals() as stop_signal:
+    with env.stop_signals() as stop_signal, checkpoint.writing(run, config.ckpt.keep) as writer, log.recording(run, state.step) as records:
         step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
-        writer, records = checkpoint.manager(run, config.ckpt.keep), log.open_log(run, state.step)
         yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None
 
         def save(state: State, val_loss: float | None) -> str:
@@ -264,7 +263,6 @@ def train(
 
             bad = bad + 1 if metrics["skipped"] else 0
             if bad == BAD_STEPS:
-                checkpoint.finish(writer)
                 raise diverged(run, now, f"no finite loss or gradient for {BAD_STEPS} steps", config)
 
             paused = time.monotonic()
@@ -288,16 +286,12 @@ def train(
                 if not (flaw := save(state, val_loss)):
                     saved = now
                 elif last:
-                    checkpoint.finish(writer)
                     raise diverged(run, now, flaw, config)
                 else:
                     say(f"not saved  step {now}: {flaw}; earlier checkpoints stay")
             timed_from += time.monotonic() - paused
         if saved != state.step and (flaw := save(settle(state), val_loss)):  # a signal ended the loop, whenever in a step it came
-            checkpoint.finish(writer)
             raise diverged(run, state.step, flaw, config)
-        checkpoint.close(writer)
-        log.close(records)
     return state, stop_signal()
 
 

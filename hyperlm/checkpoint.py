@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +137,19 @@ def manager(run: Path, keep: int) -> Writer:
 
 def delete_removed(run: Path) -> None:
     shutil.rmtree(folder_of(run) / REMOVED, ignore_errors=True)
+
+
+@contextmanager
+def writing(run: Path, keep: int) -> Iterator[Writer]:
+    """The writer of a run's checkpoints. What is being written when an error ends the run still counts."""
+    writer = manager(run, keep)
+    try:
+        yield writer
+    except Exception:
+        with suppress(CheckpointError):
+            finish(writer)
+        raise
+    close(writer)
 
 
 def close(writer: Writer) -> None:

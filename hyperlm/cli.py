@@ -18,7 +18,6 @@ from hyperlm.data import DataError
 from hyperlm.env import DeviceError
 from hyperlm.kernels import KernelError
 from hyperlm.runs import RunError
-from hyperlm.sample import NotFinite
 from hyperlm.startup import ENDING
 from hyperlm.tokenizer import TokenizerError
 
@@ -33,9 +32,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; what was saved is safe."""
 
 
-EXPECTED = (
-    CheckpointError, ConfigError, DataError, DeviceError, KernelError, NotFinite, RunError, TokenizerError, TrainingError, UsageError,
-)  # fmt: skip
+EXPECTED = (CheckpointError, ConfigError, DataError, DeviceError, KernelError, RunError, TokenizerError, TrainingError, UsageError)
 
 CLOSED_PIPE = 128 + 13  # the exit code of whom SIGPIPE ends, on systems without it too
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -12,6 +14,7 @@ from hyperlm.env import GIB
 from hyperlm.runs import RunError
 from hyperlm.state import State
 from hyperlm.step import Metrics
+from hyperlm.tokenizer import clean
 
 
 class Log(NamedTuple):
@@ -63,7 +66,7 @@ def record(log: Log, step: int, values: dict[str, Any]) -> None:
         log.records.write(json.dumps({"step": step, **{name: finite_or_none(value) for name, value in values.items()}}, allow_nan=False) + "\n")
         for name, value in values.items():
             if isinstance(value, str):
-                log.board.add_text(name, "    " + value.replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
+                log.board.add_text(name, "    " + clean(value).replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
             else:
                 log.board.add_scalar(name if "/" in name else f"{'val' if name.startswith('val') else 'train'}/{name}", value, step)
     except OSError as e:
@@ -83,6 +86,19 @@ def newest(run: Path) -> dict[str, Any]:
                 values |= {name: value for name, value in json.loads(line).items() if name != "sample" and not name.startswith("radius/")}
     values.pop("step", None)
     return values
+
+
+@contextmanager
+def recording(run: Path, step: int) -> Iterator[Log]:
+    """The records of a run from `step` on, closed at the end."""
+    records = open_log(run, step)
+    try:
+        yield records
+    except BaseException:
+        with suppress(RunError):
+            close(records)
+        raise
+    close(records)
 
 
 def close(log: Log) -> None:

@@ -12,6 +12,7 @@ from conftest import CASES, TINY, generator
 from configs import Config, OptimConfig, TrainConfig
 from hyperlm import checkpoint, tree
 from hyperlm.optim import new_schedule
+from hyperlm.state import StaleState
 from hyperlm.step import init_state, make_step
 
 CPU = torch.device("cpu")
@@ -151,3 +152,127 @@ def test_a_full_disk_is_found_before_anything_is_half_written(tmp_path, monkeypa
         save(tmp_path, (2, None))
     assert "no space left on the disk" in str(e.value) and "the last good checkpoint is" in str(e.value) and "step_00000001" in str(e.value) and "--resume" in str(e.value)
     assert checkpoint.steps(tmp_path) == [1]
+
+
+# -- meta: counters, settings and what else is not an array ------------------------------------------------------------------------------
+
+
+def meta_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}" / "meta" / "metadata"
+
+
+def rewrite(run: Path, at: int, /, **changes) -> None:
+    """Other values in the meta of a checkpoint; None takes one away."""
+    values = json.loads(meta_of(run, at).read_text()) | changes
+    meta_of(run, at).write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def test_no_flipped_bit_in_a_meta_gives_other_values(tmp_path):
+    save(tmp_path, (3, 1.0))
+    truth, content = checkpoint.read_meta(tmp_path, 3), meta_of(tmp_path, 3).read_bytes()
+    for position in range(0, len(content), 3):
+        meta_of(tmp_path, 3).write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
+        try:
+            assert checkpoint.read_meta(tmp_path, 3) == truth
+        except checkpoint.CheckpointError as e:
+            assert "step_00000003" in str(e) and "\n" not in str(e)
+
+
+@pytest.mark.parametrize("change", [{"step": 4}, {"updates": 1}, {"tokens": 0}, {"seed": 2}, {"val_loss": 0.5}, {"fingerprint": "other"}, {"digest": "0"}, {"digest": None}])
+def test_counters_are_covered(tmp_path, change):
+    save(tmp_path, (2, 1.0), (3, 1.0))
+    rewrite(tmp_path, 3, **change)
+    with pytest.raises(checkpoint.CheckpointError, match="step_00000003 is damaged .*go on from step 2"):
+        checkpoint.restore(tmp_path, 3, config_of(), here)
+
+
+def test_a_folder_of_another_step_is_noticed(tmp_path):
+    save(tmp_path, (3, 1.0))
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000003", tmp_path / "checkpoints" / "step_00000007")
+    with pytest.raises(checkpoint.CheckpointError, match="step_00000007 is damaged .its meta is of step 3"):
+        checkpoint.restore(tmp_path, 7, config_of(), here)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Config(model=replace(TINY, vocab_size=128), train=TrainConfig(seed=1)),
+        Config(model=replace(TINY, kind="phase7"), train=TrainConfig(seed=1)),
+        Config(model=TINY, train=TrainConfig(seed=2)),
+        Config(model=TINY, train=TrainConfig(seed=1), optim=OptimConfig(state="int8")),
+    ],
+)
+def test_settings_of_another_run_are_blamed_and_not_the_checkpoint(tmp_path, other):
+    save(tmp_path, (2, 1.0), (3, 1.0))
+    with pytest.raises(checkpoint.CheckpointError) as e:
+        checkpoint.restore(tmp_path, 3, other, here)
+    assert "config.json is of another run" in str(e.value) and "delete" not in str(e.value) and "damaged" not in str(e.value)
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, (2, 1.0), (3, 1.0))
+    for error in (PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), MemoryError(), ValueError("PERMISSION_DENIED: not for you")):
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fails)
+        with pytest.raises(checkpoint.CheckpointError, match="could not be read") as e:
+            checkpoint.restore(tmp_path, 3, config_of(), here)
+        assert "delete" not in str(e.value)
+
+
+def test_what_an_interrupted_removal_left_is_no_checkpoint(tmp_path):
+    save(tmp_path, (2, 1.0), (3, 1.0))
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000002" / "opt")
+    assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_a_checkpoint_leaves_whole_or_not_at_all(tmp_path, monkeypatch):
+    """What is no longer kept is moved away before it is deleted, so that a kill in between leaves no half of one; the next start clears it away."""
+    monkeypatch.setattr(checkpoint, "delete_removed", lambda run: None)
+    save(tmp_path, (1, None), (2, None), (3, None))
+    removed = tmp_path / "checkpoints" / checkpoint.REMOVED
+    assert checkpoint.steps(tmp_path) == [2, 3] and (removed / "step_00000001" / "params").is_dir()
+    monkeypatch.undo()
+    save(tmp_path, (4, None))
+    assert not removed.exists() and checkpoint.steps(tmp_path) == [3, 4]
+
+
+def test_one_damaged_meta_hides_no_other_checkpoint(tmp_path):
+    save(tmp_path, (1, 3.0), (2, 1.0), (3, 2.0), keep=3)
+    for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        meta_of(tmp_path, 1).write_bytes(content)
+        assert checkpoint.best(tmp_path) == 2
+    meta_of(tmp_path, 2).write_bytes(b"")
+    assert checkpoint.best(tmp_path) == 3
+    save(tmp_path, (4, 1.5), (5, 2.0), keep=1)
+    assert checkpoint.steps(tmp_path) == [1, 2, 4, 5]  # what cannot be read is not ours to delete
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
+def test_the_best_has_the_smallest_finite_loss(loss):
+    assert checkpoint.lowest({1: 2.0, 2: loss, 3: 2.5}) == [1] and checkpoint.lowest({2: loss}) == []
+
+
+def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
+    save(tmp_path, (2, 1.0))
+    rewrite(tmp_path, 2, format=4)
+    with pytest.raises(checkpoint.CheckpointError, match="format 4, .*a newer version of hyperlm wrote it"):
+        checkpoint.read_meta(tmp_path, 2)
+    rewrite(tmp_path, 2, format=1)
+    with pytest.raises(checkpoint.CheckpointError, match="format 1: a version before 0.1"):
+        checkpoint.read_meta(tmp_path, 2)
+    rewrite(tmp_path, 2, format=2, digest=None, config=None, schedule=None, tokenizer=None, loss=None, val_loss=checkpoint.WORST)
+    state, meta = checkpoint.restore(tmp_path, 2, config_of(), here, with_opt=False)
+    assert state.step == 2 and meta["schedule"] is None and checkpoint.best(tmp_path) == 2
+    with pytest.raises(checkpoint.CheckpointError, match="train.seed 5"):
+        checkpoint.restore(tmp_path, 2, Config(model=TINY, train=TrainConfig(seed=5)), here)
+
+
+def test_a_state_with_an_update_pending_is_not_saved(tmp_path):
+    config = Config(model=TINY, train=TrainConfig(seed=1, residence="host"))
+    first, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
+    second, _ = step(first, torch.randint(64, (1, 2, 9), generator=generator(0)))
+    for state, why in ((first, "consumed"), (second, "pending")):
+        with pytest.raises(StaleState, match=why):
+            save(tmp_path, (1, None), state=state)

@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, SMALLEST, TINY
+from conftest import CASES, SMALLEST, TINY, write_prose
 
+import bench
+import chat
 import train
 from configs import Config
-from hyperlm import checkpoint, cli, data, health, model, runs, startup, tree
+from hyperlm import checkpoint, cli, data, health, log, model, runs, startup, tree
 from hyperlm.state import State
 
 REPOSITORY = Path(train.__file__).parent
@@ -423,6 +426,125 @@ def test_damaged_runs_are_one_line(prose, capsys):
     Path("runs/b").mkdir()
     assert call("--resume", "runs/b") == 2
     assert "not a run" in capsys.readouterr().err
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "a flipped bit":
+        path.write_bytes(content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :])
+    elif how == "not UTF-8":
+        path.write_bytes(b"\xff" + content)
+
+
+HEALED = ["gone", "empty", "half", "a flipped bit", "not UTF-8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps and its text, to be copied and damaged."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        assert start(write_prose(folder / "prose.txt"), "a", "--train.steps", "4", "--ckpt.every", "2", "--ckpt.keep", "9") == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(finished / "cache"))
+    return Path("runs/a")
+
+
+@pytest.mark.parametrize("how", HEALED)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_a_checkpoint_or_the_text_can_restore_is_put_back(copied, finished, capsys, name, how):
+    truth, expected = (copied / name).read_bytes(), final("a")
+    damage(copied / name, how)
+    shutil.rmtree(copied / "checkpoints" / "step_00000004")
+    assert call("--resume", copied) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and (name in said.out or (copied / name).read_bytes() == truth)
+    assert (copied / name).read_bytes() == truth and same(final("a"), expected)
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"half a li", b"\xff\xfe", b'{"step": "3", "loss": 1}', b'{"loss": 1}', b"[1]", b"7", b"[" * 100_000, b'{"step": 1e400}', b'{"step": null}']
+)
+def test_no_line_of_the_records_blocks_a_resume(copied, line):
+    path = copied / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    expected = losses("a")
+    path.write_bytes(b"\n".join([*lines[:1], line, *lines[1:], line]))
+    shutil.rmtree(copied / "checkpoints" / "step_00000004")
+    assert call("--resume", copied) == 0 and losses("a") == expected
+    assert line.strip() == b"" or line in path.with_suffix(".damaged").read_bytes()
+
+
+def test_the_summary_of_a_run_that_was_killed_at_its_very_end_is_written(copied):
+    path = copied / "training_summary.json"
+    whole = json.loads(path.read_text())
+    path.unlink()
+    assert call("--resume", copied) == 0
+    assert json.loads(path.read_text()) == {name: value for name, value in whole.items() if name != "seconds"}
+
+
+def test_settings_of_another_run_are_blamed_and_no_checkpoint_is(copied, capsys):
+    config = runs.read_config(copied)
+    runs.write_config(copied, replace(config, model=replace(config.model, vocab_size=640)))
+    for command in ([train.main, "--resume", copied], [chat.main, copied, "--prompt", "a"], [bench.main, copied]):
+        assert cli.run(command[0], list(map(str, command[1:]))) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert "config.json is of another run" in error[-1] and "delete" not in error[-1]
+
+
+@pytest.mark.parametrize("text", ["1e4", "Grüße 你好 \u202e\x1b[31m"])
+def test_a_console_that_cannot_show_a_sample_ends_nothing(prose, text):
+    process = subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *SMALLEST, "--data.sources", str(prose), "--train.steps", "1", "--eval.prompt", text],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert process.returncode == 0 and process.stderr == b"" and b"done" in process.stdout
+
+
+def test_records_that_cannot_be_written_name_the_file_and_the_way_on(prose, capsys, monkeypatch):
+    """A full disk, met by the third record; what was saved is resumed."""
+    flags = "--train.steps", "4", "--ckpt.every", "2", "--ckpt.keep", "9"
+    assert start(prose, "whole", *flags) == 0
+    with monkeypatch.context() as during:
+        written = itertools.count()
+
+        def full(log, step, values):
+            if next(written) == 2:
+                raise runs.RunError("runs/a/metrics.jsonl could not be written (No space left on device)")
+
+        during.setattr(log, "record", full)
+        assert start(prose, "a", *flags) == 2
+    error = capsys.readouterr().err.strip()
+    assert "metrics.jsonl could not be written (No space left on device); the last good checkpoint is runs/a/checkpoints/step_00000002" in error
+    assert "--resume runs/a" in error and len(error.splitlines()) == 1
+    assert call("--resume", "runs/a") == 0 and same(final("whole"), final("a"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_record_on_a_full_disk_is_an_error_of_its_file():
+    records = log.Log(open("/dev/full", "w", buffering=1), None)
+    with pytest.raises(runs.RunError, match=r"/dev/full could not be written \(No space left on device\)"):
+        log.record(records, 1, {"loss": 1.0})
+
+
+def test_records_are_json_whatever_the_numbers(tmp_path):
+    records = log.open_log(tmp_path, 0)
+    log.record(records, 1, {"loss": math.nan, "norm": math.inf, "lr": 1.0, "sample": "\ud800"})
+    log.close(records)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None, "lr": 1.0, "sample": "\ud800"}
 
 
 def test_a_run_that_diverges_ends_with_a_clear_line(prose, capsys):
