@@ -117,18 +117,20 @@ def hold_out(
             room -= size[i]
     share = size[held].sum() / total
     if near(share, fraction):
-        say(f"split      {share:.1%} of the text held out, {held.sum()} of {len(contents)} documents; by hash alone it were {by_hash:.1%} instead of {fraction:.1%}")
+        say(f"split      {share:.1%} of the text held out, {held.sum()} of {len(contents)} documents; by hash alone it would be {by_hash:.1%} instead of {fraction:.1%}")
         return holding(held)
 
     longest = int(np.argmax(np.where(held, 0, size)))
     source, index = next((k, int(i)) for k, s in enumerate(selections) for i in np.flatnonzero(s.use & (s.order == contents[longest])))
-    document = fetch(source, index)
+    document = fetch(source, index).head(int(selections[source].size[index]))
     length = len(document.raw)
     tail = min(max(room, LEAST), length / 2)
     parts = document.divide(1 - tail / length) if length >= 2 * LEAST else None
     if parts:
-        what = "the text is one document" if len(contents) == 1 else "too few documents are short enough"
-        say(f"split      {what}: {len(parts[1].raw):,} bytes at the end of one are held out")
+        what = "the text is one document" if len(contents) == 1 else "documents are few and long"
+        whole = int(held.sum())
+        beside = f" beside {whole} whole one{'s' * (whole > 1)}" if whole else ""
+        say(f"split      {what}: the last {len(parts[1].raw):,} bytes of one are held out{beside}")
         found = holding(held)
         found[source] = found[source]._replace(divided=(index, 1 - tail / length))
         return found
@@ -171,12 +173,10 @@ def chosen(source: Source, selection: Selection, readings: Readings) -> Iterator
         count += 1
         if not selection.use[i]:
             continue
-        if len(document.raw) > selection.size[i]:
-            document = document.head(int(selection.size[i]))
-        parts = document.divide(selection.divided[1]) if selection.divided and selection.divided[0] == i else None
-        if parts:
-            yield i, parts[0], False
-            yield i, parts[1], True
+        document = document.head(int(selection.size[i]))
+        if selection.divided and selection.divided[0] == i:
+            for part, val in zip(document.divide(selection.divided[1]) or (), (False, True), strict=True):
+                yield i, part, val
         else:
             yield i, document, bool(selection.val[i])
     else:

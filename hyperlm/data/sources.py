@@ -153,6 +153,8 @@ class Document(NamedTuple):
 
     def head(self, limit: int) -> "Document":
         """At most `limit` bytes from the start, in whole characters."""
+        if len(self.raw) <= limit:
+            return self
         if not self.messages:
             return Document(self.text.encode()[:limit].decode("utf-8", "ignore"))
         kept = []
@@ -271,11 +273,13 @@ def jsonl_documents(path: Path, encoding: Encoding) -> Iterator[Document]:
     """Lines with a `text` field, or `messages` of {"role", "content"}; one line in memory at a time."""
     with open(path, encoding=encoding.name, errors=encoding.errors) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if line := line.strip():
                 try:
                     yield parse_line(line)
                 except RecursionError as e:
                     raise DataError(f"{path}:{number}: nested too deeply") from e
+                except json.JSONDecodeError as e:
+                    raise DataError(f"{path}:{number}: {e.msg} at character {e.pos + 1}") from e
                 except ValueError as e:
                     raise DataError(f"{path}:{number}: {e}") from e
 
