@@ -25,8 +25,9 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         batch: sequences at a time; 0 for those of a micro-batch.
 
     Returns:
-        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), and with several sources
-        val_bpb/<source>. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
+        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), and with several
+        sources val_bpb/<source>. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of
+        roles, count in neither.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     n, batch = config.data.seq_len, batch or config.train.batch_size

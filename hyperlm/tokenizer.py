@@ -74,7 +74,7 @@ def read(path: str | Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise TokenizerError(f"{path} is not a tokenizer.json (it is no regular file)")
         if found.st_size > LARGEST_FILE:
-            raise TokenizerError(f"{path} is not a tokenizer.json (it has {found.st_size >> 20} MiB, and none has more than {LARGEST_FILE >> 20})")
+            raise TokenizerError(f"{path} is not a tokenizer.json (it has {found.st_size >> 20} MiB, more than any)")
         return Path(path).read_bytes()
     except FileNotFoundError as e:
         raise TokenizerError(f"{path}: no such file; a tokenizer is bpe, bytes or the path of a tokenizer.json") from e
@@ -97,7 +97,9 @@ def load(path: str | Path) -> Tokenizer:
     if max(ids) >= LARGEST_ID:
         raise TokenizerError(f"{path}: has a token with id {max(ids):,}; an embedding would need a row for each id up to that one")
     if len(set(ids)) < len(ids):
-        raise TokenizerError(f"{path}: two tokens have the same id (of its own, or where special tokens are added into gaps): number them without gaps")
+        raise TokenizerError(
+            f"{path}: two tokens have the same id, or get it where special tokens are added into gaps: number them without gaps"
+        )
     return tokenizer
 
 
@@ -142,7 +144,8 @@ def losses(tokenizer: Tokenizer, texts: list[str]) -> str:
         if back == text:
             continue
         if bare(back) != bare(text):
-            raise TokenizerError(f"the tokenizer does not give this text back: {example(text, back)}; it needs a token for every character or byte")
+            shown = example(text, back)
+            raise TokenizerError(f"the tokenizer does not give this text back: {shown}; it needs a token for every character or byte")
         changed = changed or example(text, back)
     return changed
 

@@ -52,9 +52,10 @@ DAMAGES = {
     "a dead link": lambda p: (p.unlink(), p.symlink_to("nowhere")),
 }
 METAS = [
-    "null", "3", "[]", "{}", '"x"', "nan", "[" * 100_000, '{"a":' * 100_000, "\ud800", '{"format": 2, "dtype": "uint16", "chat": true, "entries": {}}',
-    '{"format": 2, "dtype": "uint16", "chat": true, "entries": null, "digest": 0}', '{"format": ' + "9" * 5000 + "}",
-]  # fmt: skip
+    *("null", "3", "[]", "{}", '"x"', "nan", "[" * 100_000, '{"a":' * 100_000, "\ud800", '{"format": ' + "9" * 5000 + "}"),
+    '{"format": 2, "dtype": "uint16", "chat": true, "entries": {}}',
+    '{"format": 2, "dtype": "uint16", "chat": true, "entries": null, "digest": 0}',
+]
 
 
 @pytest.fixture
@@ -72,7 +73,12 @@ def heals(cached, name: str = "") -> None:
     corpus = data.prepare(cfg, say=said.append)
     assert np.array_equal(corpus.shards[0].train, train)
     again = [line for line in said if line.startswith("cache")]
-    assert len(again) == 1 and again[0].startswith(f"cache      {folder}: {name}") and again[0].endswith("; made again") and "\n" not in again[0]
+    assert (
+        len(again) == 1
+        and again[0].startswith(f"cache      {folder}: {name}")
+        and again[0].endswith("; made again")
+        and "\n" not in again[0]
+    )
     data.prepare(cfg, say=said.append)
     assert said[-1].endswith("(cached)") and not any(line.startswith("cache") for line in said[-2:])
     assert sorted(os.listdir(folder.parent)) == [folder.name] and sorted(os.listdir(folder)) == FILES
@@ -224,7 +230,10 @@ def test_the_same_files_on_other_sides_are_another_corpus(tmp_path):
 def test_what_is_asked_for_in_another_way_and_is_the_same_is_found(tmp_path, prose):
     (tmp_path / "r.toml").write_text('[[sources]]\npath = "prose.txt"\nweight = 2\n')
     same = [prose, tmp_path / "r.toml", f"{prose}:3"]
-    same = [config(source, val_fraction=0.3) for source in same] + [config(prose, max_mib=100, val_fraction=0.3), config(prose, val_fraction=0.31)]
+    same = [config(source, val_fraction=0.3) for source in same] + [
+        config(prose, max_mib=100, val_fraction=0.3),
+        config(prose, val_fraction=0.31),
+    ]
     assert len({prepare(c).fingerprint for c in same}) == 1
 
 

@@ -1,16 +1,20 @@
 """Data: documents and their sides, the cache, the order of batches, validation windows."""
 
 import json
+import math
+import os
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_prose
+from conftest import TINY, write_prose
+from tokenizers import normalizers
 
-from configs import Config, DataConfig, ModelConfig, TrainConfig
-from hyperlm import data
+from configs import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, resolve
+from hyperlm import data, evals, model
+from hyperlm import tokenizer as tok
 from hyperlm.data import corpus as preparation
 from hyperlm.data import sources
 from hyperlm.loss import IGNORE
@@ -167,7 +171,9 @@ def test_own_validation_text_is_used_whole(prose, tmp_path):
 
 def test_conversations_become_turns(tmp_path):
     talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
-    corpus = prepare(config(write_jsonl(tmp_path / "c.jsonl", [talk, {"text": "plain"}, {"text": "x"}, {"text": "y"}] * 3), val_fraction=0.01))
+    corpus = prepare(
+        config(write_jsonl(tmp_path / "c.jsonl", [talk, {"text": "plain"}, {"text": "x"}, {"text": "y"}] * 3), val_fraction=0.01)
+    )
     assert corpus.chat
     assert "<|user|>hi<|end|><|assistant|>ho<|end|><|endoftext|>" in text_of(corpus, corpus.shards[0].train)
 
@@ -212,14 +218,154 @@ def test_bad_text_is_named_with_its_line(tmp_path, lines, message):
         ("picture.png", "cannot read .png"),
         ("missing.toml", "no such file"),
         ("bad.toml", "not a recipe"),
+        ("", "no such file"),
+        (":0.5", "no such file"),
+        ("prose.txt:", "'' is not a weight"),
+        ("prose.txt:0", "a weight must be above 0"),
+        ("prose.txt:nan", "a weight must be above 0"),
+        ("prose.txt:inf", "a weight must be above 0"),
+        ("prose.txt:1e308", "a weight must be above 0"),
+        ("bad.toml:2", "a recipe has weights of its own"),
+        ("pipe.txt", "neither a file nor a folder"),
+        ("x" * 5000, "no such file"),
+        ("~nobody-has-this-name/x.txt", "no such file"),
     ],
 )
 def test_bad_sources_are_named(prose, tmp_path, source, message):
+    os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "picture.png").write_text("x")
     (tmp_path / "bad.toml").write_text("[[sources]]\nname = 'x'")
     with pytest.raises(data.DataError) as e:
         sources.parse_sources((source,))
     assert message in str(e.value) and "\n" not in str(e.value)
+
+
+PATH = '[[sources]]\npath = "prose.txt"\n'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (PATH + "wieght = 2", "r.toml, source 1: not a recipe; 'wieght' means nothing here, did you mean 'weight'?"),
+        (PATH + PATH + "pth = 2", "r.toml, source 2: not a recipe; 'pth' means nothing here, did you mean 'path'?"),
+        ('[[source]]\npath = "prose.txt"', "r.toml: not a recipe; 'source' means nothing here, did you mean 'sources'?"),
+        *(
+            (f"{PATH}weight = {w}", "r.toml, source 1: a weight must be above 0")
+            for w in ("0", "-1", "nan", "inf", "1e308", '"2"', "true", "[1]", "1e400")
+        ),
+        ("[[sources]]\nweight = 1", "r.toml, source 1: not a recipe; path must be a text"),
+        ("[[sources]]\npath = 3", "r.toml, source 1: not a recipe; path must be a text"),
+        ('[[sources]]\npath = ""', "r.toml, source 1, : no such file"),
+        ('[[sources]]\npath = "a\\u0000b"', "no such file"),
+        ('[[sources]]\npath = "nowhere.txt"', "r.toml, source 1, nowhere.txt: no such file"),
+        ("sources = 3", "not a recipe"),
+        ("sources = []", "not a recipe"),
+        ('sources = ["prose.txt"]', "not a recipe"),
+        ("", "not a recipe"),
+        ("x = " + "[" * 100_000, "not a recipe"),
+        ("\x00\x01", "not a recipe"),
+    ],
+)
+def test_recipes_are_checked_as_the_command_line_is(prose, tmp_path, recipe, message):
+    (tmp_path / "r.toml").write_text(recipe)
+    with pytest.raises(data.DataError) as e:
+        sources.parse_sources((str(tmp_path / "r.toml"),))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_validation_sources_are_blamed_by_their_own_flag(prose):
+    with pytest.raises(data.DataError, match="^--data.val-sources nowhere.txt: no such file"):
+        prepare(config(prose, val_sources=("nowhere.txt",)))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/notes.txt", "b/notes.txt"], ["a/notes.txt", "b/notes.txt"]),
+        (["a/notes.txt", "b/other.txt"], ["notes.txt", "other.txt"]),
+        (["a/notes.txt", "a/notes.txt", "a/../a/notes.txt"], ["notes.txt", "notes.txt#2", "notes.txt#3"]),
+        (["a/x/notes.txt", "b/x/notes.txt", "b/other.txt"], ["a/x/notes.txt", "b/x/notes.txt", "other.txt"]),
+        (["a/x/notes.txt", "b/x/notes.txt", "b/notes.txt"], ["a/x/notes.txt", "b/x/notes.txt", "b/notes.txt"]),
+        (["a/x", "b/x", "stdlib", "a/stdlib"], ["a/x", "b/x", "stdlib", "a/stdlib"]),
+        (["a", "b"], ["a", "b"]),
+    ],
+)
+def test_sources_have_names_of_their_own(tmp_path, paths, names):
+    for path in paths:
+        if path != "stdlib":
+            (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    found = sources.with_names(sources.parse_sources(tuple(paths)))
+    assert [s.name for s in found] == names
+
+
+def test_the_folder_one_is_in_and_odd_names_have_names(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a\nb.txt").write_text("x")
+    monkeypatch.chdir(tmp_path / "here")
+    assert [s.name for s in sources.with_names(sources.parse_sources((".", "a\nb.txt")))] == ["here", "a\ufffdb.txt"]
+
+
+def test_sources_of_one_name_are_validated_and_mixed_apart(tmp_path):
+    for i, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        write_prose(tmp_path / folder / "notes.txt", 6000, seed=i)
+    cfg = config("a/notes.txt:1", "b/notes.txt:3", val_fraction=0.3)
+    corpus = prepare(cfg)
+    assert data.batches(corpus, cfg).shares == {"a/notes.txt": 0.25, "b/notes.txt": 0.75}
+    assert len({s.name for s in corpus.shards}) == 2
+
+
+def write_notes(folder, *sizes: int) -> list[str]:
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        (folder / f"{i}.md").write_text(f"{i}" * size)
+    return [str(folder / f"{i}.md") for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize("weight", ["", ":2"])
+def test_sources_shorter_than_a_sequence_are_read_as_one(prose, tmp_path, weight):
+    notes = write_notes(tmp_path / "notes", 9, 8, 7)
+    cfg, said = config(f"{prose}{weight}", *notes, val_sources=(str(write_prose(tmp_path / "v.txt", 500, 3)),)), []
+    corpus = prepare(cfg)
+    order = data.batches(corpus, cfg, say=said.append)
+    assert said == ["mixture    0.md, 1.md, 2.md: each shorter than a sequence, read as one source"]
+    assert list(order.shares) == ["prose.txt", "0.md and 2 more"]
+    if weight:
+        assert order.shares["prose.txt"] == pytest.approx(2 / 5, abs=1e-3)  # a source without a weight has 1
+    epoch = [order.at(step).flatten(0, 1) for step in range(-(-round(order.steps_per_epoch * 8) // 8))]
+    together = np.concatenate([s.train for s in corpus.shards[1:]])[:17]
+    assert any(row.tolist() == together.tolist() for rows in epoch for row in rows)
+
+
+def test_a_source_too_short_for_anything_is_left_out_with_a_word(prose, tmp_path):
+    (note,) = write_notes(tmp_path / "notes", 5)
+    val, said = (str(write_prose(tmp_path / "v.txt", 500, 3)),), []
+    with_note, without = (
+        data.batches(prepare(c), c, say=said.append) for c in (config(prose, note, val_sources=val), config(prose, val_sources=val))
+    )
+    assert said == ["left out   0.md: 6 training tokens, less than one sequence of 16"]
+    assert with_note.steps_per_epoch == without.steps_per_epoch and with_note.shares == {"prose.txt": 1.0}
+
+
+def test_a_weight_too_small_to_be_drawn_gets_one_sequence_of_a_block_and_it_is_said(tmp_path):
+    a, b = write_prose(tmp_path / "a.txt", 4000, 1), write_prose(tmp_path / "b.txt", 4000, 2)
+    cfg, said = config(f"{a}:1", f"{b}:1e-7"), []
+    order = data.batches(prepare(cfg), cfg, say=said.append)
+    assert said == ["mixture    b.txt: a weight of 1e-07 is less than one sequence in 1,024; it gets one"]
+    assert order.shares == {"a.txt": 1023 / 1024, "b.txt": 1 / 1024}
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_bits_per_byte_are_those_of_the_characters(tmp_path, talks):
+    records = [{"text": f"text {i}. " * 9} for i in range(60)]
+    if talks:
+        records = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]} for i in range(60)]
+    cfg = config(write_jsonl(tmp_path / "d.jsonl", records), val_fraction=0.3)
+    cfg = replace(cfg, model=replace(TINY, vocab_size=512), eval=replace(cfg.eval, max_tokens=0))
+    params = model.init(cfg.model, 0, device=torch.device("cpu"), dtype=torch.float32)
+    params["head"]["weight"].zero_()  # every token then costs log2(512) = 9 bits, and a character of these texts is a token and a byte
+    found = evals.evaluate(params, prepare(cfg), cfg, torch.device("cpu"))
+    assert found["val_bpb"] == pytest.approx(9) and found["val_loss"] == pytest.approx(9 * math.log(2))
 
 
 def test_a_text_shorter_than_a_sequence_is_an_error(tmp_path):
@@ -237,3 +383,45 @@ def test_a_given_tokenizer_sets_the_vocabulary(prose, tmp_path):
     cfg = data.with_vocabulary(replace(cfg, data=replace(cfg.data, tokenizer=str(tmp_path / "t.json"))))
     assert cfg.model.vocab_size == 448 or cfg.model.vocab_size % 64 == 0
     assert prepare(cfg).shards[0].train.max() < cfg.model.vocab_size
+
+
+def given(cfg: Config, path) -> Config:
+    return data.with_vocabulary(replace(cfg, data=replace(cfg.data, tokenizer=str(path))))
+
+
+def test_a_given_tokenizer_cuts_and_pads_no_document(prose, tmp_path):
+    tokenizer = tok.byte_tokenizer()
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "t.json"))
+    own, with_file = prepare(config(prose)).shards[0], prepare(given(config(prose), tmp_path / "t.json")).shards[0]
+    assert np.array_equal(own.train, with_file.train) and np.array_equal(own.val, with_file.val)
+
+
+def test_a_given_tokenizer_that_loses_letters_is_refused_and_one_that_loses_case_is_said(prose, tmp_path):
+    lower, lossy = tok.byte_tokenizer(), tok.byte_tokenizer()
+    lower.normalizer = normalizers.Lowercase()
+    lossy.normalizer = normalizers.Replace("e", "")
+    said = []
+    for tokenizer, name in ((lower, "lower.json"), (lossy, "lossy.json")):
+        tokenizer.save(str(tmp_path / name))
+    data.prepare(given(config(prose), tmp_path / "lower.json"), say=said.append)
+    assert any(
+        line.startswith(f"tokenizer  {tmp_path / 'lower.json'} does not keep all of prose.txt: ") and "comes back as" in line
+        for line in said
+    )
+    with pytest.raises(tok.TokenizerError, match="does not give this text back"):
+        prepare(given(config(prose), tmp_path / "lossy.json"))
+
+
+def test_a_vocabulary_larger_than_the_model_has_rows_is_an_error(prose, tmp_path):
+    tok.train_bpe([prose.read_text()], 400).save(str(tmp_path / "t.json"))
+    cfg = given(config(prose), tmp_path / "t.json")
+    with pytest.raises(tok.TokenizerError, match="--model.vocab-size 300"):
+        prepare(replace(cfg, model=replace(cfg.model, vocab_size=300)))
+
+
+def test_a_limit_on_text_that_leaves_nothing_is_refused():
+    for value in (1e-9, float("inf"), float("nan"), -1):
+        with pytest.raises(ConfigError, match="--data.max-mib"):
+            resolve(replace(Config(), data=DataConfig(max_mib=value)))

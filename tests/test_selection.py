@@ -85,7 +85,9 @@ def test_a_text_too_short_for_two_sides_says_how_short_it_is(tmp_path, content):
 
 def test_a_share_that_cannot_be_had_is_said_with_numbers(tmp_path):
     train, val, said = sides(write_jsonl(tmp_path / "d.jsonl", texts(60, 60, 60)), val_fraction=0.05)
-    assert (len(train), len(val)) == (2, 1) and said == ["split      33.3% of the text is held out instead of 5.0%: no documents are of a better length"]
+    assert (len(train), len(val)) == (2, 1) and said == [
+        "split      33.3% of the text is held out instead of 5.0%: no documents are of a better length"
+    ]
 
 
 def test_the_split_is_the_same_each_time_and_in_any_order(tmp_path):
@@ -109,7 +111,9 @@ def test_what_is_validated_on_is_not_trained_on(tmp_path):
 
 def test_line_ends_do_not_hide_a_copy(tmp_path):
     prose = write_prose(tmp_path / "val.txt", 3000)
-    (tmp_path / "train.txt").write_bytes(prose.read_text().replace("\n", "\r\n").encode() + write_prose(tmp_path / "more.txt", 3000, 1).read_bytes())
+    (tmp_path / "train.txt").write_bytes(
+        prose.read_text().replace("\n", "\r\n").encode() + write_prose(tmp_path / "more.txt", 3000, 1).read_bytes()
+    )
     trained, val, said = sides(tmp_path / "train.txt", val_sources=(str(prose),))
     assert not set(trained) & set(val) and "dropped from training" in said[0]
 
@@ -187,7 +191,12 @@ def test_files_without_text_are_left_out_with_a_word_and_folders_are_errors(pros
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(" \n\n")
     said = sides(prose, *(tmp_path / f"{i}.txt" for i in range(5)))[2]
-    assert said[:4] == ["reading    0.txt: left out, no text in it", "reading    1.txt: left out, no text in it", "reading    2.txt: left out, no text in it", "reading    and 2 more files likewise"]
+    assert said[:4] == [
+        "reading    0.txt: left out, no text in it",
+        "reading    1.txt: left out, no text in it",
+        "reading    2.txt: left out, no text in it",
+        "reading    and 2 more files likewise",
+    ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(data.DataError, match="--data.sources .*empty: no text in it"):
         sides(prose, tmp_path / "empty")
@@ -203,9 +212,13 @@ def test_a_random_corpus_is_on_two_sides_or_an_error_in_one_line(tmp_path, seed)
     rng = random.Random(seed)
     kinds = [" ", "\n", "\n\n", "word ", "é", ". ", "\r\n", "\r\n\r\n"]
     for i in range(rng.randint(1, 4)):
-        (tmp_path / f"{i}.txt").write_bytes("".join(rng.choices(kinds, [rng.random() for _ in kinds], k=int(10 ** rng.uniform(0, 4.5)))).encode())
+        (tmp_path / f"{i}.txt").write_bytes(
+            "".join(rng.choices(kinds, [rng.random() for _ in kinds], k=int(10 ** rng.uniform(0, 4.5)))).encode()
+        )
     try:
-        train, val, _ = sides(*sorted(Path(tmp_path).glob("*.txt")), val_fraction=rng.choice([0.001, 0.05, 0.5, 0.99]), max_mib=rng.choice([0, 0.001, 0.01]))
+        train, val, _ = sides(
+            *sorted(Path(tmp_path).glob("*.txt")), val_fraction=rng.choice([0.001, 0.05, 0.5, 0.99]), max_mib=rng.choice([0, 0.001, 0.01])
+        )
         assert train and val and not set(train) & set(val)
     except data.DataError as e:
         assert "\n" not in str(e) and json.dumps(str(e))

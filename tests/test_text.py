@@ -43,9 +43,16 @@ def test_line_ends_and_byte_order_marks_do_not_matter(tmp_path, encoding, end):
 
 @pytest.mark.parametrize(
     ("content", "encoding"),
-    [(FRENCH, "cp1252"), ("caf\xe9 au lait", "cp1252"), ("It\u2019s \u201cplain\u201d English \u2014 but for quotes. " * 20, "cp1252"), (RUSSIAN, "cp1251"), (RUSSIAN, "koi8_r"),
-     ("这是一个测试文件，用于检测编码。今天天气很好。" * 20, "gb18030"), ("これはテストです。日本語の文章を検出します。" * 20, "cp932")],
-)  # fmt: skip
+    [
+        (FRENCH, "cp1252"),
+        ("caf\xe9 au lait", "cp1252"),
+        ("It\u2019s \u201cplain\u201d English \u2014 but for quotes. " * 20, "cp1252"),
+        (RUSSIAN, "cp1251"),
+        (RUSSIAN, "koi8_r"),
+        ("这是一个测试文件，用于检测编码。今天天气很好。" * 20, "gb18030"),
+        ("これはテストです。日本語の文章を検出します。" * 20, "cp932"),
+    ],
+)
 def test_other_encodings_are_told_and_said(tmp_path, content, encoding):
     (tmp_path / "t.txt").write_bytes(content.encode(encoding))
     documents, said = read(tmp_path / "t.txt")
@@ -182,7 +189,9 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
 
 def test_characters_written_as_pairs_and_line_separators_inside_texts_are_kept(tmp_path):
     content = "🙂 a\u2028b\x85c\r\nd"
-    (tmp_path / "d.jsonl").write_bytes(json.dumps({"text": content}).encode() + b"\r\n" + json.dumps({"text": content}, ensure_ascii=False).encode())
+    (tmp_path / "d.jsonl").write_bytes(
+        json.dumps({"text": content}).encode() + b"\r\n" + json.dumps({"text": content}, ensure_ascii=False).encode()
+    )
     assert read(tmp_path / "d.jsonl")[0] == [content] * 2
 
 
@@ -216,7 +225,12 @@ CORPORA = {
     "a single line of .jsonl": lambda f: jsonl(f / "d.jsonl", "some words and more of them " * 50),
     "one text many times": lambda f: jsonl(f / "d.jsonl", *["the same words each time, again and again " * 5] * 50),
     "two texts of two lengths": lambda f: jsonl(f / "d.jsonl", "long " * 5000, "short " * 10),
-    "one talk": lambda f: (f / "d.jsonl").write_text(json.dumps({"messages": [{"role": r, "content": f"{r} {i} says"} for i in range(20) for r in ("user", "assistant")]})) and f / "d.jsonl",
+    "one talk": lambda f: (
+        (f / "d.jsonl").write_text(
+            json.dumps({"messages": [{"role": r, "content": f"{r} {i} says"} for i in range(20) for r in ("user", "assistant")]})
+        )
+        and f / "d.jsonl"
+    ),
     "a module": lambda f: (f / "m.py").write_text("def f(x):\n    return x\n\n\n" * 100) and f / "m.py",
 }
 

@@ -1,8 +1,8 @@
 """Folders of the cache: written whole or not at all, checked when they are read, and made again where they are damaged.
 
-Nothing here knows what the files hold. A folder's meta.json has the size of every other file, a checksum of each of its blocks, and a digest of
-itself. While a folder is written it has another name, and beside it a lock file that ends with the process: `<name>.<random>` and
-`<name>.<random>.lock`.
+Nothing here knows what the files hold. A folder's meta.json has the size of every other file, a checksum of each of its blocks, and a
+digest of itself. While a folder is written it has another name, `<name>.<random>`, and beside it there is `<name>.<random>.lock`, locked as
+long as the process lives.
 """
 
 import hashlib
@@ -29,7 +29,10 @@ TEMPORARY = re.compile(r"([0-9a-f]{24}\.[0-9a-f]{8})(\.lock|\.old)?")
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, with the checksums of all that is in the folder."""
-    entries = {path.name: {"size": path.stat().st_size, "blocks": [zlib.crc32(block) for block in blocks(path)]} for path in sorted(folder.iterdir())}
+    entries = {
+        path.name: {"size": path.stat().st_size, "blocks": [zlib.crc32(block) for block in blocks(path)]}
+        for path in sorted(folder.iterdir())
+    }
     meta = {"format": FORMAT, **meta, "entries": entries}
     (folder / META).write_text(json.dumps({**meta, "digest": digest(meta)}))
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +61,17 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     training, validation = parse_sources(cfg.sources), parse_sources(cfg.val_sources, "--data.val-sources")
     named = with_names([*training, *(source._replace(weight=None) for source in validation)])
     training, validation = named[: len(training)], named[len(training) :]
-    parts = [with_text([(s, select(s, cfg.max_mib, readings)) for s in side], flag, say) for side, flag in ((training, "sources"), (validation, "val-sources"))]
+    training, selections = with_text(training, [select(s, cfg.max_mib, readings) for s in training], "--data.sources", say)
+    validation, held_out = with_text(validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", say)
     for line in notes(readings):
         say(f"reading    {line}")
-    training, selections = [s for s, _ in parts[0]], [x for _, x in parts[0]]
-    held_out = [x._replace(val=x.use) for _, x in parts[1]]
     if not validation:
         selections = hold_out(selections, cfg.val_fraction, lambda k, i: nth(documents(training[k], readings), i), say)
+    held_out = [s._replace(val=s.use) for s in held_out]
     selections = drop_copies(selections, held_out, say)
     if not any(s.train.any() for s in selections):
         raise DataError("all of the text is held out, none is left to train on: add text, or take it out of --data.val-sources")
-    sources, selections = [*training, *(s for s, _ in parts[1])], [*selections, *held_out]
+    sources, selections = training + validation, selections + held_out
 
     folder = cache_folder(cfg) / fingerprint(config, sources, selections)
     cache.sweep(folder.parent)
@@ -82,24 +83,27 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
         build(folder, config, sources, selections, readings, say)
     corpus = load(folder, sources)
     if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
-        raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer has ids up to {size - 1}; set it to {size} or more")
+        raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer needs {size}, for ids up to {size - 1}")
     say(f"data       {describe(corpus)}{' (cached)' if cached else ''}")
     return corpus
 
 
-def with_text(parts: list[tuple[Source, Selection]], flag: str, say: Callable[[str], None]) -> list[tuple[Source, Selection]]:
+def with_text(
+    sources: list[Source], selections: list[Selection], flag: str, say: Callable[[str], None]
+) -> tuple[list[Source], list[Selection]]:
     """The sources that have text. A file without any is left out where others have some.
 
     Raises:
         DataError: on a folder without text, or if there is none at all.
     """
-    empty = [source for source, selection in parts if not selection.use.any()]
+    full = [bool(selection.use.any()) for selection in selections]
+    empty = [source for source, any_text in zip(sources, full, strict=True) if not any_text]
     for source in empty:
-        if len(empty) == len(parts) or source.path is None or source.path.is_dir():
-            raise DataError(f"--data.{flag} {source.path or source.name}: no text in it; it needs {' '.join(SUFFIXES)} files that are not empty")
-    for line in summary([f"{source.name}: left out, no text in it" for source in empty]):
+        if not any(full) or source.path is None or source.path.is_dir():
+            raise DataError(f"{flag} {source.path or source.name}: no text in it; it needs {' '.join(SUFFIXES)} files that are not empty")
+    for line in summary(f"{source.name}: left out, no text in it" for source in empty):
         say(f"reading    {line}")
-    return [(source, selection) for source, selection in parts if selection.use.any()]
+    return list(compress(sources, full)), list(compress(selections, full))
 
 
 def nth(documents: Iterator[Document], index: int) -> Document:
@@ -109,9 +113,9 @@ def nth(documents: Iterator[Document], index: int) -> Document:
 def fingerprint(config: Config, sources: list[Source], selections: list[Selection]) -> str:
     """Of what is read and how it is used: documents and on which side each is, names, the tokenizer."""
     kind = config.data.tokenizer
-    settings = [cache.FORMAT, kind if kind in ("bpe", "bytes") else "file", config.model.vocab_size if kind == "bpe" else 0, [s.name for s in sources]]
-    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
-    if kind not in ("bpe", "bytes"):
+    tokenizer = {"bpe": config.model.vocab_size, "bytes": 0}.get(kind, "file")
+    key = hashlib.blake2b(json.dumps([cache.FORMAT, tokenizer, [s.name for s in sources]]).encode(), digest_size=12)
+    if tokenizer == "file":
         key.update(tok.read(kind))
     for selection in selections:
         key.update(selection.digest())

@@ -39,8 +39,8 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
     """Order the training sequences of a corpus.
 
     Sequences are windows of N+1 tokens at stride N, so that every token is a target once. Without weights each epoch is a permutation of
-    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions, but for sources whose
-    weight asks for less than one sequence of a block: they get one.
+    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions, but for sources
+    whose weight asks for less than one sequence of a block: they get one.
 
     Args:
         say: is told in one line each of sources that are too short for a sequence, and of weights too small for a block.
@@ -88,7 +88,7 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
 
 
 def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
-    """Sources that are shorter than a sequence of N+1 tokens become one, in place of the first; if even that is too short, they are left out.
+    """Sources that are shorter than a sequence of N+1 tokens become one, in place of the first; if that is too short as well, they go.
 
     Raises:
         DataError: if nothing is left.

@@ -87,9 +87,9 @@ def hold_out(
 ) -> list[Selection]:
     """Hold out about this share of the bytes.
 
-    A document is held out if its hash is below the share, whatever else there is. Where that misses the share by a factor of two, as with few
-    documents or one that is most of the text, it is by their order of hashes, passing over what is too long; and if nothing is short enough, the
-    end of the longest is held out.
+    A document is held out if its hash is below the share, whatever else there is. Where that misses the share by a factor of two, as with
+    few documents or one that is most of the text, documents are held out in the order of their hashes, passing over what is too long; and
+    if nothing is short enough, the end of the longest is held out.
 
     Args:
         fetch: (selection, document) -> the document.
@@ -117,7 +117,8 @@ def hold_out(
             room -= size[i]
     share = size[held].sum() / total
     if near(share, fraction):
-        say(f"split      {share:.1%} of the text held out, {held.sum()} of {len(contents)} documents; by hash alone it would be {by_hash:.1%} instead of {fraction:.1%}")
+        count = f"{held.sum():,} of {len(contents):,} documents"
+        say(f"split      {share:.1%} of the text held out, {count}; by hash alone it would be {by_hash:.1%} instead of {fraction:.1%}")
         return holding(held)
 
     longest = int(np.argmax(np.where(held, 0, size)))
@@ -135,9 +136,8 @@ def hold_out(
         found[source] = found[source]._replace(divided=(index, 1 - tail / length))
         return found
     if len(contents) == 1:
-        raise DataError(
-            f"the text is one document of {length} bytes, too short to hold out its end, and validation needs another: add text or set --data.val-sources"
-        )
+        short = f"the text is one document of {length} bytes, too short to hold out its end"
+        raise DataError(f"{short}, and validation needs another: add text or set --data.val-sources")
     if not held.any():
         held[int(np.argmin(size))] = True
     say(f"split      {size[held].sum() / total:.1%} of the text is held out instead of {fraction:.1%}: no documents are of a better length")

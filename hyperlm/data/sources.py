@@ -159,7 +159,7 @@ class Document(NamedTuple):
             return Document(self.text.encode()[:limit].decode("utf-8", "ignore"))
         kept = []
         for role, content in self.messages:
-            raw = content.encode()[: max(0, limit)]
+            raw = content.encode()[:limit]
             kept.append((role, raw.decode("utf-8", "ignore")))
             limit -= len(content.encode())
             if limit <= 0:
@@ -259,8 +259,9 @@ def file_documents(path: Path, readings: Readings, named: bool) -> Iterator[Docu
         where = Counter[str]()
         yield from (Document(piece) for piece in pieces(decode(raw, reading.encoding), where))
         if first and where.total() > where["empty lines"]:
-            best = ", ".join(f"{n} at {what}" for what, n in where.most_common())
-            readings[path] = reading._replace(notes=(*reading.notes, ("cut", f"few empty lines, cut into {where.total() + 1} documents ({best})")))
+            places = ", ".join(f"{n} at {what}" for what, n in where.most_common())
+            note = "cut", f"few empty lines, cut into {where.total() + 1} documents ({places})"
+            readings[path] = reading._replace(notes=(*reading.notes, note))
 
 
 def blocks(path: Path) -> Iterator[bytes]:

@@ -73,8 +73,9 @@ def find_encoding(blocks: Callable[[], Iterable[bytes]]) -> Encoding:
     rank = found[0].chaos, -found[0].coherence
     western = any("cp1252" in match.could_be_from_charset and (match.chaos, -match.coherence) <= rank for match in found)
     name = "cp1252" if western else found[0].encoding
-    fits = misfit(blocks(), name) is None
-    return Encoding(name, "strict" if fits else "replace", f"not UTF-8, read as {name}" + ("" if fits else f", what does not fit {REPLACED}"))
+    if misfit(blocks(), name) is None:
+        return Encoding(name, assumed=f"not UTF-8, read as {name}")
+    return Encoding(name, "replace", f"not UTF-8, read as {name}, what does not fit {REPLACED}")
 
 
 def misfit(blocks: Iterable[bytes], name: str) -> bytes | None:
