@@ -18,7 +18,7 @@ from hyperlm.loss import IGNORE
 from hyperlm.optim import new_schedule
 from hyperlm.plan import WORKSPACE, visiting, visits
 from hyperlm.residence import host, traffic
-from hyperlm.state import State
+from hyperlm.state import StaleState, State
 from hyperlm.step import init_state, make_settle, make_step, weights
 from hyperlm.tree import Tree
 
@@ -349,3 +349,26 @@ def test_a_recorded_function_gives_what_it_gives_unrecorded():
     for seed, n in ((0, 16), (1, 16), (2, 32), (3, 16)):
         x, y = (normal(n, n, seed=seed + i).cuda() for i in range(2))
         assert all(torch.equal(a, b) for a, b in zip(recorded(x, y), fn(x, y), strict=True))
+
+
+@pytest.mark.parametrize("residence", ["device", "host"])
+def test_a_state_that_was_consumed_cannot_be_used_again(residence):
+    """Its tensors are those of the next one by now: a second step from it would be another step, without a word."""
+    cfg = config()
+    cfg = replace(cfg, train=replace(cfg.train, residence=residence))
+    step, settle = make_step(cfg, new_schedule(cfg.optim, 10), CPU), make_settle(cfg, new_schedule(cfg.optim, 10), CPU)
+    first = init_state(cfg, CPU)
+    second, _ = step(first, tokens_of(1, 2, 9))
+    for reuse in (lambda: step(first, tokens_of(1, 2, 9)), lambda: step(replace(first, step=7), tokens_of(1, 2, 9)), lambda: weights(cfg, first, CPU)):
+        with pytest.raises(StaleState, match="was consumed"):
+            reuse()
+    if residence == "host":
+        with pytest.raises(StaleState, match="pending"):
+            weights(cfg, second, CPU)
+        third = settle(second)
+        for reuse in (lambda: settle(second), lambda: step(second, tokens_of(1, 2, 9))):
+            with pytest.raises(StaleState, match="was consumed"):
+                reuse()
+        second = third
+    weights(cfg, second, CPU)
+    step(second, tokens_of(1, 2, 9))
