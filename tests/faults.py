@@ -11,9 +11,9 @@ Every round works on a small run of its own, in a folder of its own, through the
     disk    the disk of a run, sometimes with the cache, is full at some moment; then there is room again, and the run is resumed
     two     a second process resumes a run that is being trained
 
-A round ends well if what came out equals, to the bit, what no fault would have given (`equal`; after damage: `healed`), or if the
-command said in one line what is wrong and where, and left whole what was whole (`refused`). Anything else is a failure, and is reported with
-what it takes to see it again. What a round does is a function of (seed, round), but for the timing of processes.
+A round ends well if what came out equals, to the bit, what no fault would have given (`equal`; `healed` if what was damaged is whole
+again), or if the command said in one line what is wrong and where, and left whole what was whole (`refused`). Anything else is a failure,
+and is reported with what it takes to see it again. What a round does is a function of (seed, round), but for the timing of processes.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -49,7 +50,7 @@ from conftest import SMALLEST, write_prose
 from tqdm import tqdm
 
 RUN = Path("runs/x")
-STEPS, EVERY = 24, 4
+STEPS, EVERY, LONG = 24, 4, 160
 SETTINGS = {
     "phase7": "--model.kind phase7",
     "phase8": "--model.kind phase8",
@@ -61,7 +62,7 @@ SETTINGS = {
     "host-int8": "--model.kind phase7 --train.residence host --optim.state int8",
     "by-layer": "--model.kind phase8 --optim.clip-scope layer",
     "host-by-layer": "--model.kind phase8 --train.residence host --optim.state int8 --optim.clip-scope layer",
-    "long": f"--model.kind phase8 --train.steps {10 * STEPS} --ckpt.every {10 * EVERY}",  # seconds, so that a second process finds it running
+    "long": f"--model.kind phase8 --train.steps {LONG} --ckpt.every {5 * EVERY} --ckpt.keep 99",  # long enough to be found running
 }
 SHORT = [name for name in SETTINGS if name != "long"]
 DAMAGED = ["phase8", "int8", "host-int8"]  # fewer, since each needs what every command gives without damage
@@ -109,6 +110,10 @@ class Outcome:
         return [line for line in self.err.splitlines() if line.strip()]
 
     @property
+    def short(self) -> str:
+        return "`" + self.command.replace(" ".join(SMALLEST), "...") + "`"
+
+    @property
     def error(self) -> str:
         return next((line for line in self.lines if line.startswith("error: ")), "")
 
@@ -140,9 +145,7 @@ class Round:
     place: Place
     said: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
+    struck: Counter = field(default_factory=Counter)  # what faults met
 
 
 def load() -> float:
@@ -152,7 +155,7 @@ def load() -> float:
 
 def environment(place: Place) -> dict[str, str]:
     own = {"XDG_CACHE_HOME": str(place.cache), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
-    shared = {"MPLCONFIGDIR": str(Path(tempfile.gettempdir()) / "hyperlm-faults-matplotlib")}  # its list of fonts takes seconds to make
+    shared = {"MPLCONFIGDIR": str(place.folder.parent / "matplotlib")}  # its list of fonts takes seconds to make
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | own | shared
 
 
@@ -163,7 +166,8 @@ def spawn(at: Round, program: str, *flags: str) -> Running:
     command = [sys.executable, str(REPOSITORY / program), *flags]
     leftovers = unfinished(at.place)
     with open(stdout, "wb") as out, open(stderr, "wb") as err:
-        process = subprocess.Popen(command, cwd=at.place.work, env=environment(at.place), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        process = subprocess.Popen(command, cwd=at.place.work, env=environment(at.place), start_new_session=True, **streams)
     return Running(process, " ".join(["python", program, *flags]), stdout, stderr, time.monotonic(), leftovers)
 
 
@@ -174,8 +178,8 @@ def finish(at: Round, running: Running, *, during: Callable[[], None] = lambda: 
         while running.process.poll() is None:
             if error_seen is None and re.search(rb"^error: .*\n", running.stderr.read_bytes(), re.MULTILINE):
                 error_seen = time.monotonic()
-            if time.monotonic() - running.began > HANGS * load():
-                hung = True
+            waited = time.monotonic() - (error_seen or running.began)
+            if hung := waited > load() * (3 * EXIT if error_seen else HANGS):
                 break
             during()
             time.sleep(0.02)
@@ -228,7 +232,8 @@ def draw_moment(rng: random.Random, *, saves: float = 0.5) -> Moment:
 def unfinished(place: Place) -> set[str]:
     """Folders under checkpoints/ that are no checkpoints yet."""
     with suppress(OSError):
-        return {name for name in os.listdir(place.run / "checkpoints") if not re.fullmatch(r"step_\d{8}", name) and not name.startswith(".")}
+        names = os.listdir(place.run / "checkpoints")
+        return {name for name in names if not re.fullmatch(r"step_\d{8}", name) and not name.startswith(".")}
     return set()
 
 
@@ -296,10 +301,22 @@ def not_json(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what differs between equal runs. Raises ValueError where one is no JSON."""
-    lines = [json.loads(line, parse_constant=not_json) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines if "loss" in line or "val_loss" in line]
+def records(run: Path, since: int = 0, damaged: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of steps after `since`, without what differs between equal runs.
+
+    Raises:
+        ValueError: where a line is no JSON, unless the file was `damaged`: what it said before is lost then.
+    """
+    found = []
+    for line in (run / "metrics.jsonl").read_bytes().splitlines():
+        try:
+            record = json.loads(line, parse_constant=not_json)
+            if ("loss" in record or "val_loss" in record) and record["step"] > since:
+                found.append({key: value for key, value in record.items() if key not in TIMING})
+        except (ValueError, TypeError, KeyError):
+            if not damaged:
+                raise
+    return found
 
 
 @dataclass(frozen=True)
@@ -320,22 +337,23 @@ def read_reference(place: Place, steps: int, startup: float = 0.0, seconds: floa
     return Reference(place, steps, found, arrays(place.work / checkpoint_of(steps)), startup, seconds)
 
 
-def differences(place: Place, expected: Reference, since: int = 0) -> Iterator[str]:
+def differences(place: Place, expected: Reference, *, damaged_at: int = 0, summary: bool = True) -> Iterator[str]:
     """In what a finished run differs from the uninterrupted one: losses, evaluations, parameters and moments, to the bit, and leftovers.
 
     Args:
-        since: compare the records of later steps only.
+        damaged_at: step up to which metrics.jsonl was damaged; later records are compared.
+        summary: read training_summary.json too.
     """
     try:
-        found = [r for r in records(place.run) if r["step"] > since]
-    except (OSError, ValueError, TypeError) as e:
+        found = records(place.run, damaged_at, damaged_at > 0) if damaged_at < expected.steps else []
+    except (OSError, ValueError, TypeError, KeyError) as e:
         yield f"metrics.jsonl cannot be read: {e}"
     else:
         for what, name in (("steps", "loss"), ("evaluations", "val_loss")):
             have = [r for r in found if name in r]
-            want = [r for r in expected.records if name in r and r["step"] > since]
-            if (a := [r["step"] for r in have]) != (b := [r["step"] for r in want]):
-                yield f"metrics.jsonl has {what} {a}, not {b}"
+            want = [r for r in expected.records if name in r and r["step"] > damaged_at]
+            if (a := [r["step"] for r in have]) != [r["step"] for r in want]:
+                yield f"metrics.jsonl has {len(have)} {what}, up to {max(a, default=0)}, not {len(want)}, or not in order"
             elif wrong := [r["step"] for r, s in zip(have, want, strict=True) if r != s]:
                 yield f"metrics.jsonl has other values in its {what} {wrong}"
     if (last := saved(place)[-1:]) != [expected.steps]:
@@ -349,15 +367,17 @@ def differences(place: Place, expected: Reference, since: int = 0) -> Iterator[s
             if wrong := [path for path in sorted(have.keys() | want.keys()) if have.get(path) != want.get(path)]:
                 yield f"{len(wrong)} parameters and moments differ, such as {wrong[0]}"
     evaluations = {r["step"]: r["val_loss"] for r in expected.records if "val_loss" in r}
-    if (best := min(evaluations, key=lambda step: (evaluations[step], -step))) not in saved(place) and not since:
+    if (best := min(evaluations, key=lambda step: (evaluations[step], -step))) not in saved(place):
         yield f"the best checkpoint, {checkpoint_of(best)}, is gone"
     try:
-        summary = json.loads((place.run / "training_summary.json").read_text(), parse_constant=not_json)
-        if not since and (summary["steps"], summary["val_loss"]) != (expected.steps, evaluations[expected.steps]):
-            yield f"training_summary.json tells of step {summary['steps']} and validation loss {summary['val_loss']}"
+        told = json.loads((place.run / "training_summary.json").read_text(), parse_constant=not_json) if summary else {}
+        if summary and (told["steps"], told["val_loss"]) != (expected.steps, evaluations[expected.steps]):
+            yield f"training_summary.json tells of step {told['steps']} and validation loss {told['val_loss']}"
     except (OSError, ValueError, KeyError, TypeError) as e:
-        if not since:
-            yield f"training_summary.json cannot be read: {type(e).__name__}: {e}"
+        yield f"training_summary.json cannot be read: {type(e).__name__}: {e}"
+    tokenizer = place.run / "tokenizer.json"
+    if not tokenizer.is_file() or tokenizer.read_bytes() != (expected.place.run / "tokenizer.json").read_bytes():
+        yield "tokenizer.json is not what it was"
     if left := unfinished(place):
         yield f"unfinished saves are left: {sorted(left)}"
     if len(caches(place)) > len(caches(expected.place)):
@@ -388,7 +408,7 @@ class References:
         place = make_place(self.folder / f"{what}-{setting}-{state}")
         at = Round(-1, what, random.Random(0), place)
         if what == "run":
-            steps = 10 * STEPS if setting == "long" else STEPS
+            steps = LONG if setting == "long" else STEPS
             running = spawn(at, "train.py", *new(setting))
             await_moment(at, running, Moment("step", 1, 0), 0)
             startup = time.monotonic() - running.began
@@ -396,9 +416,9 @@ class References:
             return read_reference(place, steps, startup, time.monotonic() - running.began)
         copy_run(self.get("run", setting), place, state)
         if what == "extend":
-            good(do(at, "train.py", *COMMANDS["extend"]))
+            good(do(at, PROGRAMS[what], *COMMANDS[what]))
             return read_reference(place, STEPS + EXTENDED)
-        outcome = good(do(at, f"{what}.py", *COMMANDS[what]))
+        outcome = good(do(at, PROGRAMS[what], *COMMANDS[what]))
         return outcome.out if what == "chat" else rows(place)
 
 
@@ -424,6 +444,7 @@ def rows(place: Place) -> list[dict[str, Any]]:
 
 
 EXTENDED = 2 * EVERY
+PROGRAMS = {"resume": "train.py", "extend": "train.py", "chat": "chat.py", "bench": "bench.py"}
 COMMANDS = {
     "resume": RESUME,
     "extend": [*RESUME, "--train.steps", str(STEPS + EXTENDED)],
@@ -442,18 +463,18 @@ def require(ok: bool, why: str) -> None:
 
 def decent(outcome: Outcome) -> Outcome:
     """Raises Failure on what no command may ever do, however it ends."""
-    require(not outcome.hung, f"`{outcome.command}` hangs")
+    require(not outcome.hung, f"{outcome.short} hangs")
     said = outcome.err + outcome.out.decode(errors="replace")
     for sign in ("Traceback (most recent call last)", "Exception ignored in", "Fatal Python error", "terminate called", "panicked at"):
-        require(sign not in said, f"`{outcome.command}` prints {sign!r}")
-    require(outcome.after_error <= EXIT * load(), f"`{outcome.command}` takes {outcome.after_error:.0f} s to exit after its error line")
+        require(sign not in said, f"{outcome.short} prints {sign!r}")
+    require(outcome.after_error <= EXIT * load(), f"{outcome.short} takes {outcome.after_error:.0f} s to exit after its error line")
     return outcome
 
 
 def good(outcome: Outcome) -> Outcome:
     """Raises Failure unless the command ended well."""
     decent(outcome)
-    require(outcome.code == 0, f"`{outcome.command}` ends with {outcome.code}, not 0: {outcome.err.strip()[-300:]}")
+    require(outcome.code == 0, f"{outcome.short} ends with {outcome.code}, not 0: {outcome.err.strip()[-300:]}")
     return outcome
 
 
@@ -461,9 +482,10 @@ def refused(outcome: Outcome, *names: str) -> Outcome:
     """Raises Failure unless the command ended with 2 and one line on stderr, next to at most one warning, that holds one of `names`."""
     decent(outcome)
     errors = [line for line in outcome.lines if line.startswith("error: ")]
-    require(outcome.code == 2 and len(errors) == 1, f"`{outcome.command}` ends with {outcome.code} and {len(errors)} error lines, not with 2 and 1")
-    require(len(outcome.lines) <= 2, f"`{outcome.command}` prints {len(outcome.lines)} lines on stderr, not one")
-    require(any(name in errors[0] for name in names), f"`{outcome.command}` names none of {', '.join(names)}: {errors[0]}")
+    ending = f"{outcome.code} and {len(errors)} error lines, not with 2 and 1: {outcome.err.strip()[-300:]}"
+    require(outcome.code == 2 and len(errors) == 1, f"{outcome.short} ends with {ending}")
+    require(len(outcome.lines) <= 2, f"{outcome.short} prints {len(outcome.lines)} lines on stderr, not one")
+    require(any(name in errors[0] for name in names), f"{outcome.short} names none of {', '.join(names)}: {errors[0]}")
     return outcome
 
 
@@ -475,19 +497,19 @@ def stopped(outcome: Outcome, ending: signal.Signals, seconds: float, early: boo
         early: the signal came before the command can have run a line of its own, or after its last one: the system acts then.
     """
     decent(outcome)
-    require(seconds <= EXIT * load(), f"`{outcome.command}` takes {seconds:.0f} s to exit after {ending.name}")
+    require(seconds <= EXIT * load(), f"{outcome.short} takes {seconds:.0f} s to exit after {ending.name}")
     if b"done " in outcome.out and outcome.code in (0, 128 + ending, -ending) or early and outcome.code == -ending:
         return outcome
-    require(outcome.code == 128 + ending, f"`{outcome.command}` ends with {outcome.code} after {ending.name}, not with {128 + ending}")
+    require(outcome.code == 128 + ending, f"{outcome.short} ends with {outcome.code} after {ending.name}, not with {128 + ending}")
     lines = [line for line in outcome.lines if "finishing the step" not in line]
-    require(len(lines) <= 1, f"`{outcome.command}` prints {len(lines)} lines on stderr after {ending.name}, not one")
-    require(bool(outcome.lines), f"`{outcome.command}` says nothing on stderr after {ending.name}")
+    require(len(lines) <= 1, f"{outcome.short} prints {len(lines)} lines on stderr after {ending.name}, not one")
+    require(bool(outcome.lines), f"{outcome.short} says nothing on stderr after {ending.name}")
     return outcome
 
 
-def equal(at: Round, expected: Reference, since: int = 0) -> str:
-    """Raises Failure unless the finished run is the uninterrupted one."""
-    found = list(differences(at.place, expected, since))
+def equal(at: Round, expected: Reference, *, damaged_at: int = 0, summary: bool = True) -> str:
+    """Raises Failure unless the finished run is the uninterrupted one; see `differences`."""
+    found = list(differences(at.place, expected, damaged_at=damaged_at, summary=summary))
     require(not found, "; ".join(found))
     return "equal"
 
@@ -507,24 +529,26 @@ def kill(at: Round, references: References) -> str:
     """Kill or stop a run up to three times, and let it end: it is the uninterrupted one."""
     setting = at.rng.choice(SHORT)
     faults = [(draw_moment(at.rng), at.rng.choice(SIGNALS), at.rng.random() < 0.5) for _ in range(at.rng.choice([1, 1, 2, 3]))]
-    at.note(f"setting {setting}; " + "; ".join(f"{ending.name} at {moment}" for moment, ending, _ in faults))
+    at.said.append(f"setting {setting}; " + "; ".join(f"{ending.name} at {moment}" for moment, ending, _ in faults))
     reference = references.get("run", setting)
     for moment, ending, asks in faults:
         fresh = not at.place.run.exists()
         running = spawn(at, "train.py", *(new(setting) if fresh else RESUME))
-        came = await_moment(at, running, moment, reference.startup * load())
+        came = await_moment(at, running, moment, reference.startup)
         early = time.monotonic() - running.began < 0.5 * load() or b"\ndone " in running.said()
         if came:
             running.process.send_signal(ending)
         struck = time.monotonic()
         outcome = finish(at, running)
+        at.struck[f"{ending.name}{' within a save' if unfinished(at.place) else ''}" if came else "too late"] += 1
+        by_itself = f"{outcome.short} ends with {outcome.code} by itself: {outcome.err.strip()[-300:]}"
         if outcome.code == 0:  # it was done before the fault came
             good(outcome)
         elif ending == signal.SIGKILL:
-            require(came and outcome.code == -signal.SIGKILL, f"`{outcome.command}` ends with {outcome.code} by itself: {outcome.err.strip()[-300:]}")
+            require(came and outcome.code == -signal.SIGKILL, by_itself)
             decent(outcome)
         else:
-            require(came, f"`{outcome.command}` ends with {outcome.code} by itself: {outcome.err.strip()[-300:]}")
+            require(came, by_itself)
             stopped(outcome, ending, time.monotonic() - struck, early)
         if at.place.run.exists() and not saved(at.place):
             require(not fresh or ending == signal.SIGKILL or early, f"{RUN} is left behind by {ending.name}, and has no checkpoint")
@@ -609,35 +633,33 @@ def damage(at: Round, references: References) -> str:
     else:
         DAMAGE[how](path, at.rng)
     hurt = [p.relative_to(at.place.folder) for p in paths]
-    at.note(f"setting {setting}, {state}; {how}: {' and '.join(map(str, hurt))}; then {what}")
+    at.said.append(f"setting {setting}, {state}; {how}: {' and '.join(map(str, hurt))}; then {what}")
     shutil.copytree(at.place.work, at.place.folder / "damaged/work")
     shutil.copytree(at.place.cache, at.place.folder / "damaged/cache")
 
-    before, newest = digests(at.place.run / "checkpoints"), saved(at.place)[-1]
-    damaged_records = (at.place.run / "metrics.jsonl") in paths
-    kept = intact_records(at.place, references.get("run", setting), newest)
-    outcome = decent(do(at, {"resume": "train.py", "extend": "train.py"}.get(what, f"{what}.py"), *COMMANDS[what]))
-    if outcome.code == 0:
-        if what == "chat":
-            require(outcome.out == references.get("chat", setting, state), f"chat.py says {outcome.out!r}, not {references.get('chat', setting, state)!r}")
-        elif what == "bench":
-            require(rows(at.place) == references.get("bench", setting, state), "bench.py gives other numbers")
-        else:
-            equal(at, references.get("extend" if what == "extend" else "run", setting), newest if damaged_records else 0)
-            if damaged_records:
-                missing = kept - set(read_lines(at.place.run / "metrics.jsonl"))
-                require(not missing, f"{len(missing)} whole lines of metrics.jsonl are gone")
-            return "healed"
-    else:
+    before, last = digests(at.place.run / "checkpoints"), saved(at.place)[-1]
+    records_hurt, summary_hurt = ((at.place.run / name) in paths for name in ("metrics.jsonl", "training_summary.json"))
+    kept = intact_records(at.place, references.get("run", setting), last)
+    outcome = decent(do(at, PROGRAMS[what], *COMMANDS[what]))
+    if outcome.code:
         refused(outcome, *{name for p in hurt for name in names_of(p)})
         advised(outcome, hurt)
-    if not saved(at.place)[-1:] > [newest]:  # else old ones went as they should
-        lost = [name for name, digest in before.items() if digests(at.place.run / "checkpoints").get(name) != digest]
-        require(all(RUN / "checkpoints" / name in {p.relative_to("work") for p in hurt if p.parts[0] == "work"} for name in lost), f"{lost} changed")
-    if outcome.code == 0:
-        return "healed" if path.is_file() and path.read_bytes() == original else "equal"
-    follow(at, outcome, references.get("run", setting), what)
-    return "refused"
+    elif what == "chat":
+        require(outcome.out == (text := references.get("chat", setting, state)), f"chat.py says {outcome.out!r}, not {text!r}")
+    elif what == "bench":
+        require(rows(at.place) == references.get("bench", setting, state), "bench.py gives other numbers")
+    else:
+        expected = references.get("extend" if what == "extend" else "run", setting)
+        equal(at, expected, damaged_at=last if records_hurt else 0, summary=not summary_hurt or how == "delete" or what == "extend")
+        require(kept <= set(read_lines(at.place.run / "metrics.jsonl")), "whole lines of metrics.jsonl are gone")
+    if saved(at.place)[-1:] <= [last]:  # nothing came that old ones have to go for
+        after = digests(at.place.run / "checkpoints")
+        changed = {name.split("/")[0] for name, digest in before.items() if after.get(name) != digest}
+        require(changed <= {part for p in hurt for part in p.parts}, f"{', '.join(sorted(changed))} changed, and was whole")
+    if outcome.code:
+        follow(at, outcome, references.get("run", setting), what)
+        return "refused"
+    return "healed" if path.is_file() and path.read_bytes() == original else "equal"
 
 
 def read_lines(path: Path) -> list[bytes]:
@@ -658,18 +680,21 @@ def names_of(path: Path) -> Iterator[str]:
         yield path.parts[2]
 
 
+def to_delete(outcome: Outcome) -> list[str]:
+    """The checkpoints that a message advises to delete."""
+    return re.findall(r"step_\d{8}", outcome.error) if re.search(r"\b(delete|remove|rm)\b", outcome.error) else []
+
+
 def advised(outcome: Outcome, hurt: list[Path]) -> None:
     """Raises Failure where a message advises to delete a checkpoint that is whole."""
-    if re.search(r"\b(delete|remove|rm)\b", outcome.error):
-        for name in re.findall(r"step_\d{8}", outcome.error):
-            require(any(name in p.parts for p in hurt), f"advice to delete {name}, which is whole: {outcome.error}")
+    for name in to_delete(outcome):
+        require(any(name in p.parts for p in hurt), f"advice to delete {name}, which is whole: {outcome.error}")
 
 
 def follow(at: Round, outcome: Outcome, reference: Reference, what: str) -> None:
     """Do what a message advises, where it is to delete a checkpoint: the run then goes on to its end."""
-    found = re.search(r"(step_\d{8}).*delete it to go on", outcome.error)
-    if found and what in ("resume", "extend"):
-        shutil.rmtree(at.place.run / "checkpoints" / found[1])
+    if to_delete(outcome) and what in ("resume", "extend"):
+        shutil.rmtree(at.place.run / "checkpoints" / to_delete(outcome)[0])
         good(do(at, "train.py", *RESUME))
         equal(at, reference)
 
@@ -681,7 +706,8 @@ def follow(at: Round, outcome: Outcome, reference: Reference, what: str) -> None
 def small_disk(folder: Path) -> Iterator[None]:
     """A disk of a few MiB at `folder`. Raises OSError where mounting is not permitted."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.strip())
     try:
@@ -689,6 +715,16 @@ def small_disk(folder: Path) -> Iterator[None]:
     finally:
         if subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode:
             subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def kept_copy(place: Place) -> Iterator[None]:
+    """After a failure, what was on a small disk is kept in `left`."""
+    try:
+        yield
+    except Failure:
+        shutil.copytree(place.work, place.folder / "left", ignore=shutil.ignore_patterns("ballast"))
+        raise
 
 
 def can_mount(folder: Path) -> str:
@@ -710,33 +746,36 @@ def fill(ballast: Path, leave: int) -> None:
 
 
 def disk(at: Round, references: References) -> str:
-    """Fill a run's disk, then make room: the command says which file or folder, what is saved and how to go on; and going on gives the same run."""
+    """Fill a run's disk, then make room: the command says which file or folder, what is saved and how to go on; that gives the same run."""
     setting, moment = at.rng.choice(SHORT), draw_moment(at.rng, saves=0.4)
     with_cache, again = at.rng.random() < 0.5, at.rng.random() < 0.5
     leave = at.rng.choice([0, 4096, at.rng.randrange(100_000), at.rng.randrange(1_000_000)])
     from_start = at.rng.random() < 0.2
     when = "before the start" if from_start else f"at {moment}"
-    at.note(f"setting {setting}; disk of run{' and cache' if with_cache else ''} full but for {leave} bytes {when}{', again and again' if again else ''}")
+    whose, how_often = "run and cache" if with_cache else "run", ", again and again" if again else ""
+    at.said.append(f"setting {setting}; disk of {whose} full but for {leave} bytes {when}{how_often}")
     reference = references.get("run", setting)
-    with small_disk(at.place.work):
+    with small_disk(at.place.work), kept_copy(at.place):
         place = at.place = make_place(at.place.folder, cache=at.place.work / "cache" if with_cache else None)
         ballast = place.work / "ballast"
         if from_start:
             fill(ballast, leave)
         running = spawn(at, "train.py", *new(setting))
-        if not from_start and await_moment(at, running, moment, reference.startup * load()):
+        if not from_start and await_moment(at, running, moment, reference.startup):
             fill(ballast, leave)
         outcome = finish(at, running, during=partial(fill, ballast, leave) if again and ballast.exists() else lambda: None)
         whole = saved(place)
+        at.struck["disk full: " + ("refused" if outcome.code else "no matter")] += 1
         if outcome.code == 0:
             good(outcome)
         else:
             refused(outcome, *({str(RUN), "runs", str(place.work), str(place.cache)} if not whole else {str(RUN)}))
-            require("0.00" not in outcome.error, f"the error line tells of 0.00: {outcome.error}")
+            said = outcome.error
+            require("0.00" not in said, f"the error line tells of 0.00: {said}")
             if whole:
-                said = outcome.error
-                require(re.search(rf"(step_0*|step ){whole[-1]}\b", said) is not None, f"the error line does not name the last checkpoint, {whole[-1]}: {said}")
-                require(f"--resume {RUN}" in said, f"the error line does not say how to go on: {said}")
+                named = re.search(rf"(step_0*|step ){whole[-1]}\b", said) is not None
+                require(named, f"the error line does not name the last checkpoint, {whole[-1]}: {said}")
+                require(re.search(rf"--resume \S*{RUN}\b", said) is not None, f"the error line does not say how to go on: {said}")
         ballast.unlink(missing_ok=True)
         if place.run.exists() and not whole:
             shutil.rmtree(place.run)
@@ -750,35 +789,39 @@ def disk(at: Round, references: References) -> str:
 def two(at: Round, references: References) -> str:
     """Two processes on one run: one trains it to its end, and the other says which process that is and changes nothing."""
     reference = references.get("run", "long")
-    fresh, share = at.rng.random() < 0.5, at.rng.uniform(0, 1)
-    at.note(f"{'train and resume' if fresh else 'resume twice'}, the second at {share:.2f} of the first one's time")
-    if not fresh:
+    at_once, late, step = at.rng.random() < 0.5, at.rng.uniform(0, 0.5), at.rng.randint(1, LONG - 1)
+    at.said.append(f"resumed twice, {late:.2f} s apart" if at_once else f"resumed at step {step} of the first process")
+    if at_once:
         copy_run(reference, at.place, "interrupted")
-        for step in saved(at.place)[1:]:
-            shutil.rmtree(at.place.work / checkpoint_of(step))
-    first = spawn(at, "train.py", *(new("long") if fresh else RESUME))
-    second = None
+        for later in saved(at.place)[1:]:
+            shutil.rmtree(at.place.work / checkpoint_of(later))
+    running = [spawn(at, "train.py", *(RESUME if at_once else new("long")))]
     try:
-        training = max(0.0, reference.seconds - reference.startup - 1.0)
-        time.sleep(share * training * load() if not fresh else 0.5 + share * training * load())
-        second = spawn(at, "train.py", *RESUME)
-        processes = [first, second]
-        ends = [finish(at, running) for running in processes]
+        if at_once:
+            time.sleep(late)
+        elif await_moment(at, running[0], Moment("step", step, 0), reference.startup):
+            running[0].process.send_signal(signal.SIGSTOP)  # until the second has had its chance
+        running.append(spawn(at, "train.py", *RESUME))
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(finish, at, each) for each in running]
+            waiting[1].result()
+            running[0].process.send_signal(signal.SIGCONT)
+            ends = [each.result() for each in waiting]
     finally:
-        for running in (first, second):
-            if running and running.process.poll() is None:
-                running.process.kill()
-                running.process.wait()
-    order = [0, 1] if ends[0].code == 0 else [1, 0]
-    winner, loser = (ends[i] for i in order)
-    good(winner)
+        for each in running:
+            if each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
+    winner = 0 if ends[0].code == 0 else 1
+    good(ends[winner])
     equal(at, reference)
-    if loser.code == 0 and b"complete" in loser.out:  # it came too late to find the first one at work
+    loser = ends[1 - winner]
+    if loser.code == 0 and b"complete" in loser.out:  # it came when the first one was done
+        at.struck["too late"] += 1
         return "equal"
-    too_early = fresh and re.search(r"no such run|is not a run", loser.error)
-    refused(loser, str(RUN) if too_early else str(processes[order[0]].process.pid))
-    if not too_early:
-        require(socket.gethostname() in loser.error, f"the error line does not name this machine: {loser.error}")
+    at.struck["at once" if at_once else "second while the first trains"] += 1
+    refused(loser, str(running[winner].process.pid))
+    require(socket.gethostname() in loser.error, f"the error line does not name this machine: {loser.error}")
     return "refused"
 
 
@@ -797,6 +840,7 @@ class Result:
     folder: Path
     said: list[str]
     outcomes: list[Outcome]
+    struck: Counter
 
 
 def play(number: int, seed: int, kinds: list[str], folder: Path, references: References, keep: bool = False) -> Result:
@@ -811,29 +855,23 @@ def play(number: int, seed: int, kinds: list[str], folder: Path, references: Ref
     except Failure as e:
         outcome, why = "FAILED", str(e)
     except Exception as e:  # a mistake in here must not end the campaign, and must not pass
-        outcome, why = "FAILED", f"the round itself: {type(e).__name__}: {e} (line {e.__traceback__.tb_lineno})"
-        at.note(f"raised in {traceback_of(e)}")
+        outcome, why = "FAILED", f"the round itself: {type(e).__name__}: {e}"
+        at.said.append(traceback.format_exc())
     if outcome != "FAILED" and not keep:
         shutil.rmtree(own, ignore_errors=True)
-    return Result(number, kind, outcome, why, max((o.after_error for o in at.outcomes), default=0.0), own, at.said, at.outcomes)
-
-
-def traceback_of(error: BaseException) -> str:
-    where, found = error.__traceback__, []
-    while where:
-        found.append(f"{where.tb_frame.f_code.co_name}:{where.tb_lineno}")
-        where = where.tb_next
-    return " > ".join(found)
+    return Result(number, kind, outcome, why, max((o.after_error for o in at.outcomes), default=0.0), own, at.said, at.outcomes, at.struck)
 
 
 def describe(result: Result, seed: int, kinds: list[str]) -> str:
     """A failure, and what it takes to see it again."""
     only = "" if len(kinds) == len(KINDS) else f" --only {','.join(kinds)}"
-    lines = [f"round {result.number}, {result.kind}: {result.why}", f"  again     python tests/faults.py --seed {seed} --round {result.number}{only} --keep"]
-    lines += [f"  folder    {result.folder}", *(f"  what      {text}" for text in result.said)]
+    again = f"python tests/faults.py --seed {seed} --round {result.number}{only} --keep"
+    lines = [f"round {result.number}, {result.kind}: {result.why}", f"  again     {again}", f"  folder    {result.folder}"]
+    lines += [f"  what      {text}" for text in result.said]
+    lines.append("  within    work, with XDG_CACHE_HOME the folder cache beside it (of a damaged run: those in damaged/, as the command found them)")
     for outcome in result.outcomes:
         lines.append(f"  command   {outcome.command}")
-        lines.append(f"            exit code {outcome.code}" + (f", {outcome.after_error:.1f} s after the error line" if outcome.after_error else ""))
+        lines.append(f"            exit code {outcome.code}, {outcome.after_error:.1f} s after an error line")
         lines += [f"  stderr    {line[:400]}" for line in outcome.lines[-6:]]
     return "\n".join(lines)
 
@@ -841,8 +879,7 @@ def describe(result: Result, seed: int, kinds: list[str]) -> str:
 def table(results: list[Result]) -> str:
     counts = Counter((r.kind, r.outcome) for r in results)
     kinds = [kind for kind in KINDS if any(r.kind == kind for r in results)]
-    rule = f"|--------|{'-------:|' * (len(OUTCOMES) + 1)}"
-    lines = ["| kind   |" + "".join(f"{name:>8}|" for name in (*OUTCOMES, "all")), rule.replace("-------:", "-" * 7 + ":")]
+    lines = ["| kind   |" + "".join(f"{name:>8}|" for name in (*OUTCOMES, "all")), "|--------|" + "-------:|" * (len(OUTCOMES) + 1)]
     for name, own in [*((kind, [kind]) for kind in kinds), ("all", kinds)]:
         numbers = [sum(counts[kind, outcome] for kind in own) for outcome in OUTCOMES]
         lines.append(f"| {name:6} |" + "".join(f"{n:8}|" for n in (*numbers, sum(numbers))))
@@ -883,13 +920,16 @@ def main(argv: list[str] | None = None) -> int:
     kinds = arguments.only.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--only {unknown.pop()}: choose from {', '.join(KINDS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: disks are unmounted, commands ended
     folder = Path(tempfile.mkdtemp(prefix="hyperlm-faults-"))
     numbers = list(range(arguments.rounds)) if arguments.round is None else [arguments.round]
     results = campaign(numbers, arguments.seed, kinds, arguments.jobs, folder, arguments.keep)
     failures = [r for r in results if r.outcome == "FAILED"]
     for result in failures:
         print(f"\n{describe(result, arguments.seed, kinds)}")
-    print(f"\n{table(results)}\nslowest exit after an error line: {max((r.slowest for r in results), default=0.0):.1f} s")
+    struck = sum((r.struck for r in results), Counter())
+    print(f"\n{table(results)}\nfaults: {', '.join(f'{name} {n}' for name, n in sorted(struck.items()))}")
+    print(f"slowest exit after an error line: {max((r.slowest for r in results), default=0.0):.1f} s")
     if failures or arguments.keep:
         print(f"kept in {folder}")
     else:
