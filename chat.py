@@ -72,7 +72,7 @@ def load(command: Command) -> Speaker:
     device = env.pick_device(command.device)
     env.prepare(device)
     step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
-    tokenizer = trained.load_tokenizer(run, config)  # before the weights, which may take long
+    tokenizer = trained.load_tokenizer(run, step, config)  # before the weights, which may take long
     found = trained.load(run, step, config, device)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     decode = sample.decoder(found.weights, config.model, kernels=command.kernels)

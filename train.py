@@ -124,7 +124,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
     try:
         state = init_state(config, device)
         runs.write_config(run, config)
-        corpus.tokenizer.save(str(run / "tokenizer.json"))
+        tok.save(corpus.tokenizer, run / "tokenizer.json")
         runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
         runs.remember(run, {"step": 0, "command": command_line(argv)})
     except BaseException:
@@ -134,7 +134,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
 
 
 def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[State, Schedule, float]:
-    """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate."""
+    """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate. Small files are put back where they are damaged."""
     step = checkpoint.latest(run)
     state, meta = checkpoint.restore(run, step, config, place(config, device))
     if meta["schedule"] is None:
@@ -144,8 +144,10 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
         )
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
-    if meta["tokenizer"] != digest_of(corpus):
-        raise data.DataError(f"this version of tokenizers makes another tokenizer of the text than {run} was started with: resuming would not be exact")
+    runs.write_config(run, config)
+    if runs.file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
+        print(f"tokenizer  {path} was damaged or gone: put back")
+        tok.save(corpus.tokenizer, path)
     schedule = Schedule(**meta["schedule"])
     return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
 
@@ -164,21 +166,6 @@ def go_on(
     event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
     runs.remember(run, event)
     return after
-
-
-def put_back(run: Path, config: Config, corpus: data.Corpus) -> None:
-    """Settings as they are now; and the tokenizer, if what lies there is not that of the text."""
-    runs.write_config(run, config)
-    path = run / "tokenizer.json"
-    with suppress(tok.TokenizerError):
-        if runs.digest(tok.load(path).to_str()) == digest_of(corpus):
-            return
-    print(f"tokenizer  {path} was damaged or gone: put back")
-    corpus.tokenizer.save(str(path))
-
-
-def digest_of(corpus: data.Corpus) -> str:
-    return runs.digest(corpus.tokenizer.to_str())
 
 
 def command_line(argv: list[str]) -> str:
@@ -237,7 +224,7 @@ def train(
         The last state, and the signal.
     """
     in_place = config.train.residence == "host"  # where a second copy would not fit
-    facts = checkpoint.Facts(config, schedule, corpus.fingerprint, digest_of(corpus), corpus.chat)
+    facts = checkpoint.Facts(config, schedule, corpus.fingerprint, runs.file_digest(run / "tokenizer.json"), corpus.chat)
     with env.stop_signals() as stop_signal, checkpoint.writing(run, config.ckpt.keep) as writer, log.recording(run, state.step) as records:
         step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
         yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None
@@ -354,7 +341,6 @@ def main(argv: list[str]) -> int:
         total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
         if command.resume:
             state, schedule, rate = resume(run, config, corpus, device)
-            put_back(run, config, corpus)
             if state.step >= total:
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")

@@ -86,7 +86,7 @@ class Facts:
     config: Config
     schedule: Schedule
     fingerprint: str  # of the text: a resumed run must have the same
-    tokenizer: str  # a digest
+    tokenizer: str  # digest of the file beside the checkpoints
     chat: bool  # the text has conversations
 
 

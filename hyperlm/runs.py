@@ -74,6 +74,17 @@ def digest(values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """128 bits of a file's content; empty if there is no file that can be read."""
+    try:
+        if not path.is_file():  # nor a FIFO, which would be waited for
+            return ""
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return ""
+
+
 # -- folders ---------------------------------------------------------------------------------------------------------------------------
 
 

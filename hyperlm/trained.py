@@ -40,22 +40,23 @@ def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
 
     state, meta = checkpoint.restore(run, step, config, place, with_opt=False)
     params = state.params if fits else streamed(state.params, dtype, device, keep_ends=True)
-    for name, kind in (("fingerprint", str), ("chat", bool)):
-        if not isinstance(meta.get(name), kind):
-            raise checkpoint.CheckpointError(f"{checkpoint.folder_of(run, step)} is damaged (its meta has no {name}); restore it from a copy")
     return Trained(params, state.step, state.tokens, meta["fingerprint"], meta["chat"])
 
 
-def load_tokenizer(run: Path, config: Config) -> Tokenizer:
-    """The tokenizer of a run.
+def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
+    """The tokenizer of a run, as it was when the checkpoint of `step` was written.
 
     Raises:
-        RunError: if it is missing, or has ids that the model of `config` lacks.
+        CheckpointError: if that is missing, damaged, or of another run than `config` describes.
+        RunError: if the tokenizer is missing, another, or has ids that the model lacks.
         TokenizerError: if its file is damaged.
     """
-    path = run / "tokenizer.json"
+    meta, path = checkpoint.read_meta(run, step), run / "tokenizer.json"
+    checkpoint.require_same_run(run, step, meta, config)
     if not path.is_file():
         raise runs.RunError(f"{path} is missing: restore it, or let python train.py --resume {run} write it again")
+    if meta["tokenizer"] not in (None, runs.file_digest(path)):
+        raise runs.RunError(f"{path} is not what {run} was trained with: python train.py --resume {run} puts it back")
     tokenizer = tok.load(path)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.model.vocab_size:

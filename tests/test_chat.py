@@ -260,7 +260,7 @@ def meta_without_chat(run: Path) -> None:
     ("damage", "message"),
     [
         (without("tokenizer.json"), "tokenizer.json is missing"),
-        (larger_vocabulary, "tokenizer.json has ids up to 899, and the model a vocabulary of 320"),
+        (larger_vocabulary, "tokenizer.json is not what runs/r was trained with: python train.py --resume runs/r puts it back"),
         (lambda run: (run / "tokenizer.json").write_text("{"), "tokenizer.json"),
         (without("config.json"), "config.json"),
         (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),

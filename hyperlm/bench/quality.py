@@ -17,8 +17,8 @@ from hyperlm.bench.report import Result, Row
 def check(folders: list[Path]) -> None:
     """Raises RunError, CheckpointError or TokenizerError where a run cannot be read, as far as a moment tells."""
     for folder in folders:
-        trained.load_tokenizer(folder, runs.read_config(folder))
-        checkpoint.latest(folder)
+        config = runs.read_config(folder)
+        trained.load_tokenizer(folder, checkpoint.latest(folder), config)
 
 
 def text_of(corpus: data.Corpus) -> tuple[str, str]:
