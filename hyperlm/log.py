@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -15,6 +16,15 @@ from hyperlm.runs import RunError
 from hyperlm.state import State
 from hyperlm.step import Metrics
 from hyperlm.tokenizer import clean
+
+
+def silent(event: Any, default: Callable = threading.excepthook) -> None:
+    """Leave out what a thread of TensorBoard says before its failure reaches us as an exception."""
+    if not type(event.thread).__module__.startswith("tensorboard"):
+        default(event)
+
+
+threading.excepthook = silent
 
 
 class Log(NamedTuple):
