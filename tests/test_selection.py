@@ -126,8 +126,8 @@ def test_training_on_nothing_but_what_is_held_out_is_an_error(prose):
 def test_a_limit_on_text_lets_no_copy_through(tmp_path):
     records = texts(*[30_000] * 10)
     source = write_jsonl(tmp_path / "d.jsonl", records)
-    trained, val, _ = sides(source, val_sources=(write_jsonl(tmp_path / "v.jsonl", records[:5]),), max_mib=0.1)
-    assert trained and val and not {t[:4] for t in trained} & {t[:4] for t in val}
+    trained, val, said = sides(source, val_sources=(write_jsonl(tmp_path / "v.jsonl", records[:8]),), max_mib=0.1)
+    assert trained and val and not {t[:4] for t in trained} & {t[:4] for t in val} and "dropped from training" in said[-1]
 
 
 # -- the limit -----------------------------------------------------------------------------------------------------------------------

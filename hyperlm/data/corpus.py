@@ -77,14 +77,15 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     cache.sweep(folder.parent)
     cached = os.path.lexists(folder)
     if cached and cache.damage(folder):
-        say(f"cache      {folder}: {'; '.join(cache.damage(folder, whole=True)) or 'changed while it was read'}; made again")
+        say(f"cache      {folder}: {'; '.join(summary(cache.damage(folder, whole=True)))}; made again")
         cached = False
     if not cached:
         build(folder, config, sources, selections, readings, say)
     corpus = load(folder, sources)
     if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
         raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer needs {size}, for ids up to {size - 1}")
-    say(f"data       {describe(corpus)}{' (cached)' if cached else ''}")
+    tokens = ", ".join(f"{s.name} {len(s.train):,} + {len(s.val):,}" for s in corpus.shards)
+    say(f"data       {tokens} tokens to train + validate, vocabulary {size:,}{' (cached)' if cached else ''}")
     return corpus
 
 
@@ -249,8 +250,3 @@ def load(folder: Path, sources: list[Source]) -> Corpus:
 
     shards = [shard(i, source) for i, source in enumerate(sources)]
     return Corpus(shards, tok.load(folder / "tokenizer.json"), folder.name, meta["chat"])
-
-
-def describe(corpus: Corpus) -> str:
-    parts = [f"{s.name} {len(s.train):,} + {len(s.val):,}" for s in corpus.shards]
-    return f"{', '.join(parts)} tokens to train + validate, vocabulary {tok.vocabulary_size(corpus.tokenizer):,}"

@@ -128,9 +128,13 @@ def with_names(sources: list[Source]) -> list[Source]:
     unique = []
     for source, p in zip(sources, parts, strict=True):
         seen[p] += 1
-        shown = "".join(c if c.isprintable() else "\ufffd" for c in clean(names[p]))  # a name is one line, whatever the file system allows
-        unique.append(source._replace(name=shown if seen[p] == 1 else f"{shown}#{seen[p]}"))
+        unique.append(source._replace(name=in_one_line(names[p]) if seen[p] == 1 else f"{in_one_line(names[p])}#{seen[p]}"))
     return unique
+
+
+def in_one_line(name: str) -> str:
+    """A name that can be printed, whatever the file system allows."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in clean(name))
 
 
 # -- documents -------------------------------------------------------------------------------------------------------------------------
@@ -335,7 +339,7 @@ def notes(readings: Readings) -> Iterator[str]:
     by_kind: dict[str, list[str]] = {}
     for path, reading in readings.items():
         for what, words in reading.notes:
-            by_kind.setdefault(what, []).append(f"{path.name}: {words}")
+            by_kind.setdefault(what, []).append(f"{in_one_line(path.name)}: {words}")
     for lines in by_kind.values():
         yield from summary(lines)
 
