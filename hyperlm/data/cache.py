@@ -29,10 +29,7 @@ TEMPORARY = re.compile(r"([0-9a-f]{24}\.[0-9a-f]{8})(\.lock|\.old)?")
 
 def seal(folder: Path, meta: dict[str, Any]) -> None:
     """Write meta.json, with the checksums of all that is in the folder."""
-    entries = {
-        path.name: {"size": path.stat().st_size, "blocks": [zlib.crc32(block) for block in blocks(path)]}
-        for path in sorted(folder.iterdir())
-    }
+    entries = {path.name: {"size": path.stat().st_size, "blocks": checksums(path)} for path in sorted(folder.iterdir())}
     meta = {"format": FORMAT, **meta, "entries": entries}
     (folder / META).write_text(json.dumps({**meta, "digest": digest(meta)}))
 
@@ -41,10 +38,9 @@ def digest(meta: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def checksums(path: Path) -> list[int]:
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            yield block
+        return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -96,15 +92,17 @@ def disagreement(path: Path, size: int, checksums: list[int], chosen: list[int])
 
 
 def verify(root: Path) -> Iterator[str]:
-    """Check all of a cache, every byte: each damaged entry by name. What other versions left there is passed over."""
+    """Check all of a cache, every byte: each damaged entry by name. Folders of format 1, which had no checksums, are passed over."""
     for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if re.fullmatch("[0-9a-f]{24}", folder.name) and not of_another_version(folder):
+        if re.fullmatch("[0-9a-f]{24}", folder.name) and not unsealed(folder):
             yield from (f"{folder.name}/{wrong}" for wrong in damage(folder, whole=True))
 
 
-def of_another_version(folder: Path) -> bool:
+def unsealed(folder: Path) -> bool:
+    """Whether it is of format 1."""
     try:
-        return json.loads((folder / META).read_bytes())["format"] != FORMAT
+        meta = json.loads((folder / META).read_bytes() if (folder / META).is_file() else b"{}")
+        return meta["format"] == 1 and "digest" not in meta
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -31,8 +31,6 @@ CUTS = {  # where a piece may end, the best first
 }
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 NOT_SPACE = re.compile(r"\S")
-
-
 REPLACED = "replaced by U+FFFD"
 
 
