@@ -219,14 +219,14 @@ class Moment:
     delay: float
 
 
-def draw_moment(rng: random.Random, *, saves: float = 0.5) -> Moment:
-    """A random moment; in a save with probability `saves`, and otherwise at start-up, after a step or near the end."""
+def draw_moment(rng: random.Random, left: int = STEPS, *, saves: float = 0.5) -> Moment:
+    """A random moment of a command with `left` steps to do: in a save with probability `saves`, else at start-up, after a step or at the end."""
     where = "save" if rng.random() < saves else rng.choice(["start-up", "step", "end", "end"])
     if where == "save":  # most take 50 ms; the removal of old checkpoints comes after them
-        return Moment(where, rng.randint(1, STEPS // EVERY), rng.choice([0, rng.uniform(0, 0.05), rng.uniform(0, 0.2)]))
+        return Moment(where, rng.randint(1, max(1, left // EVERY)), rng.choice([0, rng.uniform(0, 0.05), rng.uniform(0, 0.2)]))
     if where == "start-up":
         return Moment(where, 0, rng.uniform(0.05, 1.0))
-    return Moment(where, rng.randint(1, STEPS - 1), rng.uniform(0, 0.05)) if where == "step" else Moment(where, STEPS, rng.uniform(0, 1.0))
+    return Moment(where, rng.randint(1, max(1, left - 1)), rng.uniform(0, 0.05)) if where == "step" else Moment(where, left, rng.uniform(0, 1.0))
 
 
 def unfinished(place: Place) -> set[str]:
@@ -528,11 +528,13 @@ SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def kill(at: Round, references: References) -> str:
     """Kill or stop a run up to three times, and let it end: it is the uninterrupted one."""
     setting = at.rng.choice(SHORT)
-    faults = [(draw_moment(at.rng), at.rng.choice(SIGNALS), at.rng.random() < 0.5) for _ in range(at.rng.choice([1, 1, 2, 3]))]
-    at.said.append(f"setting {setting}; " + "; ".join(f"{ending.name} at {moment}" for moment, ending, _ in faults))
+    at.said.append(f"setting {setting}")
     reference = references.get("run", setting)
-    for moment, ending, asks in faults:
+    for _ in range(at.rng.choice([1, 1, 2, 3])):
         fresh = not at.place.run.exists()
+        left = STEPS - max(saved(at.place), default=0)
+        moment, ending, asks = draw_moment(at.rng, left), at.rng.choice(SIGNALS), at.rng.random() < 0.5
+        at.said.append(f"{ending.name} at {moment}")
         running = spawn(at, "train.py", *(new(setting) if fresh else RESUME))
         came = await_moment(at, running, moment, reference.startup)
         early = time.monotonic() - running.began < 0.5 * load() or b"\ndone " in running.said()
@@ -621,7 +623,7 @@ def groups(place: Place) -> dict[str, list[Path]]:
 def damage(at: Round, references: References) -> str:
     """Damage a file, then use the run: what comes out is what came out before, or one line names what is damaged."""
     setting, what = at.rng.choice(DAMAGED), at.rng.choice([*COMMANDS, "resume"])
-    state = "interrupted" if what in ("resume", "chat", "bench") and at.rng.random() < 0.7 else "finished"
+    state = "interrupted" if what != "extend" and at.rng.random() < 0.8 else "finished"
     copy_run(references.get("run", setting), at.place, state)
     there = groups(at.place)
     group = at.rng.choices(list(there), [3, 3, 4, 2])[0]
@@ -633,6 +635,7 @@ def damage(at: Round, references: References) -> str:
     else:
         DAMAGE[how](path, at.rng)
     hurt = [p.relative_to(at.place.folder) for p in paths]
+    at.struck[f"damage to {group}"] += 1
     at.said.append(f"setting {setting}, {state}; {how}: {' and '.join(map(str, hurt))}; then {what}")
     shutil.copytree(at.place.work, at.place.folder / "damaged/work")
     shutil.copytree(at.place.cache, at.place.folder / "damaged/cache")
@@ -868,7 +871,7 @@ def describe(result: Result, seed: int, kinds: list[str]) -> str:
     again = f"python tests/faults.py --seed {seed} --round {result.number}{only} --keep"
     lines = [f"round {result.number}, {result.kind}: {result.why}", f"  again     {again}", f"  folder    {result.folder}"]
     lines += [f"  what      {text}" for text in result.said]
-    lines.append("  within    work, with XDG_CACHE_HOME the folder cache beside it (of a damaged run: those in damaged/, as the command found them)")
+    lines.append("  within    work, with XDG_CACHE_HOME the cache beside it; after damage: those in damaged/, as the command found them")
     for outcome in result.outcomes:
         lines.append(f"  command   {outcome.command}")
         lines.append(f"            exit code {outcome.code}, {outcome.after_error:.1f} s after an error line")

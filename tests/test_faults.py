@@ -125,7 +125,7 @@ TAMPERING = {
     "a record lost": (lambda run: rewrite_records(run, lambda lines: lines[:3] + lines[4:]), "metrics.jsonl has 23 steps"),
     "a record twice": (lambda run: rewrite_records(run, lambda lines: [*lines[:4], *lines[3:]]), "metrics.jsonl has 25 steps"),
     "another loss": (lambda run: rewrite_records(run, lambda lines: [other_loss(lines[0]), *lines[1:]]), "other values in its steps [1]"),
-    "no JSON": (lambda run: rewrite_records(run, lambda lines: [lines[0].replace('"lr": ', '"lr": NaN, "x": '), *lines[1:]]), "NaN is no JSON"),
+    "no JSON": (lambda run: rewrite_records(run, lambda lines: [*lines, '{"step": 25, "loss": NaN}']), "NaN is no JSON"),
     "half a save": (lambda run: (run / "checkpoints/step_00000028.orbax-checkpoint-tmp").mkdir(), "unfinished saves"),
     "no summary": (lambda run: (run / "training_summary.json").unlink(), "training_summary.json cannot be read"),
     "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json is not what it was"),
@@ -175,7 +175,7 @@ def test_a_program_that_resumes_badly_fails_its_round(tmp_path, references, monk
     monkeypatch.setattr(faults, "REPOSITORY", tmp_path)
     monkeypatch.setattr(faults, "SHORT", ["phase8"])
     monkeypatch.setattr(faults, "SIGNALS", [signal.SIGKILL])
-    monkeypatch.setattr(faults, "draw_moment", lambda rng: faults.Moment("step", 14, 0.0))
+    monkeypatch.setattr(faults, "draw_moment", lambda rng, left: faults.Moment("step", 14, 0.0))
     result = faults.play(0, 0, ["kill"], tmp_path / "rounds", references)
     assert result.outcome == "FAILED" and not result.why.startswith("the round itself")
     assert result.struck["SIGKILL"] + result.struck["SIGKILL within a save"] > 0
