@@ -220,13 +220,15 @@ class Moment:
 
 
 def draw_moment(rng: random.Random, left: int = STEPS, *, saves: float = 0.5) -> Moment:
-    """A random moment of a command with `left` steps to do: in a save with probability `saves`, else at start-up, after a step or at the end."""
+    """A random moment of a command with `left` steps to do: in a save with probability `saves`, else at start-up, in a step or at the end."""
     where = "save" if rng.random() < saves else rng.choice(["start-up", "step", "end", "end"])
     if where == "save":  # most take 50 ms; the removal of old checkpoints comes after them
         return Moment(where, rng.randint(1, max(1, left // EVERY)), rng.choice([0, rng.uniform(0, 0.05), rng.uniform(0, 0.2)]))
     if where == "start-up":
         return Moment(where, 0, rng.uniform(0.05, 1.0))
-    return Moment(where, rng.randint(1, max(1, left - 1)), rng.uniform(0, 0.05)) if where == "step" else Moment(where, left, rng.uniform(0, 1.0))
+    if where == "step":
+        return Moment(where, rng.randint(1, max(1, left - 1)), rng.uniform(0, 0.05))
+    return Moment(where, left, rng.uniform(0, 1.0))
 
 
 def unfinished(place: Place) -> set[str]:
