@@ -220,7 +220,7 @@ class Moment:
 
 
 def draw_moment(rng: random.Random, left: int = STEPS, *, saves: float = 0.5) -> Moment:
-    """A random moment of a command with `left` steps to do: in a save with probability `saves`, else at start-up, in a step or at the end."""
+    """A random moment of a command with `left` steps to do: in a save with probability `saves`, else at start-up, in a step or the end."""
     where = "save" if rng.random() < saves else rng.choice(["start-up", "step", "end", "end"])
     if where == "save":  # most take 50 ms; the removal of old checkpoints comes after them
         return Moment(where, rng.randint(1, max(1, left // EVERY)), rng.choice([0, rng.uniform(0, 0.05), rng.uniform(0, 0.2)]))
@@ -232,7 +232,7 @@ def draw_moment(rng: random.Random, left: int = STEPS, *, saves: float = 0.5) ->
 
 
 def unfinished(place: Place) -> set[str]:
-    """Folders under checkpoints/ that are no checkpoints yet."""
+    """Folders under checkpoints/ that are no checkpoints yet, or no longer."""
     with suppress(OSError):
         names = os.listdir(place.run / "checkpoints")
         return {name for name in names if not re.fullmatch(r"step_\d{8}", name) and not name.startswith(".")}
@@ -245,7 +245,7 @@ def await_moment(at: Round, running: Running, moment: Moment, startup: float) ->
     while running.process.poll() is None:
         there = unfinished(at.place)
         running.leftovers &= there
-        saves |= there - running.leftovers
+        saves |= {name for name in there - running.leftovers if "tmp" in name}  # the storage layer's name for a save under way
         match moment.where:
             case "start-up":
                 come = time.monotonic() >= running.began + moment.delay * startup
