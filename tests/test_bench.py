@@ -20,6 +20,9 @@ from hyperlm.bench.report import table
 from hyperlm.bench.speed import exponent
 
 
+TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
+
+
 def call(*argv: str) -> int:
     return cli.run(bench.main, list(argv))
 
@@ -47,7 +50,7 @@ def results(name: str) -> list[dict[str, Any]]:
 
 def test_speed_and_quality_are_measured_and_written(run, quick, capsys):
     trained = json.loads(Path("runs/r/training_summary.json").read_text())
-    assert call("phase7", "phase8", "runs/r", "--preset", "small", "--lengths", "16", "32", "--name", "b", "--train.device", "cpu") == 0
+    assert call("phase7", "phase8", "runs/r", *TINIEST, "--lengths", "16", "32", "--name", "b") == 0
     out = capsys.readouterr().out
     assert "phase7: time of a sequence grows as N^" in out and "| phase8" in out.replace("|  phase8", "| phase8")
     folder = Path("runs/b")
@@ -60,7 +63,7 @@ def test_speed_and_quality_are_measured_and_written(run, quick, capsys):
 
 
 def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(quick):
-    assert call("phase7", "phase8", "--suite", "decode", "--preset", "small", "--lengths", "16", "4096", "--name", "d", "--train.device", "cpu") == 0
+    assert call("phase7", "phase8", "--suite", "decode", *TINIEST, "--lengths", "16", "4096", "--name", "d") == 0
     rows = json.loads(Path("runs/d/results.json").read_text())["results"][0]["rows"]
     size = {(row["model"], row["batch"], row["context"]): row["cache MiB"] for row in rows}
     assert size["phase8", 1, 4096] == size["phase8", 1, 16] and size["phase7", 1, 4096] > 10 * size["phase7", 1, 16]
@@ -69,14 +72,11 @@ def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone(quick)
 
 @pytest.mark.parametrize(("residence", "state"), [("host", "int8"), ("device", "fp32")])
 def test_memory_is_measured_of_a_residence(residence, state, quick):
-    flags = ["--suite", "memory", "--preset", "small", "--name", "m", "--train.device", "cpu", "--train.residence", residence]
+    flags = ["--suite", "memory", "--name", "m", *TINIEST, "--train.residence", residence]
     assert call("phase8", *flags, "--optim.state", state, "--train.grad-accum", "2", "--model.n-layers", "3") == 0
     (row,) = json.loads(Path("runs/m/results.json").read_text())["results"][0]["rows"]
     assert row["step"] == "16 x 256" and row["parameters"] < 2.5e6 and row["tok/s"] > 0 and row["host GiB"] > row["planned GiB"] > 0
     assert ("GB/s in" in row) == (residence == "host")
-
-
-TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
 
 
 @pytest.mark.parametrize("more", [[], ["--optim.state", "int8"], ["--train.residence", "host"], ["--train.residence", "host", "--optim.state", "int8"]])
