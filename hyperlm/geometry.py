@@ -64,8 +64,10 @@ def arcosh1p(w: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def cosh_distance_minus_one(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) -> Tensor:
-    """cosh d(x, y) - 1 of points that broadcast, at least 0: half the Lorentzian square of x - y, which for near points has no cancellation as
-    t_x t_y - s_x . s_y - 1 has."""
+    """cosh d(x, y) - 1 of points that broadcast, at least 0.
+
+    It is half the Lorentzian square of x - y, in which near points do not cancel as they do in t_x t_y - s_x . s_y - 1.
+    """
     return (((s_x - s_y).square().sum(-1) - (t_x - t_y).square()) / 2).clamp(min=0)
 
 

@@ -51,8 +51,8 @@ def check(kinds: list[Kind], config: Config, device: torch.device, contexts: lis
     """Raises ConfigError where the memory of a CPU cannot hold a cache."""
     for kind in kinds if device.type == "cpu" else ():
         own = replace(config, model=replace(config.model, kind=kind))
-        cache = filled_cache(own, max(batches), max(contexts), torch.device("meta"))
-        need, have = sum(x.nbytes for layer in cache.layers for x in layer.values()), env.total_memory(device)
+        largest = filled_cache(own, max(batches), max(contexts), torch.device("meta"))
+        need, have = sum(x.nbytes for layer in largest.layers for x in layer.values()), env.total_memory(device)
         if need > have:
             raise ConfigError(f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it")
 
