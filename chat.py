@@ -96,7 +96,7 @@ def reply(speaker: Speaker, memory: Memory, how: Sampling, generator: torch.Gene
         how,
         generator,
         stop=tok.stop_ids(speaker.tokenizer),
-        usable=speaker.tokenizer.get_vocab_size(),
+        usable=tok.vocabulary_size(speaker.tokenizer),
         decode=speaker.decode,
     )
     for _, (token, logits, cache) in zip(range(limit), tokens, strict=False):
@@ -108,7 +108,7 @@ def speak(speaker: Speaker, memory: Memory, text: str, how: Sampling, generator:
     if speaker.chat:
         ids = tok.turn(speaker.tokenizer, "user", text) + tok.opening(speaker.tokenizer, "assistant")
     else:
-        ids = speaker.tokenizer.encode(text, add_special_tokens=False).ids
+        (ids,) = tok.encode(speaker.tokenizer, [text])
     memory = read(speaker, memory, ids) if ids else memory
 
     count = 0

@@ -185,12 +185,14 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
     """A text that begins with the configured prompt."""
     cfg, tokenizer, begun = config.model, corpus.tokenizer, tok.clean(config.eval.prompt)
-    prompt = tokenizer.encode(begun, add_special_tokens=False).ids
+    (prompt,) = tok.encode(tokenizer, [begun])
     end = tok.end_of_text(tokenizer)
     logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
     generator = torch.Generator().manual_seed(seed)
     decode = sample.decoder(params, cfg, kernels=config.kernels)
-    drawn = sample.generate(logits, cache, sample.Sampling(), generator, stop={end}, usable=tokenizer.get_vocab_size(), decode=decode)
+    drawn = sample.generate(
+        logits, cache, sample.Sampling(), generator, stop=tok.stop_ids(tokenizer), usable=tok.vocabulary_size(tokenizer), decode=decode
+    )
     ids = [token for (token, _, _), _ in zip(drawn, range(config.eval.sample_tokens), strict=False)]
     return begun + "".join(tok.stream(tokenizer, ids))
 
@@ -325,7 +327,7 @@ def main(argv: list[str]) -> int:
     device = env.pick_device(config.train.device)
     env.prepare(device)
     if command.doctor:
-        return doctor.check(device)
+        return doctor.check(device, data.cache_folder(config.data))
     with ExitStack() as stack:
         if command.resume:
             run = Path(command.resume)
@@ -342,6 +344,7 @@ def main(argv: list[str]) -> int:
         if command.resume:
             state, schedule, rate = resume(run, config, corpus, device)
             if state.step >= total:
+                checkpoint.delete_removed(run)
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
                 return 0

@@ -136,6 +136,7 @@ def manager(run: Path, keep: int) -> Writer:
 
 
 def delete_removed(run: Path) -> None:
+    """Finish the removal of what is no longer kept, which a kill may have interrupted."""
     shutil.rmtree(folder_of(run) / REMOVED, ignore_errors=True)
 
 

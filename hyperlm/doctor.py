@@ -1,8 +1,11 @@
 """Is this machine fit for training? What it has, which kernels it can run, and a small numerical check."""
 
+from pathlib import Path
+
 import torch
 
 from hyperlm import env, kernels
+from hyperlm.data import verify_cache
 from hyperlm.geometry import direction, lift
 from hyperlm.kernels import OPS, reference
 
@@ -39,8 +42,8 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     return errors
 
 
-def check(device: torch.device) -> int:
-    """Print the report; 0 if training can run here, 1 if not."""
+def check(device: torch.device, cache: Path) -> int:
+    """Print the report; 0 if training can run here, 1 if not. Every byte of the tokenised text in the folder `cache` is checked too."""
     for name, value in env.describe(device).items():
         print(f"{name:<18} {value}")
     for op, backends in OPS.items():
@@ -54,5 +57,8 @@ def check(device: torch.device) -> int:
     except RuntimeError as e:
         fine = False
         print(f"check              failed: {str(e).splitlines()[0]}")
+    for wrong in verify_cache(cache):
+        fine = False
+        print(f"cache              {cache}/{wrong}; delete {cache / wrong.split('/')[0]}, and it is made again")
     print("training can run here" if fine else "training cannot run here")
     return 0 if fine else 1

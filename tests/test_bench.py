@@ -19,7 +19,6 @@ from hyperlm.bench import speed
 from hyperlm.bench.report import table
 from hyperlm.bench.speed import exponent
 
-
 TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
 
 

@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +344,20 @@ def test_the_doctor_finds_this_machine_fit(capsys):
     assert "training can run here" in out and "relative error" in out and "torch" in out
 
 
+def test_the_doctor_reads_every_byte_of_the_cache(prose, capsys, tmp_path):
+    """A start reads the ends of a file and a few blocks between them; here one bit is wrong in the middle of many."""
+    assert start(prose, "a", "--train.steps", "1") == 0
+    (tokens,) = (tmp_path / "cache").rglob("train_00.bin")
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    assert call("--doctor", "--train.device", "cpu") == 0
+    tokens.write_bytes(content)
+    capsys.readouterr()
+    assert call("--doctor", "--train.device", "cpu") == 1
+    out = capsys.readouterr().out
+    assert f"{tokens.parent.name}/train_00.bin" in out and f"delete {tokens.parent}" in out
+
+
 def test_the_doctor_reports_what_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr("hyperlm.doctor.numerical_errors", lambda *a: {"linear attention": float("nan")})
     assert call("--doctor", "--train.device", "cpu") == 1
@@ -538,6 +554,16 @@ def test_a_record_on_a_full_disk_is_an_error_of_its_file():
     records = log.Log(open("/dev/full", "w", buffering=1), None)
     with pytest.raises(runs.RunError, match=r"/dev/full could not be written \(No space left on device\)"):
         log.record(records, 1, {"loss": 1.0})
+
+
+def test_what_a_thread_of_tensorboard_meets_is_said_once():
+    """By the error that reaches us; what other threads meet is said as ever."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    said = []
+    for thread in (_AsyncWriterThread.__new__(_AsyncWriterThread), threading.main_thread()):
+        log.silent(SimpleNamespace(thread=thread), default=said.append)
+    assert [event.thread for event in said] == [threading.main_thread()]
 
 
 def test_records_are_json_whatever_the_numbers(tmp_path):
