@@ -269,7 +269,7 @@ def train(
                 log.record(records, now, val | more)
                 say(log.eval_line(now, total, val))
                 if "sample" in more:
-                    say("  | " + more["sample"].rstrip().replace("\n", "\n  | "))
+                    say("  | " + sample.printable(more["sample"]).rstrip().replace("\n", "\n  | "))
                 val_loss = val["val_loss"] if math.isfinite(val["val_loss"]) else None
             if now % config.ckpt.every == 0 or last:
                 if not (flaw := save(state, val_loss)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs import Config
 from hyperlm import model
 from hyperlm import tokenizer as tok
-from hyperlm.data import Corpus, validation_windows
+from hyperlm.data import Corpus, validation_documents, validation_windows
 from hyperlm.env import progress
 from hyperlm.loss import head_nats
 from hyperlm.tree import Tree
@@ -25,8 +25,8 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         batch: sequences at a time; 0 for those of a micro-batch.
 
     Returns:
-        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), and with several
-        sources val_bpb/<source>. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of
+        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
+        sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of
         roles, count in neither.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
@@ -44,7 +44,8 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         text_nats, size = text_nats + source_nats - special_nats, size + source_bytes
     bar.close()
     loss = nats / tokens
-    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results}
+    documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
+    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results, "val_documents": documents}
 
 
 @torch.no_grad()

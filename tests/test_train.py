@@ -94,6 +94,7 @@ def test_bits_per_byte_are_those_of_text_alone(prose):
     ends = targets == corpus.tokenizer.token_to_id("<|endoftext|>")
     assert int(ends.sum()) > 1
     assert record["val_loss"] == pytest.approx(nats.sum().item() / int((targets >= 0).sum()), rel=1e-5)
+    assert record["val_documents"] == len(corpus.shards[0].val_documents)
     assert record["val_bpb"] == pytest.approx(nats[~ends].sum().item() / math.log(2) / len(text.encode()), rel=1e-5)
 
 

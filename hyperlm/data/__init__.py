@@ -4,7 +4,7 @@ corpus.py (tokens on disk) and cache.py (folders that are checked), order.py (wh
 
 from hyperlm.data.cache import verify as verify_cache
 from hyperlm.data.corpus import Corpus, Shard, cache_folder, prepare, with_vocabulary
-from hyperlm.data.order import Batches, batches, validation_windows
+from hyperlm.data.order import Batches, batches, validation_documents, validation_windows
 from hyperlm.data.sources import DataError
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "batches",
     "cache_folder",
     "prepare",
+    "validation_documents",
     "validation_windows",
     "verify_cache",
     "with_vocabulary",

@@ -129,14 +129,19 @@ def largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
     return whole
 
 
+def validation_documents(shard: Shard, max_tokens: int) -> int:
+    """How many of them, at least one, have about `max_tokens` tokens together; 0 for all."""
+    ends = np.cumsum(shard.val_documents[:, 0])
+    return len(ends) if max_tokens == 0 else max(1, int(np.searchsorted(ends, max_tokens, "right")))
+
+
 def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Tensor, int]:
     """Whole validation documents, up to about `max_tokens` tokens (0 for all): windows (W, N+1) int64, padded with IGNORE, and their bytes.
 
     Each token of the documents is a target once.
     """
-    ends = np.cumsum(shard.val_documents[:, 0])
-    keep = len(ends) if max_tokens == 0 else max(1, int(np.searchsorted(ends, max_tokens, "right")))
-    stream = shard.val[: 1 + int(ends[keep - 1])].astype(np.int64)
+    keep = validation_documents(shard, max_tokens)
+    stream = shard.val[: 1 + int(shard.val_documents[:keep, 0].sum())].astype(np.int64)
     count = -(-(len(stream) - 1) // n)
     padded = np.full(count * n + 1, IGNORE, np.int64)
     padded[: len(stream)] = stream
