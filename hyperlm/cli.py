@@ -34,7 +34,7 @@ class TrainingError(RuntimeError):
 
 EXPECTED = (CheckpointError, ConfigError, DataError, DeviceError, KernelError, RunError, TokenizerError, TrainingError, UsageError)
 
-CLOSED_PIPE = 128 + 13  # the exit code of whom SIGPIPE ends, on systems without it too
+CLOSED_PIPE = 128 + 1  # as if the terminal had been closed (SIGHUP)
 
 
 class Stopped(BaseException):

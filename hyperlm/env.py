@@ -1,6 +1,7 @@
 """The machine: devices, memory, versions, and what of it is usable."""
 
 import ctypes
+import errno
 import gc
 import importlib.metadata
 import os
@@ -37,12 +38,12 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise DeviceError(f"--train.device {name}: no such device; use auto, cpu, cuda or cuda:n") from e
+        raise DeviceError(f"device {name}: no such device; use auto, cpu, cuda or cuda:n") from e
     if device.type == "cpu":
         return torch.device("cpu")
     index = device.index or 0
     if device.type != "cuda" or not torch.cuda.is_available() or index >= torch.cuda.device_count():
-        raise DeviceError(f"--train.device {name}: not on this machine; use auto or cpu")
+        raise DeviceError(f"device {name}: not on this machine; use auto or cpu")
     return torch.device("cuda", index)
 
 
@@ -173,25 +174,29 @@ def driver_version() -> str:
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "")
 
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
     """Inside, signals that would end the process only take note: the function that this yields tells which came first. A second one acts at once.
 
-    They are SIGINT, SIGTERM, SIGHUP (the terminal is closed; not where it is ignored, as under nohup) and SIGPIPE (the reader of our output is gone).
+    They are SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP, of which more change nothing.
     """
     seen: list[signal.Signals] = []
 
     def note(number: int, frame: Any) -> None:
         seen.append(signal.Signals(number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for other in endings - {signal.SIGINT}:
-            signal.signal(other, signal.SIG_IGN if other in gone else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if HANGUP:
+            signal.signal(HANGUP, signal.SIG_IGN)
         with suppress(OSError):  # nobody may be there to read it
             print(f"\n{signal.Signals(number).name}: finishing the step and saving; once more to stop at once", file=sys.stderr, flush=True)
 
-    gone = {getattr(signal, name) for name in ("SIGHUP", "SIGPIPE") if hasattr(signal, name)}  # both may come, and often: saving goes on
-    ignored = {number for number in gone - {getattr(signal, "SIGPIPE", None)} if signal.getsignal(number) == signal.SIG_IGN}
-    endings = {signal.SIGINT, signal.SIGTERM, *gone} - ignored
+    endings = [signal.SIGINT, signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        endings.append(HANGUP)
     before = {number: signal.signal(number, note) for number in endings}
     try:
         yield lambda: seen[0] if seen else None
@@ -201,9 +206,11 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 
 
 def say(text: str) -> None:
-    """Print a line of a run, which goes on where nobody can read it: a closed pipe or terminal tells by a signal, and a full disk under a
-    redirected output is met where it matters."""
+    """Print a line of a run that is worth more than its output. Where nobody reads that any more (a closed pipe or terminal) it is as if the
+    terminal had been closed; a full disk under redirected output is met where it matters."""
     try:
         print(text, flush=True)
-    except OSError:
+    except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if HANGUP and e.errno in (errno.EPIPE, errno.EIO):
+            signal.raise_signal(HANGUP)
