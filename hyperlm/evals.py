@@ -15,6 +15,8 @@ from hyperlm.env import progress
 from hyperlm.loss import head_nats
 from hyperlm.tree import Tree
 
+APART = 4096  # tokens
+
 
 @torch.no_grad()
 def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device, batch: int = 0) -> dict[str, float]:
@@ -64,16 +66,27 @@ def nats_of(
     `batch` windows at a time; `done` is told of each.
     """
     nats, tokens, nats_apart = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64)
+    few: list[tuple[Tensor, Tensor]] = []  # features and targets apart, which go through the head once more when they are enough for a pass
+
+    def head(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return head_nats(features, params["head"]["weight"], targets, kernels=config.kernels)
+
     for part in windows.split(batch):
         part = part.to(device)
         features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels).flatten(0, 1)
         targets = part[:, 1:].flatten()
-        part_nats, part_tokens = head_nats(features, params["head"]["weight"], targets, kernels=config.kernels)
+        part_nats, part_tokens = head(features, targets)
         nats += part_nats.cpu()
         tokens += int(part_tokens)
-        if apart is not None and (among := torch.isin(targets, apart)).any():  # few: once more costs next to nothing
-            nats_apart += head_nats(features[among], params["head"]["weight"], targets[among], kernels=config.kernels)[0].cpu()
+        if apart is not None:
+            among = torch.isin(targets, apart)
+            few.append((features[among], targets[among]))
+            if sum(len(t) for _, t in few) >= APART:
+                nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
+                few.clear()
         done(len(part))
+    if few:
+        nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
     return float(nats), tokens, float(nats_apart)
 
 
