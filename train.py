@@ -25,6 +25,7 @@ from configs import PRESETS, Config, ConfigError, another_run, differences, flag
 from hyperlm import checkpoint, cli, data, doctor, env, evals, health, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.env import say
+from hyperlm.files import file_digest
 from hyperlm.kernels import division, select
 from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
 from hyperlm.state import State
@@ -145,7 +146,7 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
     if meta["fingerprint"] != corpus.fingerprint:
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
     runs.write_config(run, config)
-    if runs.file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
+    if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
         print(f"tokenizer  {path} was damaged or gone: put back")
         tok.save(corpus.tokenizer, path)
     schedule = Schedule(**meta["schedule"])
@@ -226,7 +227,7 @@ def train(
         The last state, and the signal.
     """
     in_place = config.train.residence == "host"  # where a second copy would not fit
-    facts = checkpoint.Facts(config, schedule, corpus.fingerprint, runs.file_digest(run / "tokenizer.json"), corpus.chat)
+    facts = checkpoint.Facts(config, schedule, corpus.fingerprint, file_digest(run / "tokenizer.json"), corpus.chat)
     with env.stop_signals() as stop_signal, checkpoint.writing(run, config.ckpt.keep) as writer, log.recording(run, state.step) as records:
         step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
         yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None

@@ -30,8 +30,8 @@ from torch import Tensor
 from configs import Config, ConfigError, another_run, flag_of, from_dict, resolve, to_dict
 from hyperlm import model, tree
 from hyperlm.env import readable
+from hyperlm.files import digest, read_json
 from hyperlm.optim import Schedule, stored
-from hyperlm.runs import digest, read_json
 from hyperlm.stages import from_stages, names, stages
 from hyperlm.state import State, require_settled
 from hyperlm.tree import Tree

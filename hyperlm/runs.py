@@ -1,11 +1,9 @@
 """Folders of runs: names, who trains there, settings and history, and the newest of them."""
 
-import hashlib
 import json
 import os
 import platform
 import shutil
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from configs import Config, from_dict, resolve, to_dict
+from hyperlm.files import digest, read_json
 
 ROOT = Path("runs")
-SMALL = 1 << 20  # bytes that no file of settings has: what is larger is something else
 
 
 class RunError(ValueError):
@@ -41,48 +39,6 @@ def write_json(path: Path, values: Any) -> None:
         with suppress(OSError):
             part.unlink()
         raise RunError(f"{path} could not be written ({e.strerror}); nothing that was saved is lost") from e
-
-
-def read_small(path: Path, limit: int = SMALL) -> str:
-    """The text of a file of at most `limit` bytes, which a hostile one cannot make wait or fill memory.
-
-    Raises:
-        FileNotFoundError, ValueError (of what it is instead), OSError.
-    """
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise ValueError("not a regular file")
-    if facts.st_size > limit:
-        raise ValueError(f"{facts.st_size:,} bytes")
-    return path.read_text(encoding="utf-8")
-
-
-def read_json(path: Path, limit: int = SMALL) -> Any:
-    """The values of a JSON file of at most `limit` bytes.
-
-    Raises:
-        FileNotFoundError, ValueError (damage of any kind), OSError.
-    """
-    try:
-        return json.loads(read_small(path, limit))
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
-
-
-def digest(values: Any) -> str:
-    """128 bits that tell whether JSON values are what they were, whatever the order of keys."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """128 bits of a file's content; empty if there is no file that can be read."""
-    try:
-        if not path.is_file():  # nor a FIFO, which would be waited for
-            return ""
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:
-        return ""
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from configs import Config
 from hyperlm import checkpoint, plan, runs, tree
 from hyperlm import tokenizer as tok
 from hyperlm.env import allowed_memory, compute_dtype
+from hyperlm.files import file_digest
 from hyperlm.precision import compute_copy
 from hyperlm.residence.host import in_host_memory
 from hyperlm.residence.streamed import streamed
@@ -55,7 +56,7 @@ def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
     checkpoint.require_same_run(run, step, meta, config)
     if not path.is_file():
         raise runs.RunError(f"{path} is missing: restore it, or let python train.py --resume {run} write it again")
-    if meta["tokenizer"] not in (None, runs.file_digest(path)):
+    if meta["tokenizer"] not in (None, file_digest(path)):
         raise runs.RunError(f"{path} is not what {run} was trained with: python train.py --resume {run} puts it back")
     tokenizer = tok.load(path)
     largest = max(tokenizer.get_vocab().values())

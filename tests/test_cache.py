@@ -174,7 +174,8 @@ with runpy.run_path(sys.argv[1])["writing"](Path(sys.argv[2])) as part:
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(prose, tmp_path):
     root = tmp_path / "cache" / "hyperlm"
-    killed = subprocess.run([sys.executable, "-c", KILLED, cache.__file__, root / ("a" * 24)])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, cache.__file__, root / ("a" * 24)], env=environment)
     assert killed.returncode == -signal.SIGKILL and len(os.listdir(root)) == 2
     (root / ("b" * 24 + ".0123abcd.old")).mkdir()  # of a kill between making way and removing
     with cache.writing(root / ("c" * 24)) as living:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import PROSPECTIVE, Config, ModelConfig, OptimConfig, TrainConfig, another_run, flat, to_dict
-from hyperlm import runs
+from hyperlm import files, runs
 
 CONFIG = Config(model=ModelConfig(d_model=64), optim=OptimConfig(lr=0.003), name="x")
 
@@ -143,4 +143,4 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
     values = {"a": 1, "b": [1.5, {"c": None}], "d": "x"}
     shuffled = list(values.items())
     random.Random(1).shuffle(shuffled)
-    assert runs.digest(values) == runs.digest(dict(shuffled)) != runs.digest({**values, "a": 2})
+    assert files.digest(values) == files.digest(dict(shuffled)) != files.digest({**values, "a": 2})

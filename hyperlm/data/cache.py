@@ -5,7 +5,6 @@ digest of itself. While a folder is written it has another name, `<name>.<random
 long as the process lives.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -20,10 +19,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hyperlm.files import digest, read_json
+
 FORMAT = 2
 BLOCK = 1 << 20  # bytes under one checksum
 SAMPLE = 4  # blocks of a folder, beside the first and last of each file, that are checked at every start
 META = "meta.json"
+LARGEST = 1 << 28  # bytes that no meta.json has
 TEMPORARY = re.compile(r"([0-9a-f]{24}\.[0-9a-f]{8})(\.lock|\.old)?")
 
 
@@ -34,10 +36,6 @@ def seal(folder: Path, meta: dict[str, Any]) -> None:
     (folder / META).write_text(json.dumps({**meta, "digest": digest(meta)}))
 
 
-def digest(meta: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def checksums(path: Path) -> list[int]:
     with open(path, "rb") as file:
         return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
@@ -46,11 +44,9 @@ def checksums(path: Path) -> list[int]:
 def read_meta(folder: Path) -> dict[str, Any] | None:
     """What meta.json says; None if it is not there, or not as it was written."""
     try:
-        if not os.path.isfile(folder / META):
-            return None
-        meta = json.loads((folder / META).read_bytes())
+        meta = read_json(folder / META, LARGEST)
         return meta if meta.pop("digest") == digest(meta) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -101,9 +97,9 @@ def verify(root: Path) -> Iterator[str]:
 def unsealed(folder: Path) -> bool:
     """Whether it is of format 1."""
     try:
-        meta = json.loads((folder / META).read_bytes() if (folder / META).is_file() else b"{}")
+        meta = read_json(folder / META, LARGEST)
         return meta["format"] == 1 and "digest" not in meta
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
