@@ -1,6 +1,6 @@
 """The fault-injection campaign: kills, damage, full disks and second processes, until something is lost or goes wrong in silence.
 
-    python tests/faults.py --rounds 300 --seed 0            all of it; about an hour on two cores
+    python tests/faults.py --rounds 300 --seed 0            all of it; about half an hour on two cores
     python tests/faults.py --only damage --rounds 20        one kind of fault
     python tests/faults.py --seed 0 --round 17              one round again
 
