@@ -221,7 +221,7 @@ PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard
 # -- checks and storage ----------------------------------------------------------------------------------------------------------------
 
 LARGEST_FLOAT = 1e30  # below the end of fp32, so that products with a few such numbers are infinite and not an error
-LARGEST = {"model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30}  # far above what anyone trains: a typing error, or damage
+LARGEST = {"train.batch_size": 1 << 20, "train.grad_accum": 1 << 20, "model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30}  # far above what anyone trains: a typing error, or damage
 PROSPECTIVE = (  # what concerns the future of a run only, and may change when it is resumed
     "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip", "optim.clip_scope",
     "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute",
@@ -285,7 +285,8 @@ def resolve(config: Config) -> Config:
     require(0 <= o.lr_floor <= 1, "optim.lr-floor", o.lr_floor, "must be between 0 and 1")
     require(0 <= o.beta1 < 1, "optim.beta1", o.beta1, "must be at least 0 and below 1")
     require(0 <= o.beta2 < 1, "optim.beta2", o.beta2, "must be at least 0 and below 1")
-    require("/" not in config.name and config.name not in (".", ".."), "name", config.name, "must be a plain folder name")
+    plain = config.name.isprintable() and not set("/ \\") & set(config.name) and not config.name.startswith("-") and config.name not in (".", "..")
+    require(plain, "name", repr(config.name), "must be a plain folder name, without spaces")
     return config
 
 

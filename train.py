@@ -102,7 +102,7 @@ def choose_residence(config: Config, device: torch.device) -> Config:
 
 
 def too_little(what: str) -> cli.TrainingError:
-    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers or --train.batch-size, or set --train.recompute; --plan shows the parts")
+    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute; --plan shows the parts")
 
 
 def announce(config: Config, device: torch.device) -> None:
@@ -125,7 +125,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
     try:
         state = init_state(config, device)
         runs.write_config(run, config)
-        tok.save(corpus.tokenizer, run / "tokenizer.json")
+        put_tokenizer(run, corpus)
         runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
         runs.remember(run, {"step": 0, "command": command_line(argv)})
     except BaseException:
@@ -147,8 +147,8 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
     runs.write_config(run, config)
     if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
+        put_tokenizer(run, corpus)
         print(f"tokenizer  {path} was damaged or gone: put back")
-        tok.save(corpus.tokenizer, path)
     schedule = Schedule(**meta["schedule"])
     return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
 
@@ -169,6 +169,17 @@ def go_on(
     return after
 
 
+def put_tokenizer(run: Path, corpus: data.Corpus) -> None:
+    """Write tokenizer.json whole or not at all, whatever lies there."""
+    path = run / "tokenizer.json"
+    part = path.with_suffix(".part")
+    try:
+        tok.save(corpus.tokenizer, part)
+        part.replace(path)
+    except OSError as e:
+        raise runs.RunError(f"{path} could not be written ({e.strerror}); nothing that was saved is lost") from e
+
+
 def command_line(argv: list[str]) -> str:
     return " ".join(["python train.py", *argv])
 
@@ -177,9 +188,10 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
     good = checkpoint.steps(run)
     if not good:
         return cli.TrainingError(f"diverged by step {step}: {why}; no checkpoint was good enough to save: remove {run} (rm -r {run}), and start again with a lower --optim.lr")
+    settled = from_dict(checkpoint.read_meta(run, good[-1])["config"]).optim.lr  # the rate that led there did no harm until then
     return cli.TrainingError(
         f"diverged by step {step}: {why}; the last checkpoint with a finite loss is {checkpoint.folder_of(run, good[-1])}: "
-        f"go on from there with a lower rate, python train.py --resume {run} --optim.lr {config.optim.lr / 10:.0e}"
+        f"go on from there with a lower rate, python train.py --resume {run} --optim.lr {min(settled, config.optim.lr / 10):.0e}"
     )
 
 
@@ -278,7 +290,7 @@ def train(
                 elif last:
                     raise diverged(run, now, flaw, config)
                 else:
-                    say(f"not saved  step {now}: {flaw}; earlier checkpoints stay")
+                    say(f"not saved  step {now}: {flaw}" + ("; earlier checkpoints stay" if writer.losses else ""))
             timed_from += time.monotonic() - paused
         if saved != state.step and (flaw := save(settle(state), val_loss)):  # a signal ended the loop, whenever in a step it came
             raise diverged(run, state.step, flaw, config)
@@ -301,7 +313,9 @@ def carry_out(
     except runs.RunError as e:  # records that cannot be written
         raise cli.TrainingError(f"{e}; {checkpoint.way_on(run)}") from e
     if stopped and state.step < total:
-        say(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}")
+        with suppress(OSError):  # where a terminal or a pipe was closed, there may still be the other
+            out = sys.stderr if stopped == env.HANGUP else sys.stdout
+            print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}", file=out, flush=True)
         return 128 + stopped
     summary = summarise(run, state, device, time.monotonic() - started)
     say(f"done       {run}: {log.summary_line(summary)}")
@@ -333,6 +347,7 @@ def main(argv: list[str]) -> int:
         if command.resume:
             run = Path(command.resume)
             stack.enter_context(runs.owned(run))
+            checkpoint.clear_away(run)
         else:
             runs.require_new(config.name)
         config = choose_residence(config, device)
@@ -345,7 +360,6 @@ def main(argv: list[str]) -> int:
         if command.resume:
             state, schedule, rate = resume(run, config, corpus, device)
             if state.step >= total:
-                checkpoint.delete_removed(run)
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
                 return 0

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -130,7 +131,7 @@ def manager(run: Path, keep: int) -> Writer:
         todelete_subdir=REMOVED,
         preservation_policy=retention,
     )
-    delete_removed(run)
+    clear_away(run)
     storage = ocp.CheckpointManager(folder_of(run).absolute(), options=options, item_handlers=handlers())
     return Writer(run, storage, retention, {step: meta["loss"] for step, meta in metas.items() if meta["loss"] is not None})
 
@@ -138,6 +139,23 @@ def manager(run: Path, keep: int) -> Writer:
 def delete_removed(run: Path) -> None:
     """Finish the removal of what is no longer kept, which a kill may have interrupted."""
     shutil.rmtree(folder_of(run) / REMOVED, ignore_errors=True)
+
+
+def clear_away(run: Path) -> None:
+    """Make room and order before a run goes on: what interrupted saves and removals left is deleted; a checkpoint of which a part is missing
+    is set aside, or the storage layer would not write that step again."""
+    delete_removed(run)
+    for path in folder_of(run).glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder_of(run).glob(f"{PREFIX}_*"):
+        if path.is_dir() and not is_complete(path):
+            aside = path.with_name(f"incomplete-{path.name}-{time.time_ns()}")
+            path.rename(aside)
+            print(f"checkpoint {path} lacks a part: set aside as {aside.name}")
+
+
+def is_complete(path: Path) -> bool:
+    return all((path / item).is_dir() for item in ITEMS)
 
 
 @contextmanager
@@ -277,7 +295,7 @@ def first_line(error: Exception) -> str:
 
 def steps(run: Path) -> list[int]:
     """Steps that have a checkpoint, in order. What an interrupted removal left of one is none."""
-    names = (p.name.removeprefix(f"{PREFIX}_") for p in folder_of(run).glob(f"{PREFIX}_*") if all((p / item).is_dir() for item in ITEMS))
+    names = (p.name.removeprefix(f"{PREFIX}_") for p in folder_of(run).glob(f"{PREFIX}_*") if is_complete(p))
     return sorted(int(name) for name in names if name.isdigit() and len(name) == DIGITS)
 
 
@@ -431,7 +449,7 @@ def verified(path: str, x: np.ndarray, like: Tensor, expected: int) -> Tensor:
 
 def unreadable(run: Path, step: int, error: Exception) -> CheckpointError:
     """What to say of a checkpoint that could not be read. Only one that is damaged is to be deleted."""
-    path, why = folder_of(run, step), first_line(error)
+    path, why = folder_of(run, step), f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in NOT_DAMAGE) or refused(str(error)):
         return CheckpointError(f"{path} could not be read ({why}); mend that and try again")
     earlier = [s for s in steps(run) if s < step]

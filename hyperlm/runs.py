@@ -187,7 +187,10 @@ def remember(run: Path, event: dict[str, Any]) -> None:
     line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **event}, allow_nan=False)
     path = run / "history.jsonl"
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with open(path, "ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else "\n" + line  # half a line, from a killed process
+            file.write(line.encode() + b"\n")
     except OSError as e:
         raise RunError(f"{path} could not be written ({e.strerror}); nothing that was saved is lost") from e

@@ -10,7 +10,13 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def quiet() -> None:
-    """Until `cli.run` takes over: a signal ends the process with one line, and a package that is missing is named with the command that installs it."""
+    """Until `cli.run` takes over: a signal ends the process with one line, and a package that is missing is named with the command that installs it.
+
+    Output that was closed by whoever started the process (`>&-`) goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, stopped)

@@ -410,8 +410,22 @@ def test_a_given_tokenizer_that_loses_letters_is_refused_and_one_that_loses_case
         line.startswith(f"tokenizer  {tmp_path / 'lower.json'} does not keep all of prose.txt: ") and "comes back as" in line
         for line in said
     )
+    again = []
+    data.prepare(given(config(prose), tmp_path / "lower.json"), say=again.append)
+    assert again[-1].endswith("(cached)") and {line for line in said if line.startswith("tokenizer")} <= set(again)
     with pytest.raises(tok.TokenizerError, match="does not give this text back"):
         prepare(given(config(prose), tmp_path / "lossy.json"))
+
+
+def test_a_character_that_a_tokenizer_lacks_is_found_wherever_it_is(tmp_path, monkeypatch):
+    """Long after the beginning, which is tried whole."""
+    monkeypatch.setattr(preparation, "AT_ONCE", 2000)
+    (tmp_path / "p.txt").write_text("all is plain here.\n\n" * 2000 + "and here is a Q.\n")
+    lacking = tok.byte_tokenizer()
+    lacking.normalizer = normalizers.Replace("Q", "")
+    lacking.save(str(tmp_path / "t.json"))
+    with pytest.raises(tok.TokenizerError, match="does not give this text back.*Q"):
+        prepare(given(config(tmp_path / "p.txt", val_fraction=0.2), tmp_path / "t.json"))
 
 
 def test_a_vocabulary_larger_than_the_model_has_rows_is_an_error(prose, tmp_path):

@@ -46,6 +46,7 @@ def test_line_ends_and_byte_order_marks_do_not_matter(tmp_path, encoding, end):
     [
         (FRENCH, "cp1252"),
         ("caf\xe9 au lait", "cp1252"),
+        ("She was na\u00efve, they said. " * 5 + "Plain words of the harbour and the gate.\n\n" * 1000, "cp1252"),  # no Chinese characters
         ("It\u2019s \u201cplain\u201d English \u2014 but for quotes. " * 20, "cp1252"),
         (RUSSIAN, "cp1251"),
         (RUSSIAN, "koi8_r"),

@@ -200,7 +200,9 @@ def test_a_closed_pipe_stops_a_run_as_a_closed_terminal_does(prose, made):
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(60) == 128 + signal.SIGHUP
-    assert error.strip() == "SIGHUP: finishing the step and saving; once more to stop at once"
+    finishing, stopped = error.strip().splitlines()
+    assert finishing == "SIGHUP: finishing the step and saving; once more to stop at once"
+    assert stopped.startswith("stopped by SIGHUP after step ") and stopped.endswith("python train.py --resume runs/parts")
     assert 3 <= checkpoint.latest(Path("runs/parts")) < 40
     assert call("--resume", "runs/parts") == 0
     assert losses(whole) == losses("parts") and same(final(whole), final("parts"))
@@ -390,6 +392,11 @@ MISTAKES = {
     "missing source": (["--train.device", "cpu", "--data.sources", "nowhere.txt"], "no such file"),
     "missing tokenizer": (["--train.device", "cpu", "--data.tokenizer", "nowhere.json"], "no such file"),
     "name with a slash": (["--name", "a/b"], "plain folder name"),
+    "name with a space": (["--name", "my run"], "plain folder name"),
+    "name of two lines": (["--name", "a\nb"], "plain folder name"),
+    "name that is no text": (["--name", "\udcff"], "plain folder name"),
+    "name like a flag": (["--name=-x"], "plain folder name"),
+    "step beyond all memory": (["--train.grad-accum", "1000000000000"], "at most 1,048,576"),
     "missing run": (["--resume", "runs/nowhere"], "no such run"),
     "not a run": (["--resume", "cache"], "not a run"),
     "too large": (["--train.device", "cpu", "--model.d-model", "32768", "--model.n-layers", "64", "--data.seq-len", "64"], "--plan shows the parts"),
@@ -489,6 +496,50 @@ def test_no_line_of_the_records_blocks_a_resume(copied, capsys):
     assert path.with_suffix(".damaged").read_bytes().splitlines() == [*bad, b""] and f"{len(bad) + 1} lines of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["params", "opt", "meta"])
+def test_a_checkpoint_that_lacks_a_part_is_set_aside_and_blocks_nothing(copied, capsys, part):
+    expected = final("a")
+    shutil.rmtree(copied / "checkpoints" / "step_00000004" / part)
+    assert call("--resume", copied) == 0
+    assert "step_00000004 lacks a part: set aside as incomplete-step_00000004" in capsys.readouterr().out
+    assert same(final("a"), expected) and len(list((copied / "checkpoints").glob("incomplete-*"))) == 1
+
+
+def test_what_an_interrupted_save_left_is_cleared_away_before_room_is_asked_for(copied, monkeypatch):
+    left = copied / "checkpoints" / "step_00000006.orbax-checkpoint-tmp"
+    (left / "params").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "require_room", lambda *_: pytest.fail("left there") if left.exists() else None)
+    assert call("--resume", copied, "--train.steps", "5") == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_tokenizer_that_is_no_file_is_replaced_or_named(copied, capsys):
+    path = copied / "tokenizer.json"
+    truth = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    assert call("--resume", copied) == 0 and path.read_bytes() == truth
+    path.unlink()
+    path.mkdir()
+    capsys.readouterr()
+    assert call("--resume", copied) == 2
+    said = capsys.readouterr()
+    assert "tokenizer.json could not be written (Is a directory)" in said.err and "put back" not in said.out
+
+
+def test_history_goes_on_after_half_a_line(copied):
+    with open(copied / "history.jsonl", "a") as file:
+        file.write('{"time": "2026')
+    assert call("--resume", copied, "--train.steps", "5") == 0
+    assert json.loads((copied / "history.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_output_that_was_closed_from_the_start_changes_nothing(closed):
+    done = subprocess.run(f"{sys.executable} {REPOSITORY / 'train.py'} --plan {closed}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_summary_of_a_run_that_was_killed_at_its_very_end_is_written(copied):
     path = copied / "training_summary.json"
     whole = json.loads(path.read_text())
@@ -581,7 +632,8 @@ def test_weights_that_diverged_take_the_place_of_nothing(prose, capsys, steps):
     assert checkpoint.read_meta(Path("runs/a"), 4)["loss"] < 7 and checkpoint.best(Path("runs/a")) == 4
     assert not {"NaN", "Infinity"} & set(Path("runs/a/metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
     advice = error.split("python train.py ")[1].split()
-    assert call(*advice, "--optim.lr", "1e-3") == 0 and final("a").step == 4 + int(steps)
+    assert advice[-1] == "1e-03"  # which did no harm before
+    assert call(*advice) == 0 and final("a").step == 4 + int(steps)
 
 
 def test_a_run_that_never_was_good_says_so(prose, capsys):

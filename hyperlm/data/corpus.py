@@ -80,8 +80,10 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
         say(f"cache      {folder}: {'; '.join(summary(cache.damage(folder, whole=True)))}; made again")
         cached = False
     if not cached:
-        build(folder, config, sources, selections, readings, say)
+        build(folder, config, sources, selections, readings)
     corpus = load(folder, sources)
+    if loses := (cache.read_meta(folder) or {}).get("loses"):
+        say(f"tokenizer  {cfg.tokenizer} {loses}")
     if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
         raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer needs {size}, for ids up to {size - 1}")
     tokens = ", ".join(f"{s.name} {len(s.train):,} + {len(s.val):,}" for s in corpus.shards)
@@ -132,9 +134,7 @@ def cache_folder(cfg: DataConfig) -> Path:
 # -- tokens on disk --------------------------------------------------------------------------------------------------------------------
 
 
-def build(
-    folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings, say: Callable[[str], None]
-) -> None:
+def build(folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings) -> None:
     """Tokenise into `folder`, whole or not at all.
 
     Raises:
@@ -142,7 +142,7 @@ def build(
     """
     try:
         with cache.writing(folder) as part:
-            write(part, config, sources, selections, readings, say)
+            write(part, config, sources, selections, readings)
     except OSError as e:
         why, remedy = e.strerror or str(e), "set --data.cache to a folder that can be written"
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -180,13 +180,12 @@ def with_vocabulary(config: Config) -> Config:
     return replace(config, model=replace(config.model, vocab_size=-(-size // 64) * 64))
 
 
-def write(
-    folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings, say: Callable[[str], None]
-) -> None:
+def write(folder: Path, config: Config, sources: list[Source], selections: list[Selection], readings: Readings) -> None:
     """Tokenise everything into `folder`."""
     tokenizer = make_tokenizer(config, sources, selections, readings)
     tok.save(tokenizer, folder / "tokenizer.json")
     given = config.data.tokenizer not in ("bpe", "bytes")
+    loses, known = "", set[str]()  # what a given tokenizer does not keep, and the characters that it was tried on
     dtype = np.dtype(np.uint16 if tok.vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
     end = tok.end_of_text(tokenizer)
 
@@ -197,8 +196,11 @@ def write(
         with open(folder / f"train_{index:02d}.bin", "wb") as file:
             for number, batch in enumerate(batched(chosen(source, selection, readings))):
                 texts = [document.content for _, document, _ in batch]
-                if given and number == 0 and (changed := tok.losses(tokenizer, texts)):
-                    say(f"tokenizer  {config.data.tokenizer} does not keep all of {source.name}: {changed}")
+                if given:  # the beginning as it is, and then each character that is new
+                    new = set().union(*texts) - known
+                    if (changed := tok.losses(tokenizer, texts if number == 0 else sorted(new))) and not loses:
+                        loses = f"does not keep all of {source.name}: {changed}"
+                    known |= new
                 for (i, document, val), ids in zip(batch, encoded(tokenizer, [document for _, document, _ in batch]), strict=True):
                     tokens = np.array([*ids, end], dtype)
                     if val:
@@ -214,7 +216,7 @@ def write(
         np.save(table, np.array([(len(tokens), size) for _, tokens, size in held_out], np.int64).reshape(-1, 2))
         (folder / f"val_{index:02d}.npy").write_bytes(table.getvalue())
     bar.close()
-    cache.seal(folder, {"dtype": dtype.name, "chat": chat})
+    cache.seal(folder, {"dtype": dtype.name, "chat": chat, "loses": loses})
 
 
 def batched(documents: Iterator[tuple[int, Document, bool]]) -> Iterator[list[tuple[int, Document, bool]]]:

@@ -23,12 +23,14 @@ MARKS = {  # UTF-32's first: it begins as UTF-16's does
 CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1b"))
 # What text without a mark may be in, but for UTF-8: more choices make more mistakes.
 LEGACY = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "gb18030", "big5", "euc_jp", "cp932", "cp949"]
+SINGLE = [name for name in LEGACY if name.startswith(("cp12", "koi8"))]  # one byte a character
 CUTS = {  # where a piece may end, the best first
     "empty lines": re.compile(r"\n(?:[ \t\f\v]*\n)+"),
     "line ends": re.compile(r"\n"),
     "sentence ends": re.compile(r"[.!?]['\")\]\u2019\u201d]*\s+|[\u3002\uff01\uff1f][\u2019\u201d\u300d\u300f]*\s*"),
     "spaces": re.compile(r"\s+"),
 }
+AROUND = re.compile(rb"[\x00-\x7f]{0,80}[\x80-\xff]+[\x00-\x7f]{0,80}")
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 NOT_SPACE = re.compile(r"\S")
 REPLACED = "replaced by U+FFFD"
@@ -65,7 +67,9 @@ def find_encoding(blocks: Callable[[], Iterable[bytes]]) -> Encoding:
     wrong, right = mistakes(blocks())
     if 10 * wrong <= right:  # any other encoding would spoil the rest
         return Encoding("utf-8", "replace", f"UTF-8 with {wrong} mistake{'s' * (wrong > 1)}, {REPLACED}")
-    found = list(from_bytes(sample, cp_isolation=LEGACY))
+    several = re.search(rb"[\x80-\xff]{2}", sample)  # bytes beyond ASCII that stand alone are letters with accents
+    around = b" ".join(AROUND.findall(sample))  # few among many others would be overlooked
+    found = list(from_bytes(around, cp_isolation=LEGACY if several else SINGLE))
     if not found:
         raise NotText("it is not UTF-8, and its encoding cannot be told: convert it to UTF-8")
     rank = found[0].chaos, -found[0].coherence
