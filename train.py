@@ -125,7 +125,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
     try:
         state = init_state(config, device)
         runs.write_config(run, config)
-        put_tokenizer(run, corpus)
+        runs.write_text(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
         runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
         runs.remember(run, {"step": 0, "command": command_line(argv)})
     except BaseException:
@@ -147,7 +147,7 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
         raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
     runs.write_config(run, config)
     if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
-        put_tokenizer(run, corpus)
+        runs.write_text(path, corpus.tokenizer.to_str(pretty=True))
         print(f"tokenizer  {path} was damaged or gone: put back")
     schedule = Schedule(**meta["schedule"])
     return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
@@ -167,17 +167,6 @@ def go_on(
     event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
     runs.remember(run, event)
     return after
-
-
-def put_tokenizer(run: Path, corpus: data.Corpus) -> None:
-    """Write tokenizer.json whole or not at all, whatever lies there."""
-    path = run / "tokenizer.json"
-    part = path.with_suffix(".part")
-    try:
-        tok.save(corpus.tokenizer, part)
-        part.replace(path)
-    except OSError as e:
-        raise runs.RunError(f"{path} could not be written ({e.strerror}); nothing that was saved is lost") from e
 
 
 def command_line(argv: list[str]) -> str:

@@ -99,10 +99,12 @@ class Retention:
     val_losses: dict[int, float | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        known = sorted(step for step in steps if step in self.val_losses)
-        kept = {*known[-self.keep :], *lowest({step: self.val_losses[step] for step in known})}
-        return [step in kept or step not in self.val_losses for step in steps]
+        kept = self.kept()
+        return [checkpoint.step in kept or checkpoint.step not in self.val_losses for checkpoint in checkpoints]
+
+    def kept(self) -> set[int]:
+        """The steps that stay, of all that were ever known: what leaves was neither among the newest nor the best, and never will be."""
+        return {*sorted(self.val_losses)[-self.keep :], *lowest(self.val_losses)}
 
 
 def lowest(val_losses: dict[int, float | None]) -> list[int]:
@@ -238,6 +240,8 @@ def save(writer: Writer, state: State, facts: Facts, val_loss: float | None, los
         raise CheckpointError(f"{folder_of(writer.run, state.step)} was not written: a checkpoint of that step or later exists")
     if loss is not None:
         writer.losses[state.step] = loss
+    for gone in set(writer.losses) - writer.retention.kept():
+        del writer.losses[gone]
     if in_place:
         finish(writer)
 

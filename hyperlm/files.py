@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,12 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError:
         return ""
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """What a run says: a line a person can read, and the same record in metrics.jsonl and TensorBoard."""
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from hyperlm.env import GIB
+from hyperlm.files import finite
 from hyperlm.runs import RunError
 from hyperlm.state import State
 from hyperlm.step import Metrics
@@ -73,7 +73,7 @@ def record(log: Log, step: int, values: dict[str, Any]) -> None:
         RunError: if it cannot be written.
     """
     try:
-        log.records.write(json.dumps({"step": step, **{name: finite_or_none(value) for name, value in values.items()}}, allow_nan=False) + "\n")
+        log.records.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
         for name, value in values.items():
             if isinstance(value, str):
                 log.board.add_text(name, "    " + clean(value).replace("\n", "\n    "), step)  # four spaces: verbatim in Markdown
@@ -81,10 +81,6 @@ def record(log: Log, step: int, values: dict[str, Any]) -> None:
                 log.board.add_scalar(name if "/" in name else f"{'val' if name.startswith('val') else 'train'}/{name}", value, step)
     except OSError as e:
         raise RunError(f"{log.records.name} could not be written ({e.strerror or e})") from e
-
-
-def finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def newest(run: Path) -> dict[str, Any]:

@@ -26,14 +26,19 @@ class RunError(ValueError):
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a small file whole or not at all.
+    """`write_text` of values as JSON."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, whatever lies there.
 
     Raises:
         RunError: if it cannot be written; what was there stays.
     """
     part = path.with_suffix(".part")
     try:
-        part.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_bytes(text.encode())
         os.replace(part, path)
     except OSError as e:
         with suppress(OSError):

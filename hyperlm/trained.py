@@ -59,7 +59,6 @@ def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
     if meta["tokenizer"] not in (None, file_digest(path)):
         raise runs.RunError(f"{path} is not what {run} was trained with: python train.py --resume {run} puts it back")
     tokenizer = tok.load(path)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.model.vocab_size:
+    if (largest := tok.vocabulary_size(tokenizer) - 1) >= config.model.vocab_size:
         raise runs.RunError(f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own")
     return tokenizer

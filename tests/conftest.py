@@ -96,6 +96,21 @@ def made(tmp_path_factory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def diverged(monkeypatch) -> None:
+    """Weights of every checkpoint that is read are not finite."""
+    from hyperlm import checkpoint
+
+    restore = checkpoint.restore
+
+    def nan(*args, **options):
+        state, meta = restore(*args, **options)
+        state.params["head"]["norm.weight"].fill_(torch.nan)
+        return state, meta
+
+    monkeypatch.setattr(checkpoint, "restore", nan)
+
+
 # A whole run in a second or two: flags for train.py, with a text of one's own.
 SMALLEST = (
     "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --data.seq-len 32 --train.batch-size 4 --train.grad-accum 2 "

@@ -81,6 +81,18 @@ def test_latest_and_best_are_kept(tmp_path):
     assert checkpoint.latest(tmp_path) == 6 and checkpoint.best(tmp_path) == 2
 
 
+def test_a_state_is_judged_by_the_checkpoints_that_there_are(tmp_path):
+    """Whether or not the run was interrupted since: losses of what is no longer kept are forgotten."""
+    state, writer = trained(), checkpoint.manager(tmp_path, 2)
+    for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+        checkpoint.save(writer, replace(state, step=step, updates=1), facts(), val_loss, 5.0 + step)
+    checkpoint.close(writer)
+    assert writer.losses == {2: 7.0, 4: 9.0, 5: 10.0} and list(writer.losses) == checkpoint.steps(tmp_path)
+    again = checkpoint.manager(tmp_path, 2)
+    assert again.losses == writer.losses
+    checkpoint.close(again)
+
+
 def test_without_evaluations_the_best_is_the_newest(tmp_path):
     save(tmp_path, (1, None), (2, None))
     assert checkpoint.best(tmp_path) == 2

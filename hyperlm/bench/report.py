@@ -14,6 +14,8 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import StrMethodFormatter
 
+from hyperlm.files import finite
+
 Row = dict[str, Any]
 
 
@@ -80,15 +82,6 @@ def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
         axes.legend()
     figure.savefig(folder / plot.file, dpi=150)
     plt.close(figure)
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {name: finite(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(folder: Path, results: list[Result], machine: dict[str, Any], command: str) -> None:
