@@ -25,10 +25,11 @@ from typing import Annotated, Literal, get_args
 import torch
 import tyro
 
-from configs import PRESETS, Config, ConfigError, Kind, ModelConfig, OptimConfig, TrainConfig, resolve
+from configs import PRESETS
 from hyperlm import cli, env, runs
 from hyperlm.bench import decode, memory, quality, report, speed
 from hyperlm.bench import kernels as kernel_suites
+from hyperlm.config import Config, ConfigError, Kind, ModelConfig, OptimConfig, TrainConfig, resolve
 from hyperlm.kernels import HAVE_TRITON
 
 

@@ -22,9 +22,9 @@ import tyro
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from configs import Config, ConfigError
 from hyperlm import checkpoint, cli, env, model, runs, sample, trained
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config, ConfigError
 from hyperlm.sample import Sampling
 from hyperlm.tree import Tree
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from configs import PRESETS, Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
+from configs import PRESETS
 from hyperlm import checkpoint, cli, data, doctor, env, evals, health, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
 from hyperlm.env import say
 from hyperlm.files import file_digest
 from hyperlm.kernels import division, select

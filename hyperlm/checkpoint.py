@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 import torch
 from torch import Tensor
 
-from configs import Config, ConfigError, another_run, flag_of, from_dict, resolve, to_dict
 from hyperlm import model, tree
+from hyperlm.config import Config, ConfigError, another_run, flag_of, from_dict, resolve, to_dict
 from hyperlm.env import readable
 from hyperlm.files import digest, read_json
 from hyperlm.optim import Schedule, stored

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import tyro
 
-from configs import ConfigError
 from hyperlm.checkpoint import CheckpointError
+from hyperlm.config import ConfigError
 from hyperlm.data import DataError
 from hyperlm.env import DeviceError
 from hyperlm.kernels import KernelError

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import model
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config
 from hyperlm.data import Corpus, validation_documents, validation_windows
 from hyperlm.env import progress
 from hyperlm.loss import head_nats

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import evals, tree
+from hyperlm.config import Config
 from hyperlm.data import Batches
 from hyperlm.state import State
 from hyperlm.tree import Tree

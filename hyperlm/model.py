@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from configs import Kind, ModelConfig
 from hyperlm import kernels as table
 from hyperlm import tree
+from hyperlm.config import Kind, ModelConfig
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
 from hyperlm.kernels.differentiation import Function, pulled_back

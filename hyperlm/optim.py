@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from configs import OptimConfig
 from hyperlm import kernels, tree
+from hyperlm.config import OptimConfig
 from hyperlm.kernels.reference import ALL, APART, BLOCK, ROW
 from hyperlm.kernels.reference import norm as norm_of
 from hyperlm.stages import stages

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from configs import Config, ModelConfig
 from hyperlm import kernels, model, optim, tree
+from hyperlm.config import Config, ModelConfig
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference import BLOCK, CODED, PARTS

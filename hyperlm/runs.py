@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from configs import Config, from_dict, resolve, to_dict
+from hyperlm.config import Config, from_dict, resolve, to_dict
 from hyperlm.files import digest, read_json
 
 ROOT = Path("runs")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs import ModelConfig
 from hyperlm import model, tree
+from hyperlm.config import ModelConfig
 from hyperlm.graph import replayed
 from hyperlm.tree import Tree
 

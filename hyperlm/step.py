@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import model, tree
+from hyperlm.config import Config
 from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
 from hyperlm.optim import Schedule, learning_rate, new_schedule, optimizer

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from configs import Config
 from hyperlm import checkpoint, plan, runs, tree
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.files import file_digest
 from hyperlm.precision import compute_copy

@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton kernels then run on a CPU, slowly
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 
 TINY = ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=64)
 CASES = {

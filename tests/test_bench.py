@@ -12,11 +12,11 @@ from conftest import SMALLEST, write_prose
 
 import bench
 import train
-from configs import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm import cli, env, kernels, model
 from hyperlm.bench import speed
 from hyperlm.bench.report import table
 from hyperlm.bench.speed import exponent
+from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 
 TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
 

@@ -15,9 +15,9 @@ from conftest import SMALLEST, TINY, generator, normal
 
 import chat
 import train
-from configs import Config, ModelConfig
 from hyperlm import cli, model, sample
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config, ModelConfig
 from hyperlm.sample import Sampling
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64))

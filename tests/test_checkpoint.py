@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import CASES, TINY, generator
 
-from configs import Config, OptimConfig, TrainConfig
 from hyperlm import checkpoint, tree
+from hyperlm.config import Config, OptimConfig, TrainConfig
 from hyperlm.optim import new_schedule
 from hyperlm.state import StaleState
 from hyperlm.step import init_state, make_step

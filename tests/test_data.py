@@ -12,9 +12,9 @@ import torch
 from conftest import TINY, write_prose
 from tokenizers import normalizers
 
-from configs import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, resolve
 from hyperlm import data, evals, model
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, resolve
 from hyperlm.data import corpus as preparation
 from hyperlm.data import sources
 from hyperlm.loss import IGNORE

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import CASES, TINY, generator
 
-from configs import PRESETS, resolve
+from configs import PRESETS
 from hyperlm import model, tree
+from hyperlm.config import resolve
 from hyperlm.loss import head_nats
 
 

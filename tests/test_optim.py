@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import normal
 
-from configs import OptimConfig
 from hyperlm import optim, tree
+from hyperlm.config import OptimConfig
 from hyperlm.kernels import reference
 
 

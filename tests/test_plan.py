@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import CASES
 
-from configs import PRESETS, Config, DataConfig, TrainConfig, resolve
+from configs import PRESETS
 from hyperlm import model, plan, tree
+from hyperlm.config import Config, DataConfig, TrainConfig, resolve
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.step import init_state
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import PROSPECTIVE, Config, ModelConfig, OptimConfig, TrainConfig, another_run, flat, to_dict
 from hyperlm import files, runs
+from hyperlm.config import PROSPECTIVE, Config, ModelConfig, OptimConfig, TrainConfig, another_run, flat, to_dict
 
 CONFIG = Config(model=ModelConfig(d_model=64), optim=OptimConfig(lr=0.003), name="x")
 

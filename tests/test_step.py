@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import CASES, TINY, generator, normal
 
-from configs import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm import model, tree
+from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
 from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared

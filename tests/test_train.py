@@ -22,8 +22,8 @@ from conftest import CASES, SMALLEST, TINY
 import bench
 import chat
 import train
-from configs import Config
 from hyperlm import checkpoint, cli, data, health, log, model, runs, startup, tree
+from hyperlm.config import Config
 from hyperlm.state import State
 
 REPOSITORY = Path(train.__file__).parent

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import normal
 
-from configs import ModelConfig
 from hyperlm import kernels, model, tree
+from hyperlm.config import ModelConfig
 from hyperlm.geometry import R_MAX, R_MIN, direction, time_of
 from hyperlm.kernels import OPS, reference
 from hyperlm.kernels.reference import TIP

@@ -7,10 +7,10 @@ from itertools import product
 
 import torch
 
-from configs import Config, ConfigError, Kind
 from hyperlm import env, model, sample, tree
 from hyperlm.bench.report import Plot, Result, Row
 from hyperlm.bench.speed import OUT_OF_MEMORY, seconds
+from hyperlm.config import Config, ConfigError, Kind
 from hyperlm.precision import compute_copy
 
 GROWING = ("k", "v", "s_k", "t_k")  # entries of a cache that have a position axis, the third

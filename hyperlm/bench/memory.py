@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from configs import Config, ConfigError, Kind
 from hyperlm import env, plan
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import seconds
+from hyperlm.config import Config, ConfigError, Kind
 from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import Config
 from hyperlm import checkpoint, data, env, evals, plan, runs, trained
 from hyperlm.bench.report import Result, Row
+from hyperlm.config import Config
 
 
 def check(folders: list[Path]) -> None:

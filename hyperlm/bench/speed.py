@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import Config, ConfigError, Kind
 from hyperlm import env, model, plan, tree
 from hyperlm.bench.report import Plot, Result, Row
+from hyperlm.config import Config, ConfigError, Kind
 from hyperlm.loss import head_nats
 from hyperlm.optim import new_schedule
 from hyperlm.state import State

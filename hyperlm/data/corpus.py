@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from configs import Config, DataConfig
 from hyperlm import tokenizer as tok
+from hyperlm.config import Config, DataConfig
 from hyperlm.data import cache
 from hyperlm.data.selection import Selection, chosen, drop_copies, hold_out, select
 from hyperlm.data.sources import SUFFIXES, DataError, Document, Readings, Source, documents, notes, parse_sources, summary, with_names

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs import Config
+from hyperlm.config import Config
 from hyperlm.data.corpus import Corpus, Shard
 from hyperlm.data.sources import DataError
 from hyperlm.loss import IGNORE

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
 from hyperlm.geometry import R_MAX, R_MIN
 from hyperlm.kernels.differentiation import Function, pulled_back, weight_gradient

@@ -8,7 +8,7 @@ definite kernels for every beta > 0 in every dimension.
 import torch
 from torch import Tensor
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, Radius, append
 

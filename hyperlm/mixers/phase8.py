@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare
 from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import Context, LayerCache, Mixer, Radius

@@ -4,7 +4,7 @@ geometry is a claim against it."""
 import torch
 from torch import Tensor
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 from hyperlm.geometry import direction, rotate
 from hyperlm.kernels.reference import widen
 from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append

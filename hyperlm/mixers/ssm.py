@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs import ModelConfig
+from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, matrix
 from hyperlm.geometry import R_MAX, exp_map
 from hyperlm.kernels.reference import wide

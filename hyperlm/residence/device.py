@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import kernels, model, tree
+from hyperlm.config import Config
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats

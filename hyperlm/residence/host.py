@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import kernels, model, tree
+from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
 from hyperlm.loss import head_nats

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from configs import Config
 from hyperlm import kernels, model, tree
+from hyperlm.config import Config
 from hyperlm.kernels.reference import APART, COUNTERS, MOMENTS, UNDO, WEIGHTS
 from hyperlm.optim import Optimizer, Schedule, optimizer, origins, sent, signed
 from hyperlm.plan import Plan, shelf_size
