@@ -19,7 +19,7 @@ from test_data import config, prepare
 
 from hyperlm import data
 from hyperlm.data import cache
-from hyperlm.data import corpus as preparation
+from hyperlm.data import tokenise as preparation
 
 FILES = ["meta.json", "tokenizer.json", "train_00.bin", "val_00.bin", "val_00.npy"]
 

@@ -15,8 +15,8 @@ from tokenizers import normalizers
 from hyperlm import data, evals, model
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, resolve
-from hyperlm.data import corpus as preparation
 from hyperlm.data import sources
+from hyperlm.data import tokenise as preparation
 from hyperlm.loss import IGNORE
 
 

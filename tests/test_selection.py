@@ -10,7 +10,7 @@ from conftest import write_prose
 from test_data import config, text_of, write_jsonl
 
 from hyperlm import data
-from hyperlm.data import selection, sources
+from hyperlm.data import documents, selection
 
 
 def sides(*paths, **options) -> tuple[list[str], list[str], list[str]]:
@@ -171,8 +171,8 @@ def test_documents_are_taken_in_the_order_of_their_hashes(seed):
 
 @pytest.mark.parametrize("most", range(0, 40, 3))
 def test_the_head_of_a_document_keeps_to_its_limit(most):
-    talk = sources.Document("", (("user", "été " * 3), ("assistant", "日本" * 3)))
-    for document in (sources.Document("日本 été " * 4), talk):
+    talk = documents.Document("", (("user", "été " * 3), ("assistant", "日本" * 3)))
+    for document in (documents.Document("日本 été " * 4), talk):
         head = document.head(most)
         assert most - 3 <= len(head.raw) <= most and document.content.startswith(head.content)
 
@@ -180,7 +180,7 @@ def test_the_head_of_a_document_keeps_to_its_limit(most):
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.95])
 @pytest.mark.parametrize("content", ["word " * 500, "x" * 500, "line\n" * 500, "a. " * 500, "a\n\nb\n\n" * 500])
 def test_a_divided_document_loses_nothing(content, share):
-    first, rest = sources.Document(content).divide(share)
+    first, rest = documents.Document(content).divide(share)
     assert first.text + rest.text == content and len(first.text) / len(content) == pytest.approx(share, abs=(1 - share) / 2 + 0.01)
 
 

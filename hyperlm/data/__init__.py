@@ -1,11 +1,13 @@
-"""Text to batches: sources.py (where text comes from) and text.py (encodings, cuts), selection.py (which of it, on which side),
-corpus.py (tokens on disk) and cache.py (folders that are checked), order.py (what a step reads).
+"""Text to batches: text.py (encodings, cuts), documents.py (texts and conversations), rows.py (of tables and JSON), sources.py (where text
+comes from), selection.py (which of it, on which side), tokenise.py and corpus.py (tokens on disk), cache.py (folders that are checked), order.py (what
+a step reads).
 """
 
 from hyperlm.data.cache import verify as verify_cache
-from hyperlm.data.corpus import Corpus, Shard, cache_folder, prepare, with_vocabulary
+from hyperlm.data.corpus import Corpus, Shard, cache_folder, prepare
+from hyperlm.data.documents import DataError
 from hyperlm.data.order import Batches, batches, validation_documents, validation_windows
-from hyperlm.data.sources import DataError
+from hyperlm.data.tokenise import with_vocabulary
 
 __all__ = [
     "Batches",

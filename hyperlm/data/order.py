@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyperlm.config import Config
 from hyperlm.data.corpus import Corpus, Shard
-from hyperlm.data.sources import DataError
+from hyperlm.data.documents import DataError
 from hyperlm.loss import IGNORE
 
 BLOCK = 1024  # sequences in which a weighted mixture has exactly its proportions

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hyperlm.data.sources import DataError, Document, Readings, Source, documents
+from hyperlm.data.documents import DataError, Document
+from hyperlm.data.sources import Readings, Source, documents
 from hyperlm.env import progress
 
 LEAST = 64  # bytes of a document that is divided, on either side

@@ -7,22 +7,19 @@ import sysconfig
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hyperlm.data.text import Encoding, NotText, cut, decode, find_encoding, pieces
-from hyperlm.tokenizer import ROLES, clean
+from hyperlm.data.documents import DataError, Document
+from hyperlm.data.rows import document_of
+from hyperlm.data.text import Encoding, NotText, decode, find_encoding, pieces
+from hyperlm.tokenizer import clean
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 HEAVIEST = 1e9  # a weight; sums of them stay numbers
 READ = 1 << 20  # bytes of a .jsonl file at a time
 SHOWN = 3  # files that are named in a line about several
-
-
-class DataError(ValueError):
-    """Text that cannot be used; the message says what, why and what to do."""
 
 
 # -- what was asked for ----------------------------------------------------------------------------------------------------------------
@@ -140,52 +137,6 @@ def in_one_line(name: str) -> str:
 # -- documents -------------------------------------------------------------------------------------------------------------------------
 
 
-class Document(NamedTuple):
-    """A text, or a conversation as (role, content) pairs."""
-
-    text: str
-    messages: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def content(self) -> str:
-        return self.text or "".join(content for _, content in self.messages)
-
-    @property
-    def raw(self) -> bytes:
-        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8 and with newlines alone at line ends."""
-        return self.content.encode()
-
-    def head(self, limit: int) -> "Document":
-        """At most `limit` bytes from the start, in whole characters."""
-        if len(self.raw) <= limit:
-            return self
-        if not self.messages:
-            return Document(self.text.encode()[:limit].decode("utf-8", "ignore"))
-        kept = []
-        for role, content in self.messages:
-            raw = content.encode()[:limit]
-            kept.append((role, raw.decode("utf-8", "ignore")))
-            limit -= len(content.encode())
-            if limit <= 0:
-                break
-        return Document("", tuple(kept))
-
-    def divide(self, share: float) -> "tuple[Document, Document] | None":
-        """A beginning of about this share and the rest, cut where a text may be, or between messages; None if there is no such place."""
-        if self.messages:
-            sizes = list(accumulate(len(content) for _, content in self.messages))[:-1]
-            if not sizes:
-                return None
-            turns = [i for i in range(len(sizes)) if self.messages[i + 1][0] == "user"] or range(len(sizes))
-            at = 1 + min(turns, key=lambda i: abs(sizes[i] - share * len(self.content)))
-            parts = Document("", self.messages[:at]), Document("", self.messages[at:])
-        else:
-            low = int(share * len(self.text))
-            at, _ = cut(self.text, low, (low + len(self.text)) // 2)
-            parts = Document(self.text[:at]), Document(self.text[at:])
-        return parts if all(part.content.strip() for part in parts) else None
-
-
 class Reading(NamedTuple):
     """How a file is read, found out the first time."""
 
@@ -280,54 +231,13 @@ def jsonl_documents(path: Path, encoding: Encoding) -> Iterator[Document]:
         for number, line in enumerate(file, 1):
             if line := line.strip():
                 try:
-                    yield parse_line(line)
+                    yield document_of(json.loads(line))
                 except RecursionError as e:
                     raise DataError(f"{path}:{number}: nested too deeply") from e
                 except json.JSONDecodeError as e:
                     raise DataError(f"{path}:{number}: {e.msg} at character {e.pos + 1}") from e
                 except ValueError as e:
                     raise DataError(f"{path}:{number}: {e}") from e
-
-
-def parse_line(line: str) -> Document:
-    """Of a .jsonl file.
-
-    Raises:
-        ValueError: saying what is wrong; RecursionError if it is nested too deeply.
-    """
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"{kind(record)}, not an object with text or messages")
-    if "messages" not in record:
-        if "text" not in record:
-            raise ValueError("no 'text' field; a line needs text, or messages with role and content")
-        return Document(checked(record["text"], "text"))
-    if not isinstance(record["messages"], list):
-        raise ValueError(f"messages is {kind(record['messages'])}, not a list")
-    messages = []
-    for number, message in enumerate(record["messages"], 1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is {kind(message)}, not an object with role and content")
-        for field in ("role", "content"):
-            if field not in message:
-                raise ValueError(f"no {field!r} field in message {number}; a line needs text, or messages with role and content")
-        if message["role"] not in ROLES:
-            raise ValueError(f"role {message['role']!r:.80} is none of {', '.join(ROLES)}")
-        messages.append((message["role"], checked(message["content"], f"content of message {number}")))
-    return Document("", tuple(messages))
-
-
-def checked(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not a string but {kind(value)}")
-    if clean(value) != value:
-        raise ValueError(f"{name} has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return value
-
-
-def kind(value: Any) -> str:
-    """What JSON calls it."""
-    return {type(None): "null", bool: "true or false", dict: "an object", list: "a list", str: "a string"}.get(type(value), "a number")
 
 
 def unreadable(path: str | Path, e: OSError) -> DataError:
