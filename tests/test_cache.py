@@ -63,7 +63,7 @@ def cached(tmp_path):
     """A corpus in the cache: its configuration, its folder and its training tokens."""
     cfg = config(write_prose(tmp_path / "short.txt", 4000), val_fraction=0.3)
     corpus = prepare(cfg)
-    return cfg, preparation.cache_folder(cfg.data) / corpus.fingerprint, corpus.shards[0].train.copy()
+    return cfg, data.cache_folder(cfg.data) / corpus.fingerprint, corpus.shards[0].train.copy()
 
 
 def heals(cached, name: str = "") -> None:
