@@ -2,6 +2,7 @@
 
     python train.py --preset small            a whole run in about two minutes, on a CPU too
     python train.py --resume runs/x           go on exactly where runs/x stopped
+    python train.py --init runs/x --data.sources talks.jsonl    a new run from its weights: fine-tuning
     python train.py --preset max --plan       what a run would need, without starting it
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from configs import PRESETS
-from hyperlm import checkpoint, cli, data, doctor, env, evals, health, log, model, plan, runs, sample, tree
+from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, health, log, model, plan, runs, sample, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
 from hyperlm.env import say
@@ -33,6 +34,7 @@ from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, place, weights
 from hyperlm.tree import Tree
 
+PROMPT = 24  # tokens of a held-out document that a sample begins with
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
 
 
@@ -42,6 +44,11 @@ class Command(Config):
     """small, standard, max or max-ssm: the settings that the rest of the command line starts from."""
     resume: str = ""
     """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
+    init: str = ""
+    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. Settings are those of that run, or of
+    --preset; three epochs, by a new schedule."""
+    init_checkpoint: finetune.Which = "latest"
+    """Which of its checkpoints: the newest, or the one with the lowest validation loss."""
     plan: bool = False
     """Print the parameter count and the memory plan, and stop."""
     doctor: bool = False
@@ -50,17 +57,30 @@ class Command(Config):
 
 def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]:
     """The command, its configuration checked, and the settings of a resumed run that it changes."""
-    preset, resume = cli.peek("preset", argv), cli.peek("resume", argv)
-    if preset and resume:
-        raise cli.UsageError("--preset and --resume exclude each other: a run keeps the settings it was started with")
+    preset, resume, init = (cli.peek(flag, argv) for flag in ("preset", "resume", "init"))
+    if resume and (preset or init):
+        raise cli.UsageError(f"--{'preset' if preset else 'init'} and --resume exclude each other: a run keeps the settings it was started with")
     if preset and preset not in PRESETS:
         raise cli.UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    stored = stored_settings(Path(resume)) if resume else PRESETS[preset or "standard"]()
+    if resume:
+        stored = stored_settings(Path(resume))
+    elif init:
+        stored = finetune.settings(Path(init), PRESETS[preset]() if preset else None, new_text=cli.peek("data.sources", argv) is not None)
+    else:
+        stored = PRESETS[preset or "standard"]()
     command = cli.parse(Command, argv, Command(**vars(stored)), description=__doc__)
     config = Config(**{f.name: getattr(command, f.name) for f in fields(Config)})
-    for name, (old, new) in another_run(stored, config).items() if resume else ():
-        raise ConfigError(f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one")
-    return command, data.with_vocabulary(resolve(config)), differences(stored, config) if resume else {}
+    if resume:
+        for name, (old, new) in another_run(stored, config).items():
+            raise ConfigError(
+                f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one, "
+                f"with --init {resume} from its weights"
+            )
+        return command, resolve(config), differences(stored, config)
+    if init:
+        finetune.require_shape(Path(init), config)
+        return command, resolve(config), {}
+    return command, data.with_vocabulary(resolve(config)), {}
 
 
 def stored_settings(run: Path) -> Config:
@@ -73,6 +93,15 @@ def stored_settings(run: Path) -> Config:
         step, config = found
         print(f"settings   {e}: taken from the checkpoint of step {step}")
         return config
+
+
+def with_own_tokenizer(run: Path, config: Config) -> Config:
+    """The configuration that finds the tokenizer of a run beside it where the file that it was given is gone; the digest of the text tells if it is the same."""
+    given, own = config.data.tokenizer, run / "tokenizer.json"
+    if given in ("bpe", "bytes") or Path(given).exists() or not own.is_file():
+        return config
+    print(f"tokenizer  {given} is gone: taken from {own}")
+    return replace(config, data=replace(config.data, tokenizer=str(own)))
 
 
 def choose_residence(config: Config, device: torch.device) -> Config:
@@ -120,15 +149,23 @@ def announce(config: Config, device: torch.device) -> None:
         print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))
 
 
-def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], preset: str) -> tuple[Path, State]:
-    """A new run, and the state that its seed gives. Where that fails, nothing is left behind."""
-    run = runs.create(config, preset)
+def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], command: Command) -> tuple[Path, State]:
+    """A new run, and the state that its seed gives, or another run's weights. Where that fails, nothing is left behind."""
+    base = Path(command.init) if command.init else None
+    run = runs.create(config, base.name if base else command.preset)
     try:
-        state = init_state(config, device)
+        event: dict[str, Any] = {"step": 0, "command": command_line(argv)}
+        if base is None:
+            state = init_state(config, device)
+        else:
+            step = finetune.step_of(base, command.init_checkpoint)
+            state = finetune.first_state(base, step, config, device)
+            event["init"] = finetune.origin(base, step)
+            print(f"weights    {checkpoint.folder_of(base, step)}")
         runs.write_config(run, config)
         runs.write_text(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
         runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
-        runs.remember(run, {"step": 0, "command": command_line(argv)})
+        runs.remember(run, event)
     except BaseException:
         runs.remove(run)
         raise
@@ -185,10 +222,21 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
     )
 
 
+def sample_prompt(corpus: data.Corpus, config: Config) -> list[int]:
+    """Ids that a sample begins with: of `eval.prompt`, or of the beginning of a held-out document; of a conversation all that comes before a reply."""
+    if config.eval.prompt:
+        return tok.encode(corpus.tokenizer, [tok.clean(config.eval.prompt)])[0]
+    shard = next(s for s in corpus.shards if len(s.val_documents))
+    document = shard.val[1 : 1 + int(shard.val_documents[0, 0])].tolist()  # it begins with the end of the text before
+    (reply,) = tok.opening(corpus.tokenizer, "assistant")
+    if reply in document:
+        return document[: document.index(reply) + 1]
+    return document[: min(PROMPT, len(document) // 2)]
+
+
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
-    """A text that begins with the configured prompt."""
-    cfg, tokenizer, begun = config.model, corpus.tokenizer, tok.clean(config.eval.prompt)
-    (prompt,) = tok.encode(tokenizer, [begun])
+    """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
+    cfg, tokenizer, prompt = config.model, corpus.tokenizer, sample_prompt(corpus, config)
     end = tok.end_of_text(tokenizer)
     logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
     generator = torch.Generator().manual_seed(seed)
@@ -197,7 +245,7 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
         logits, cache, sample.Sampling(), generator, stop=tok.stop_ids(tokenizer), usable=tok.vocabulary_size(tokenizer), decode=decode
     )
     ids = [token for (token, _, _), _ in zip(drawn, range(config.eval.sample_tokens), strict=False)]
-    return begun + "".join(tok.stream(tokenizer, ids))
+    return tokenizer.decode(prompt, skip_special_tokens=False) + "".join(tok.stream(tokenizer, ids))
 
 
 def evaluation_batch(config: Config, device: torch.device) -> int:
@@ -221,9 +269,13 @@ def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Con
 
 
 def train(
-    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
-) -> tuple[State, signal.Signals | None]:
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device,
+    *, evaluate_first: bool,
+) -> tuple[State, signal.Signals | None]:  # fmt: skip
     """The loop, from `state` to step `total` or a signal.
+
+    Args:
+        evaluate_first: before the first step, so that it shows what training changes.
 
     Returns:
         The last state, and the signal.
@@ -241,6 +293,24 @@ def train(
                 checkpoint.save(writer, state, facts, val_loss, loss, in_place=in_place)
             return flaw
 
+        def measure(state: State) -> float | None:
+            """Evaluate `state`, record and say it: the validation loss, None where it is not finite."""
+            try:
+                val, more = evaluate(state, corpus, order, config, device)
+            except Exception:
+                if health.all_finite(state):
+                    checkpoint.save(writer, state, facts, None, None, in_place=in_place)
+                    checkpoint.finish(writer)
+                    print(f"the evaluation failed; step {state.step} is saved: go on with python train.py --resume {run}", file=sys.stderr)
+                raise
+            log.record(records, state.step, val | more)
+            say(log.eval_line(state.step, total, val))
+            if "sample" in more:
+                say("  | " + sample.printable(more["sample"]).rstrip().replace("\n", "\n  | "))
+            return val["val_loss"] if math.isfinite(val["val_loss"]) else None
+
+        if evaluate_first:
+            measure(state)
         env.reset_peak_memory(device)
         timed_from, timed_step = time.monotonic(), state.step
         while state.step < total and not stop_signal():
@@ -261,19 +331,7 @@ def train(
             if last or now % config.eval.every == 0 or now % config.ckpt.every == 0:
                 state = settle(state)
             if now % config.eval.every == 0 or last:
-                try:
-                    val, more = evaluate(state, corpus, order, config, device)
-                except Exception:
-                    if health.all_finite(state):
-                        checkpoint.save(writer, state, facts, None, None, in_place=in_place)
-                        checkpoint.finish(writer)
-                        print(f"the evaluation failed; step {now} is saved: go on with python train.py --resume {run}", file=sys.stderr)
-                    raise
-                log.record(records, now, val | more)
-                say(log.eval_line(now, total, val))
-                if "sample" in more:
-                    say("  | " + sample.printable(more["sample"]).rstrip().replace("\n", "\n  | "))
-                val_loss = val["val_loss"] if math.isfinite(val["val_loss"]) else None
+                val_loss = measure(state)
             if now % config.ckpt.every == 0 or last:
                 if not (flaw := save(state, val_loss)):
                     saved = now
@@ -288,8 +346,9 @@ def train(
 
 
 def carry_out(
-    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
-) -> int:
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device,
+    *, evaluate_first: bool,
+) -> int:  # fmt: skip
     """Train, and tell how it went: the exit code."""
     print(f"run        {run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)")
     if len(order.shares) > 1:
@@ -299,7 +358,7 @@ def carry_out(
 
     started = time.monotonic()
     try:
-        state, stopped = train(run, state, schedule, total, corpus, order, config, device)
+        state, stopped = train(run, state, schedule, total, corpus, order, config, device, evaluate_first=evaluate_first)
     except runs.RunError as e:  # records that cannot be written
         raise cli.TrainingError(f"{e}; {checkpoint.way_on(run)}") from e
     if stopped and state.step < total:
@@ -344,7 +403,7 @@ def main(argv: list[str]) -> int:
         checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
         announce(config, device)
 
-        corpus = data.prepare(config)
+        corpus = data.prepare(with_own_tokenizer(Path(command.resume), config) if command.resume else config)
         order = data.batches(corpus, config)
         total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
         if command.resume:
@@ -355,10 +414,10 @@ def main(argv: list[str]) -> int:
                 return 0
             schedule = go_on(run, state, schedule, rate, total, config, changes, argv)
         else:
-            run, state = start(config, corpus, device, argv, command.preset)
+            run, state = start(config, corpus, device, argv, command)
             stack.enter_context(runs.owned(run))
             schedule = new_schedule(config.optim, total)
-        return carry_out(run, state, schedule, total, corpus, order, config, device)
+        return carry_out(run, state, schedule, total, corpus, order, config, device, evaluate_first=bool(command.init))
 
 
 if __name__ == "__main__":

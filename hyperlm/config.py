@@ -145,8 +145,8 @@ class EvalConfig:
     """Validation tokens per source, in whole documents; 0 for all."""
     sample_tokens: int = 96
     """Length of the text generated after an evaluation; 0 for none."""
-    prompt: str = "def "
-    """How that text begins."""
+    prompt: str = ""
+    """How that text begins; by default as a held-out document does, or with the question of a held-out conversation."""
 
 
 @dataclass(frozen=True)

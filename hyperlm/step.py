@@ -41,10 +41,10 @@ def init_params(cfg: Config, device: torch.device) -> Tree:
     return moved(place(cfg, device), model.init(cfg.model, cfg.train.seed, device=here, keep=keep))
 
 
-def init_state(cfg: Config, device: torch.device) -> State:
-    """The state before the first step."""
+def init_state(cfg: Config, device: torch.device, params: Tree | None = None) -> State:
+    """The state before the first step, with `params`, placed and kept as `init_params` does it, or else with these."""
     rule = optimizer(cfg.optim, new_schedule(cfg.optim, 1), cfg.kernels)
-    params = init_params(cfg, device)
+    params = init_params(cfg, device) if params is None else params
     opt_state = {name: moved(place(cfg, device), part) for name, part in rule.init(params).items()}
     return State(params, opt_state, step=0, updates=0, tokens=0, seed=cfg.train.seed)
 

@@ -66,7 +66,7 @@ def test_a_disk_too_small_for_a_checkpoint_ends_a_run_before_it_starts(prose, ca
 
 
 def test_a_run_writes_everything_it_promises(prose, capsys):
-    assert start(prose, "a", "--train.steps", "4", "--ckpt.every", "2", "--eval.every", "2") == 0
+    assert start(prose, "a", "--train.steps", "4", "--ckpt.every", "2", "--eval.every", "2", "--eval.prompt", "def ") == 0
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} >= {"config.json", "env.json", "tokenizer.json", "metrics.jsonl", "training_summary.json", "checkpoints"}
     assert any(p.name.startswith("events") for p in run.iterdir())

@@ -1,0 +1,67 @@
+"""A run that starts from another one's weights (`--init`): its settings, its first state, and what is remembered of where it came from."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hyperlm import checkpoint, runs, tree
+from hyperlm.config import Config, ConfigError, DataConfig, differences, flag_of
+from hyperlm.optim import new_schedule, optimizer
+from hyperlm.state import State
+from hyperlm.step import init_state, place
+from hyperlm.tree import Tree
+
+EPOCHS = 3.0  # of new text, unless told otherwise
+Which = Literal["latest", "best"]
+
+
+def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
+    """What a run from `base` starts with, before the command line: its shape and tokenizer, and the rest of `preset`, or of the base itself.
+
+    Args:
+        new_text: the command line names sources: nothing that was said of the base's text is kept.
+    """
+    config = runs.read_config(base)
+    data = DataConfig(seq_len=config.data.seq_len) if new_text else config.data
+    if preset is None:
+        rest = replace(config, data=data, name="")
+        rest = replace(rest, train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"), optim=replace(config.optim, warmup_steps=0))
+    else:
+        rest = replace(preset, data=preset.data if new_text else replace(data, seq_len=preset.data.seq_len))
+    return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(base / "tokenizer.json")))
+
+
+def require_shape(base: Path, config: Config) -> None:
+    """Raises ConfigError where `config` asks for a model or tokenizer that the weights of `base` do not fit."""
+    wanted = replace(config, model=replace(config.model, dropout=0.0))
+    stored = runs.read_config(base)
+    have = replace(wanted, model=replace(stored.model, dropout=0.0), data=replace(wanted.data, tokenizer=str(base / "tokenizer.json")))
+    for name, (old, new) in differences(have, wanted).items():
+        raise ConfigError(f"--{flag_of(name)} {new}: {base} has {old}, and its weights fit nothing else; leave it out, or train without --init")
+
+
+def step_of(base: Path, which: Which) -> int:
+    return checkpoint.best(base) if which == "best" else checkpoint.latest(base)
+
+
+def first_state(base: Path, step: int, config: Config, device: torch.device) -> State:
+    """The state before the first step, with the weights of a checkpoint of `base`, as the optimizer keeps them and where the residence has them.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    keep, put = optimizer(config.optim, new_schedule(config.optim, 1), config.kernels).keep, place(config, device)
+
+    def kept(stage: Tree) -> Tree:
+        return put(tree.map(lambda p: keep(p.float()), stage))
+
+    found, _ = checkpoint.restore(base, step, runs.read_config(base), kept, with_opt=False)
+    return init_state(config, device, found.params)
+
+
+def origin(base: Path, step: int) -> dict[str, Any]:
+    """What a run remembers of the one it began with."""
+    meta = checkpoint.read_meta(base, step)
+    return {"run": str(base), "step": step, "tokens": meta["tokens"], "val_loss": meta["val_loss"], "text": meta["fingerprint"]}
