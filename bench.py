@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from configs import PRESETS
-from hyperlm import cli, env, runs
+from hyperlm import cli, env, runs, startup
 from hyperlm.bench import decode, memory, quality, report, speed
 from hyperlm.bench import kernels as kernel_suites
 from hyperlm.config import Config, ConfigError, Kind, ModelConfig, OptimConfig, TrainConfig, resolve
@@ -114,7 +114,7 @@ def quality_suite(command: Command, device: torch.device) -> Measuring:
 
 def kernel_suite(command: Command, device: torch.device) -> Measuring:
     if device.type != "cuda" or not HAVE_TRITON:
-        raise cli.UsageError(f"--suite {command.suite} needs a CUDA device and Triton; `python train.py --doctor` says what this machine has")
+        raise cli.UsageError(f"--suite {command.suite} needs a CUDA device and Triton; `{startup.command('train')} --doctor` says what this machine has")
     return {"linear": kernel_suites.linear, "hyperbolic": kernel_suites.hyperbolic}[command.suite](device)
 
 
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> int:
             print(report.table(results[name].rows), *results[name].notes, sep="\n", flush=True)
     finally:  # whatever ended it: what was measured is not lost
         if results:
-            report.write(folder, list(results.values()), env.describe(device), " ".join(["python bench.py", *argv]))
+            report.write(folder, list(results.values()), env.describe(device), " ".join([startup.command("bench"), *argv]))
             print(f"written to {folder}: report.md, results.json{', plots' if any(r.plots for r in results.values()) else ''}")
     return 0
 

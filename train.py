@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from configs import PRESETS
-from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, health, log, model, plan, runs, sample, tree
+from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, health, log, model, plan, runs, sample, startup, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
 from hyperlm.env import say
@@ -208,7 +208,7 @@ def go_on(
 
 
 def command_line(argv: list[str]) -> str:
-    return " ".join(["python train.py", *argv])
+    return " ".join([startup.command("train"), *argv])
 
 
 def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingError:
@@ -218,7 +218,7 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
     settled = from_dict(checkpoint.read_meta(run, good[-1])["config"]).optim.lr  # the rate that led there did no harm until then
     return cli.TrainingError(
         f"diverged by step {step}: {why}; the last checkpoint with a finite loss is {checkpoint.folder_of(run, good[-1])}: "
-        f"go on from there with a lower rate, python train.py --resume {run} --optim.lr {min(settled, config.optim.lr / 10):.0e}"
+        f"go on from there with a lower rate, {startup.command('train')} --resume {run} --optim.lr {min(settled, config.optim.lr / 10):.0e}"
     )
 
 
@@ -301,7 +301,7 @@ def train(
                 if health.all_finite(state):
                     checkpoint.save(writer, state, facts, None, None, in_place=in_place)
                     checkpoint.finish(writer)
-                    print(f"the evaluation failed; step {state.step} is saved: go on with python train.py --resume {run}", file=sys.stderr)
+                    print(f"the evaluation failed; step {state.step} is saved: go on with {startup.command('train')} --resume {run}", file=sys.stderr)
                 raise
             log.record(records, state.step, val | more)
             say(log.eval_line(state.step, total, val))
@@ -364,11 +364,11 @@ def carry_out(
     if stopped and state.step < total:
         with suppress(OSError):  # where a terminal or a pipe was closed, there may still be the other
             out = sys.stderr if stopped == env.HANGUP else sys.stdout
-            print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: python train.py --resume {run}", file=out, flush=True)
+            print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: {startup.command('train')} --resume {run}", file=out, flush=True)
         return 128 + stopped
     summary = summarise(run, state, device, time.monotonic() - started)
     say(f"done       {run}: {log.summary_line(summary)}")
-    say(f"talk to it with: python chat.py {run}")
+    say(f"talk to it with: {startup.command('chat')} {run}")
     return 0
 
 

@@ -34,6 +34,7 @@ from hyperlm.env import readable
 from hyperlm.files import digest, read_json
 from hyperlm.optim import Schedule, stored
 from hyperlm.stages import from_stages, names, stages
+from hyperlm.startup import command
 from hyperlm.state import State, require_settled
 from hyperlm.tree import Tree
 
@@ -283,7 +284,7 @@ def write_error(run: Path, error: Exception) -> CheckpointError:
 def way_on(run: Path) -> str:
     """What an error that ends a run tells of how to go on."""
     if good := steps(run):
-        return f"the last good checkpoint is {folder_of(run, good[-1])}: mend that, then go on with python train.py --resume {run}"
+        return f"the last good checkpoint is {folder_of(run, good[-1])}: mend that, then go on with {command('train')} --resume {run}"
     return f"there is no checkpoint yet: mend that, remove {run} and start again"
 
 

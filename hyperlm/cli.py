@@ -18,7 +18,7 @@ from hyperlm.data import DataError
 from hyperlm.env import DeviceError
 from hyperlm.kernels import KernelError
 from hyperlm.runs import RunError
-from hyperlm.startup import ENDING
+from hyperlm.startup import ENDING, command
 from hyperlm.tokenizer import TokenizerError
 
 T = TypeVar("T")
@@ -51,6 +51,8 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
     Raises:
         UsageError: one line with what is wrong, and the nearest flag where one is unknown.
     """
+    for script in ("train", "bench", "chat"):
+        description = description.replace(f"python {script}.py", command(script))
     report = io.StringIO()
     try:
         with contextlib.redirect_stderr(report):

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from hyperlm.config import Config, from_dict, resolve, to_dict
 from hyperlm.files import digest, read_json
+from hyperlm.startup import command
 
 ROOT = Path("runs")
 
@@ -95,7 +96,7 @@ def newest() -> Path:
     """
     found = [p for p in ROOT.glob("*/checkpoints/step_*") if p.name.removeprefix("step_").isdigit()]
     if not found:
-        raise RunError(f"no run with a checkpoint under {ROOT}/; train one with: python train.py --preset small")
+        raise RunError(f"no run with a checkpoint under {ROOT}/; train one with: {command('train')} --preset small")
     return max(found, key=lambda p: p.stat().st_mtime).parent.parent
 
 

@@ -3,10 +3,21 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType, TracebackType
 
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}  # where a package is called otherwise than its module
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = (PACKAGE / "scripts" / "train.py").is_file()  # from a wheel, not as the checkout that people edit
+SCRIPTS = PACKAGE / "scripts" if INSTALLED else PACKAGE.parent  # the folder of train.py, bench.py, chat.py and their configs.py
+
+
+def command(script: str) -> str:
+    """What a person here types to run a script, to be named in messages: `python train.py`, or `hyperlm train` where that was typed or no script is at hand."""
+    return f"hyperlm {script}" if INSTALLED or sys.argv[0].startswith("hyperlm ") else f"python {script}.py"
 
 
 def quiet() -> None:
@@ -34,6 +45,7 @@ def explained(kind: type[BaseException], error: BaseException, trace: TracebackT
         sys.__excepthook__(kind, error, trace)
         return
     package = DISTRIBUTIONS.get(name, name)
-    print(f"error: the package {package} is missing: pip install {package}, or all of them in hyperlm's folder: pip install -e .", file=sys.stderr)
+    rest = "" if INSTALLED else ", or all of them in hyperlm's folder: pip install -e ."
+    print(f"error: the package {package} is missing: pip install {package}{rest}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(2)

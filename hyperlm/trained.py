@@ -14,6 +14,7 @@ from hyperlm.files import file_digest
 from hyperlm.precision import compute_copy
 from hyperlm.residence.host import in_host_memory
 from hyperlm.residence.streamed import streamed
+from hyperlm.startup import command
 from hyperlm.tree import Tree
 
 ROOM = 1.25  # weights on a device leave a fifth of its memory to what is computed
@@ -55,9 +56,9 @@ def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
     meta, path = checkpoint.read_meta(run, step), run / "tokenizer.json"
     checkpoint.require_same_run(run, step, meta, config)
     if not path.is_file():
-        raise runs.RunError(f"{path} is missing: restore it, or let python train.py --resume {run} write it again")
+        raise runs.RunError(f"{path} is missing: restore it, or let {command('train')} --resume {run} write it again")
     if meta["tokenizer"] not in (None, file_digest(path)):
-        raise runs.RunError(f"{path} is not what {run} was trained with: python train.py --resume {run} puts it back")
+        raise runs.RunError(f"{path} is not what {run} was trained with: {command('train')} --resume {run} puts it back")
     tokenizer = tok.load(path)
     if (largest := tok.vocabulary_size(tokenizer) - 1) >= config.model.vocab_size:
         raise runs.RunError(f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own")

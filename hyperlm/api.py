@@ -1,0 +1,168 @@
+"""hyperlm from Python: a run as a model, its logits, texts and radii; and training as a loop of one's own. `import hyperlm` offers all of it.
+
+A thin layer: what these functions return goes on to work with hyperlm.model, hyperlm.sample, hyperlm.evals and hyperlm.step.
+
+Axes: N tokens, V vocabulary, H heads, A micro-batches, B batch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from hyperlm import checkpoint as checkpoints
+from hyperlm import data, env, runs, sample, trained
+from hyperlm import model as decoder
+from hyperlm import tokenizer as tok
+from hyperlm.config import Config, resolve
+from hyperlm.optim import new_schedule
+from hyperlm.state import State
+from hyperlm.step import Metrics, init_state, make_settle, make_step, weights
+from hyperlm.tree import Tree
+
+# -- a model ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model and what belongs to it."""
+
+    config: Config
+    params: Tree  # as hyperlm.model computes with them: fp32 on a CPU, matrices in bf16 on a GPU
+    tokenizer: Tokenizer
+    device: torch.device
+    step: int  # of its training
+
+
+def load(run: str | Path = "", *, checkpoint: Literal["latest", "best"] = "latest", device: str = "auto") -> Model:
+    """A run's model.
+
+    Args:
+        run: its folder; the one under runs/ that saved last if not given.
+        checkpoint: the newest, or the one with the lowest validation loss.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:n. A model that does not fit a GPU stays in host memory, and visits it layer by layer.
+
+    Raises:
+        RunError, CheckpointError, TokenizerError: on what is missing or damaged, named in one line.
+        DeviceError: if the device does not exist.
+    """
+    run = Path(run) if run else runs.newest()
+    config = replace(runs.read_config(run), kernels="auto")
+    where = env.pick_device(device)
+    env.prepare(where)
+    step = checkpoints.best(run) if checkpoint == "best" else checkpoints.latest(run)
+    tokenizer = trained.load_tokenizer(run, step, config)
+    return Model(config, trained.load(run, step, config, where).weights, tokenizer, where, step)
+
+
+def encode(model: Model, text: str) -> Tensor:
+    """The tokens (N,) int64 of a text on the model's device. The first is the end of the text before, as in training."""
+    (ids,) = tok.encode(model.tokenizer, [tok.clean(text)])
+    return torch.tensor([tok.end_of_text(model.tokenizer), *ids], device=model.device)
+
+
+@torch.no_grad()
+def logits(model: Model, text: str) -> Tensor:
+    """Logits (N, V) fp32 of a text: row n is what follows the first n tokens of `encode(model, text)[1:]`, so that the last row is about what comes next.
+
+    The nats a token of the text are `F.cross_entropy(logits(model, text)[:-1], encode(model, text)[1:])`.
+    """
+    return decoder.apply(model.params, encode(model, text)[None], model.config.model)[0].float()
+
+
+@torch.no_grad()
+def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
+    """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each hyperbolic layer."""
+    cfg = model.config.model
+    found = decoder.radii(model.params, encode(model, text)[None], cfg)
+    hyperbolic = [layer for layer in range(cfg.n_layers) if cfg.layer_kind(layer) != "softmax"]
+    return {layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(hyperbolic, found, strict=True)}
+
+
+def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tokens: int = 256, seed: int | None = None, **how: Any) -> str:
+    """What the model writes after `prompt`, which is not part of it.
+
+    Args:
+        prompt: a text; or, for a model whose data had conversations, the turns so far, as [{"role": "user", "content": "..."}, ...].
+        max_tokens: at most; it ends before that where the model ends the text or its turn.
+        seed: the same one gives the same text; by default it differs each time.
+        how: fields of `hyperlm.sample.Sampling`, such as temperature (0.8; 0 always takes the most probable token) and top_p.
+
+    Raises:
+        NotFinite: of weights that diverged.
+    """
+    params, cfg, tokenizer = model.params, model.config.model, model.tokenizer
+    if isinstance(prompt, str):
+        ids = encode(model, prompt).tolist()
+    else:
+        turns = [tok.turn(tokenizer, turn["role"], tok.clean(turn["content"])) for turn in prompt]
+        ids = [tok.end_of_text(tokenizer), *sum(turns, []), *tok.opening(tokenizer, "assistant")]
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    tokens = sample.generate(
+        *sample.read(params, ids, sample.empty_cache(params, cfg), cfg),
+        sample.Sampling(**how),
+        generator,
+        stop=tok.stop_ids(tokenizer),
+        usable=tok.vocabulary_size(tokenizer),
+        decode=sample.decoder(params, cfg),
+    )
+    drawn = (token for (token, _, _), _ in zip(tokens, range(max_tokens), strict=False))
+    return "".join(tok.stream(tokenizer, drawn))
+
+
+# -- training --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that a training loop needs; see `prepare`."""
+
+    config: Config
+    corpus: data.Corpus
+    device: torch.device
+    state: State  # before the first step
+    batch: Callable[[int], Tensor]  # of step 0, 1, ...: a pure function
+    step: Callable[[State, Tensor], tuple[State, Metrics]]
+    settle: Callable[[State], State]  # before anything but a step reads a state of the host residence; elsewhere it changes nothing
+
+
+def prepare(config: Config) -> Training:
+    """Read the text of `config`, and make what trains on it: the data, initial weights and step of `train.py` with these settings. Nothing is written but
+    the cache of tokens.
+
+        training = hyperlm.prepare(config)
+        state = training.state
+        for i in range(10):
+            state, metrics = training.step(state, training.batch(i))
+
+    A step updates its state in place: go on with the one that it returns. Metrics are loss (nats a token), grad_norm, lr, tokens and skipped. The learning
+    rate follows config.train.steps or epochs, as in a run of that length. What is trained is on config.train.device, unless config.train.residence is "host".
+
+    Raises:
+        ConfigError: on a setting that cannot work.
+        DataError, TokenizerError, DeviceError: on text, tokenizer and device.
+    """
+    config = data.with_vocabulary(resolve(config))
+    device = env.pick_device(config.train.device)
+    env.prepare(device)
+    corpus = data.prepare(config)
+    order = data.batches(corpus, config)
+    schedule = new_schedule(config.optim, config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch))
+    step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
+    return Training(config, corpus, device, init_state(config, device), order.at, step, settle)
+
+
+def model_of(training: Training, state: State) -> Model:
+    """The model as it is after a step, to generate from or to look at until the next one, which changes its weights in place.
+
+    Raises:
+        StaleState: if `state` is not the newest, or was not `training.settle`d where that is needed.
+    """
+    params = weights(training.config, state, training.device)
+    return Model(training.config, params, training.corpus.tokenizer, training.device, state.step)
