@@ -72,14 +72,14 @@ def logits(model: Model, text: str) -> Tensor:
 
     The nats a token of the text are `F.cross_entropy(logits(model, text)[:-1], encode(model, text)[1:])`.
     """
-    return decoder.apply(model.params, encode(model, text)[None], model.config.model)[0].float()
+    return decoder.apply(model.params, encode(model, text)[None], model.config.model, kernels=model.config.kernels)[0].float()
 
 
 @torch.no_grad()
 def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
     """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each hyperbolic layer."""
     cfg = model.config.model
-    found = decoder.radii(model.params, encode(model, text)[None], cfg)
+    found = decoder.radii(model.params, encode(model, text)[None], cfg, kernels=model.config.kernels)
     hyperbolic = [layer for layer in range(cfg.n_layers) if cfg.layer_kind(layer) != "softmax"]
     return {layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(hyperbolic, found, strict=True)}
 
@@ -95,22 +95,25 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
 
     Raises:
         NotFinite: of weights that diverged.
+        ValueError: on a role that there is not.
     """
-    params, cfg, tokenizer = model.params, model.config.model, model.tokenizer
+    params, cfg, kernels, tokenizer = model.params, model.config.model, model.config.kernels, model.tokenizer
     if isinstance(prompt, str):
         ids = encode(model, prompt).tolist()
     else:
-        turns = [tok.turn(tokenizer, turn["role"], tok.clean(turn["content"])) for turn in prompt]
-        ids = [tok.end_of_text(tokenizer), *sum(turns, []), *tok.opening(tokenizer, "assistant")]
+        if unknown := {turn["role"] for turn in prompt} - set(tok.ROLES):
+            raise ValueError(f"role {min(unknown)!r}: choose from {', '.join(tok.ROLES)}")
+        turns = [token for turn in prompt for token in tok.turn(tokenizer, turn["role"], tok.clean(turn["content"]))]
+        ids = [tok.end_of_text(tokenizer), *turns, *tok.opening(tokenizer, "assistant")]
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     tokens = sample.generate(
-        *sample.read(params, ids, sample.empty_cache(params, cfg), cfg),
+        *sample.read(params, ids, sample.empty_cache(params, cfg), cfg, kernels=kernels),
         sample.Sampling(**how),
         generator,
         stop=tok.stop_ids(tokenizer),
         usable=tok.vocabulary_size(tokenizer),
-        decode=sample.decoder(params, cfg),
+        decode=sample.decoder(params, cfg, kernels=kernels),
     )
     drawn = (token for (token, _, _), _ in zip(tokens, range(max_tokens), strict=False))
     return "".join(tok.stream(tokenizer, drawn))

@@ -21,8 +21,9 @@ hyperlm {version}: train, measure and talk to hyperbolic language models
   hyperlm bench phase7 phase8      measure models and runs side by side
   hyperlm doctor                   check whether this machine can train
 
-Each takes --help. They are the scripts in {scripts}
-(hyperlm train is python train.py), and read and write under the current folder."""
+Each takes --help, and reads and writes runs/ in the current folder. They are
+train.py, chat.py and bench.py, with their presets in configs.py, from
+{scripts}"""
 
 
 def main() -> NoReturn:
