@@ -16,10 +16,10 @@ WORDS = {  # what each runs: a script, and the arguments that it begins with
 HELP = """\
 hyperlm {version}: train, measure and talk to hyperbolic language models
 
-  hyperlm train --preset small     train a model; --resume runs/x goes on with it
-  hyperlm chat [runs/x]            talk to a run, the newest by default
-  hyperlm bench phase7 phase8      measure models and runs side by side
-  hyperlm doctor                   check whether this machine can train
+  hyperlm train --preset small   train a model; --resume runs/x goes on with it
+  hyperlm chat [runs/x]          talk to a run, the newest by default
+  hyperlm bench phase7 phase8    measure models and runs side by side
+  hyperlm doctor                 check whether this machine can train
 
 Each takes --help, and reads and writes runs/ in the current folder. They are
 train.py, chat.py and bench.py, with their presets in configs.py, from

@@ -18,7 +18,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
+if sys.platform == "linux":  # torch has it nowhere else
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
 GIB = 1 << 30
 CONTEXT = 920 << 20  # bytes of GPU memory that the driver, libraries and kernels of a process take beside what it allocates
 

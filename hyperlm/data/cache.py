@@ -114,7 +114,7 @@ def writing(folder: Path) -> Iterator[Path]:
         install(part, folder)
     finally:
         remove(part)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        remove(Path(lock.lock_file))  # while it is held, so that nobody takes it for one that was left; on Windows, which refuses that, `release` does
         lock.release()
 
 
@@ -160,7 +160,7 @@ def sweep(root: Path) -> None:
             with suppress(Timeout), lock:
                 remove(part)
                 remove(Path(f"{part}.old"))
-                path.unlink(missing_ok=True)
+                remove(path)
 
 
 def remove(path: Path) -> None:
