@@ -51,7 +51,7 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
     Raises:
         UsageError: one line with what is wrong, and the nearest flag where one is unknown.
     """
-    for script in ("train", "bench", "chat"):
+    for script in ("train", "bench", "chat"):  # examples as they are typed here
         description = description.replace(f"python {script}.py", command(script))
     report = io.StringIO()
     try:

@@ -49,5 +49,6 @@ def main() -> NoReturn:
     sys.argv[:] = [f"hyperlm {script}", *first, *rest]
     sys.path.insert(0, str(startup.SCRIPTS))
     module = importlib.import_module(script)
-    cli = importlib.import_module("hyperlm.cli")
+    from hyperlm import cli  # imports torch, as the script has by now
+
     cli.end(cli.run(module.main))

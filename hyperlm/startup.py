@@ -8,8 +8,6 @@ from types import FrameType, TracebackType
 
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py"}  # where a package is called otherwise than its module
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = (PACKAGE / "scripts" / "train.py").is_file()  # from a wheel, not as the checkout that people edit
 SCRIPTS = PACKAGE / "scripts" if INSTALLED else PACKAGE.parent  # the folder of train.py, bench.py, chat.py and their configs.py
