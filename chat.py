@@ -1,6 +1,6 @@
-"""Talk to a run, the newest by default: it goes on with what you write, or answers where its data had conversations.
+"""Talk to a run, the newest by default: it answers where its data had conversations, or goes on with what you write.
 
-    python chat.py                            a session; /reset forgets, /temp 0.5 sets the temperature, /quit ends
+    python chat.py                            a session; /help lists its commands, Ctrl-C ends an answer, /quit ends
     python chat.py runs/x --prompt "def "     one text, then the end
 """
 
@@ -9,24 +9,24 @@ if __name__ == "__main__":
 
     startup.quiet()  # before the slow imports
 
-import math
+import difflib
+import re
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from hyperlm import checkpoint, cli, env, model, runs, sample, trained
+from hyperlm import checkpoint, cli, conversation, env, runs, sample, terminal, trained
 from hyperlm import tokenizer as tok
-from hyperlm.config import Config, ConfigError
+from hyperlm.config import ConfigError
+from hyperlm.conversation import Answer, ConversationError, LoadedModel, Message
 from hyperlm.sample import Sampling
-from hyperlm.tree import Tree
+from hyperlm.terminal import note
+from hyperlm.tokenizer import TokenizerError
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class Command:
     prompt: str | None = None
     """Write one text that goes on from this, and end."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """End the text before this string; may be given several times."""
     max_tokens: int = 256
     """Longest reply."""
     seed: int | None = None
-    """The same seed gives the same text; by default it differs each time."""
+    """The same seed gives the same answer to the same conversation; by default it differs each time."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Newest checkpoint, or the one with the lowest validation loss."""
     device: str = "auto"
@@ -48,25 +50,7 @@ class Command:
     """Kernel backend."""
 
 
-class Speaker(NamedTuple):
-    """A loaded model, and what it needs to speak."""
-
-    params: Tree
-    decode: sample.Decode
-    config: Config
-    tokenizer: Tokenizer
-    chat: bool  # its data had conversations
-    name: str  # run and step
-
-
-class Memory(NamedTuple):
-    """A conversation so far: what the model expects next, and its cache."""
-
-    logits: Tensor
-    cache: model.Cache
-
-
-def load(command: Command) -> Speaker:
+def load(command: Command) -> LoadedModel:
     run = Path(command.run) if command.run else runs.newest()
     config = runs.read_config(run)
     device = env.pick_device(command.device)
@@ -76,123 +60,256 @@ def load(command: Command) -> Speaker:
     found = trained.load(run, step, config, device)
     print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
     decode = sample.decoder(found.weights, config.model, kernels=command.kernels)
-    return Speaker(found.weights, decode, replace(config, kernels=command.kernels), tokenizer, found.chat, f"{run}, step {step}")
+    return LoadedModel(found.weights, decode, replace(config, kernels=command.kernels), tokenizer, found.chat, f"{run}, step {step}")
 
 
-def begin(speaker: Speaker) -> Memory:
-    """The state of mind before a text: the end of the one before."""
-    cache = sample.empty_cache(speaker.params, speaker.config.model)
-    return read(speaker, Memory(torch.empty(0), cache), [tok.end_of_text(speaker.tokenizer)])
+# -- one answer ------------------------------------------------------------------------------------------------------------------------
 
 
-def read(speaker: Speaker, memory: Memory, ids: list[int]) -> Memory:
-    return Memory(*sample.read(speaker.params, ids, memory.cache, speaker.config.model, kernels=speaker.config.kernels))
+def show(piece: str) -> None:
+    print(sample.printable(piece), end="", flush=True)
 
 
-def reply(speaker: Speaker, memory: Memory, how: Sampling, generator: torch.Generator, limit: int) -> Iterator[tuple[int, Memory]]:
-    """Tokens of a reply of at most `limit`, each with the memory after it."""
-    tokens = sample.generate(
-        *memory,
-        how,
-        generator,
-        stop=tok.stop_ids(speaker.tokenizer),
-        usable=tok.vocabulary_size(speaker.tokenizer),
-        decode=speaker.decode,
-    )
-    for _, (token, logits, cache) in zip(range(limit), tokens, strict=False):
-        yield token, Memory(logits, cache)
-
-
-def speak(speaker: Speaker, memory: Memory, text: str, how: Sampling, generator: torch.Generator, limit: int) -> Memory:
-    """Take in what a person wrote, print the reply as it comes, and return the memory after both."""
-    if speaker.chat:
-        ids = tok.turn(speaker.tokenizer, "user", text) + tok.opening(speaker.tokenizer, "assistant")
+def generator(seed: int | None) -> torch.Generator:
+    random = torch.Generator()
+    if seed is None:
+        random.seed()
     else:
-        (ids,) = tok.encode(speaker.tokenizer, [text])
-    memory = read(speaker, memory, ids) if ids else memory
-
-    count = 0
-
-    def ids_of_reply() -> Iterator[int]:
-        nonlocal memory, count
-        for token, memory in reply(speaker, memory, how, generator, limit):
-            count += 1
-            yield token
-
-    started = time.monotonic()
-    for piece in tok.stream(speaker.tokenizer, ids_of_reply()):
-        print(sample.printable(piece), end="", flush=True)
-    print()
-    if speaker.chat:
-        memory = read(speaker, memory, [speaker.tokenizer.token_to_id(tok.END_OF_TURN)])
-    print(f"[{count / max(1e-9, time.monotonic() - started):.0f} tokens/s]", file=sys.stderr)
-    return memory
+        random.manual_seed(seed)
+    return random
 
 
-def session(speaker: Speaker, command: Command, generator: torch.Generator) -> None:
-    """Read lines until /quit or the end of input."""
-    how, memory = command.sampling, begin(speaker)
-    print("write something; /reset forgets, /temp 0.5 sets the temperature, /quit ends", file=sys.stderr)
+def described(answer: Answer, limit: int) -> str:
+    """What an answer took, and why it ended where the text does not tell."""
+    rate = (answer.tokens - 1) / max(answer.seconds, 1e-9) if answer.tokens > 1 else 0
+    took = f"{answer.first:.2f} s to the first token, {rate:.0f} tokens/s, {answer.tokens} tokens, context {len(answer.state.ids)}"
+    why = {
+        "length": f"; cut off at --max-tokens {limit}",
+        "loop": "; stopped, as it repeats itself: try a higher --temperature or --repetition-penalty (/temp, /penalty)",
+        "interrupt": "; stopped by you",
+    }
+    return f"[{took}{why.get(answer.ending, '')}]"
+
+
+# -- a session -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Session:
+    """A conversation and how it goes on."""
+
+    loaded: LoadedModel
+    state: conversation.State
+    how: Sampling
+    seed: int | None
+    stops: tuple[str, ...]
+    max_tokens: int
+    messages: tuple[Message, ...] = ()
+    file: Path | None = None  # that it was saved to or loaded from
+
+
+def session(start: Session) -> None:
+    """Read what a person writes, and obey or answer it, until /quit or the end of input."""
+    now, chat = start, start.loaded.chat
+    if chat:
+        note("write something; /help lists commands, Ctrl-C ends an answer, /quit ends")
+    else:
+        note("this model continues text: write how one begins, and an empty line to go on; /help lists commands, Ctrl-C ends a text, /quit ends")
+    read = terminal.reader("> " if chat else "text> ")
     while True:
         try:
-            line = tok.clean(input("> "))
+            line = read()
         except EOFError:
             print()
             return
-        name, _, value = line.partition(" ")
-        if name == "/quit":
-            return
-        if name == "/reset":
-            memory = begin(speaker)
-        elif name == "/temp":
-            try:
-                how = check(replace(how, temperature=float(value)))
-            except ValueError:
-                print("/temp needs a number of at least 0, such as /temp 0.5")
-        elif line.startswith("/"):
-            print("commands: /reset, /temp 0.5, /quit")
-        elif line.strip():
-            memory = speak(speaker, memory, line, how, generator, command.max_tokens)
+        order = re.fullmatch(r"/(\w[\w-]*)(?:\s+(.*?))?\s*", line, re.DOTALL)
+        try:
+            if order and order[1] == "quit":
+                return
+            elif order:
+                now = obey(now, order[1], order[2] or "")
+            elif line.strip() or not chat:
+                now = respond(now, (*now.messages, Message("user", line)))
+        except (ConversationError, ConfigError, TokenizerError) as e:
+            note(str(e))
 
 
-def check(how: Sampling) -> Sampling:
-    """Raises ConfigError on values that no distribution has."""
-    for ok, flag, value, why in (
-        (0 <= how.temperature < math.inf, "temperature", how.temperature, "must be a number of at least 0"),
-        (how.top_k >= 0, "top-k", how.top_k, "must be at least 0"),
-        (0 < how.top_p <= 1, "top-p", how.top_p, "must be above 0 and at most 1"),
-    ):
-        if not ok:
-            raise ConfigError(f"--{flag} {value}: {why}")
-    return how
+def respond(now: Session, messages: tuple[Message, ...]) -> Session:
+    """Print the answer to `messages` as it comes. Ctrl-C ends it: what was said so far is said; where that is nothing, `messages` are not either."""
+    with terminal.interruptions() as interrupted:
+        answer = conversation.answer(
+            now.loaded,
+            now.state,
+            messages,
+            now.how,
+            generator(now.seed),
+            limit=now.max_tokens,
+            stops=now.stops,
+            show=show,
+            interrupted=interrupted,
+        )
+    print()
+    if answer.ending == "interrupt" and not answer.text:
+        note("[stopped before the first word: the conversation is as it was]")
+        return replace(now, state=answer.state)
+    note(described(answer, now.max_tokens))
+    return replace(now, state=answer.state, messages=(*messages, Message("assistant", answer.text)))
+
+
+def without_last(messages: tuple[Message, ...], role: str) -> tuple[Message, ...]:
+    return messages[:-1] if messages and messages[-1].role == role else messages
+
+
+def system_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(message for message in messages[:1] if message.role == "system")
+
+
+# -- commands of a session -------------------------------------------------------------------------------------------------------------
+
+
+def explain(now: Session, value: str) -> Session:
+    width = max(len(f"/{name} {order.argument}") for name, order in ORDERS.items())
+    for name, order in ORDERS.items():
+        note(f"{f'/{name} {order.argument}':<{width}}  {order.help}")
+    note("Enter sends; Alt-Enter, or Enter after a backslash, begins another line")
+    return now
+
+
+def set_system(now: Session, value: str) -> Session:
+    if not now.loaded.chat:
+        raise ConversationError("this model continues text: it knows no system turn")
+    note(f"[{'system turn set' if value else 'no system turn'}; the conversation starts afresh]")
+    return replace(now, messages=(Message("system", value),) if value else (), file=None)
+
+
+def save(now: Session, value: str) -> Session:
+    path = Path(value).expanduser() if value else now.file
+    if path is None:
+        raise ConversationError("/save needs a file, such as /save talk.jsonl")
+    conversation.save(now.messages, path, over=path == now.file)
+    note(f"[{len(now.messages)} messages saved to {path}]")
+    return replace(now, file=path)
+
+
+def load_messages(now: Session, value: str) -> Session:
+    if not value:
+        raise ConversationError("/load needs a file, such as /load talk.jsonl")
+    path = Path(value).expanduser()
+    messages = conversation.load(path)
+    if system_turn(messages) and not now.loaded.chat:
+        raise ConversationError(f"{path} has a system turn, and this model continues text: it knows none")
+    note(f"[{len(messages)} messages loaded from {path}]")
+    return replace(now, messages=messages, file=path)
+
+
+def again(now: Session, value: str) -> Session:
+    asked = without_last(now.messages, "assistant")
+    if not asked or asked[-1].role != "user":
+        raise ConversationError("there is no answer to draw again")
+    return respond(now, asked)
+
+
+def undo(now: Session, value: str) -> Session:
+    left = without_last(without_last(now.messages, "assistant"), "user")
+    if left == now.messages:
+        raise ConversationError("there is nothing to take back")
+    note("[the last exchange is taken back]")
+    return replace(now, messages=left)
+
+
+def forget(now: Session, value: str) -> Session:
+    kept = system_turn(now.messages)
+    note(f"[the conversation starts afresh{', the system turn stays' if kept else ''}]")
+    return replace(now, messages=kept, file=None)
+
+
+def set_seed(now: Session, value: str) -> Session:
+    if value and not value.isdecimal():
+        raise ConversationError("/seed needs a whole number, such as /seed 1, or nothing for other answers each time")
+    return replace(now, seed=checked_seed(int(value)) if value else None)
+
+
+class Order(NamedTuple):
+    argument: str
+    help: str
+    run: Callable[[Session, str], Session]
+
+
+def setting(name: str, attribute: str, example: str, help: str) -> Order:
+    """The command that sets one value of `Sampling`, or tells it."""
+
+    def run(now: Session, value: str) -> Session:
+        how = now.how
+        try:
+            if value:
+                how = sample.checked(replace(how, **{attribute: type(getattr(how, attribute))(value)}))
+        except ValueError as e:  # ConfigError is one
+            raise ConversationError(f"/{name} needs a number {sample.BOUNDS[attribute][1]}, such as /{name} {example}") from e
+        note(f"[{attribute.replace('_', ' ')} {getattr(how, attribute)}]")
+        return replace(now, how=how)
+
+    return Order("X", help, run)
+
+
+ORDERS = {
+    "help": Order("", "this list", explain),
+    "system": Order("TEXT", "say this before a new conversation, as whoever set the model up", set_system),
+    "save": Order("FILE", "write the conversation, in a form that train.py reads too (.jsonl)", save),
+    "load": Order("FILE", "go on with a conversation that was saved", load_messages),
+    "regen": Order("", "draw the last answer again", again),
+    "undo": Order("", "take the last exchange back", undo),
+    "reset": Order("", "forget what was said, but for the system turn", forget),
+    "temp": setting("temp", "temperature", "0.5", "temperature: 0 for the most probable token always"),
+    "top-p": setting("top-p", "top_p", "0.9", "the fewest tokens that have this probability; 1 for all"),
+    "top-k": setting("top-k", "top_k", "40", "the most probable tokens; 0 for all"),
+    "min-p": setting("min-p", "min_p", "0.05", "tokens this times as probable as the most probable; 0 for all"),
+    "penalty": setting("penalty", "repetition_penalty", "1.2", "make tokens said lately less probable; 1 for none"),
+    "seed": Order("N", "the same seed, the same answer to the same conversation; alone: another each time", set_seed),
+    "quit": Order("", "end, as Ctrl-D does", lambda now, value: now),
+}
+
+
+def obey(now: Session, name: str, value: str) -> Session:
+    if name not in ORDERS:
+        near = difflib.get_close_matches(name, ORDERS, 1)
+        raise ConversationError(f"/{name} is no command{f'; did you mean /{near[0]}?' if near else ''} There are {' '.join(f'/{n}' for n in ORDERS)}")
+    return ORDERS[name].run(now, value)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------------------
+
+
+def checked_seed(seed: int | None) -> int | None:
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ConfigError(f"--seed {seed}: must be at least 0 and below 2^64")
+    return seed
 
 
 def main(argv: list[str]) -> int:
     command = cli.parse(Command, argv, description=__doc__)
-    how = check(command.sampling)
+    how, seed = sample.checked(command.sampling), checked_seed(command.seed)
     if command.max_tokens < 1:
         raise ConfigError(f"--max-tokens {command.max_tokens}: must be at least 1")
-    if command.seed is not None and not 0 <= command.seed < 1 << 64:
-        raise ConfigError(f"--seed {command.seed}: must be at least 0 and below 2^64")
+    if "" in command.stop:
+        raise ConfigError("--stop '': must not be empty, or every text ends at once")
     if command.prompt is None and sys.stdin is None:
         raise cli.UsageError("there is no input to read: give --prompt")
-    speaker = load(command)
-    generator = torch.Generator()
-    if command.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(command.seed)
+    loaded = load(command)
+    state = conversation.begin(loaded)
     try:
         if command.prompt is None:
-            session(speaker, command, generator)
-        else:
-            prompt = tok.clean(command.prompt)
-            if not speaker.chat:
-                print(sample.printable(prompt), end="", flush=True)
-            speak(speaker, begin(speaker), prompt, how, generator, command.max_tokens)
+            session(Session(loaded, state, how, seed, command.stop, command.max_tokens))
+            return 0
+        prompt = tok.clean(command.prompt)
+        if not loaded.chat:
+            show(prompt)
+        asked = (Message("user", prompt),)
+        answer = conversation.answer(loaded, state, asked, how, generator(seed), limit=command.max_tokens, stops=command.stop, show=show)
+        print()
+        note(described(answer, command.max_tokens))
     except sample.NotFinite as e:
         remedy = "try --checkpoint best" if command.checkpoint == "latest" else "train it anew with a lower --optim.lr"
-        raise runs.RunError(f"the weights of {speaker.name}, give {e}: the run diverged; {remedy}") from e
+        raise runs.RunError(f"the weights of {loaded.name}, give {e}: the run diverged; {remedy}") from e
     return 0
 
 

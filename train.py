@@ -238,7 +238,7 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
     """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
     cfg, tokenizer, prompt = config.model, corpus.tokenizer, sample_prompt(corpus, config)
     end = tok.end_of_text(tokenizer)
-    logits, cache = sample.read(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
+    logits, cache = sample.prefill(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
     generator = torch.Generator().manual_seed(seed)
     decode = sample.decoder(params, cfg, kernels=config.kernels)
     drawn = sample.generate(

@@ -1,40 +1,85 @@
-"""Text from a model: prefill, then one token at a time with a carried cache. Never a full forward pass per token."""
+"""Text from a model: prefill, then one token at a time with a carried cache. Never a full forward pass per token.
 
+Where a text ends is found in its characters: a stop string, or the same words again and again.
+"""
+
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hyperlm import model, tree
-from hyperlm.config import ModelConfig
+from hyperlm.config import ConfigError, ModelConfig
 from hyperlm.graph import replayed
 from hyperlm.tree import Tree
 
 PREFILL = 512  # tokens read at once
+PENALISED = 64  # latest tokens that a repetition penalty looks at
+REPEATED, LONGEST, TIMES = 160, 400, 4  # characters of a loop, of its longest part, and how often that is there: see `repeats`
 
 Decode = Callable[[Tensor, model.Cache], tuple[Tensor, model.Cache]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits."""
+    """How the next token is drawn from the logits. In this order: repetition penalty, temperature, then what all of top-k, top-p and min-p keep."""
 
     temperature: float = 0.8
     """0 always takes the most probable token."""
     top_k: int = 0
     """Draw from the k most probable tokens; 0 for all."""
     top_p: float = 0.95
-    """Draw from the fewest tokens whose probabilities reach this."""
+    """Draw from the fewest tokens whose probabilities reach this, of those that top-k keeps."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as probable as the most probable one; 0 for all."""
+    repetition_penalty: float = 1.0
+    """Tokens among the latest 64 get less probable, the more so the larger this is (1.1 to 1.3 is usual); 1 for none."""
+
+
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < math.inf, "of at least 0"),
+    "top_k": (lambda x: x >= 0, "of at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "of at least 0 and at most 1"),
+    "repetition_penalty": (lambda x: 1 <= x <= 100, "of at least 1 and at most 100"),
+}
+
+
+def checked(how: Sampling) -> Sampling:
+    """`how` itself.
+
+    Raises:
+        ConfigError: on a value that no distribution has.
+    """
+    for name, (fits, words) in BOUNDS.items():
+        if not fits(value := getattr(how, name)):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be a number {words}")
+    return how
 
 
 class NotFinite(ArithmeticError):
     """Logits from which nothing can be drawn: the weights have diverged."""
 
 
-def probabilities(logits: Tensor, how: Sampling) -> Tensor:
+def penalised(logits: Tensor, recent: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) with those of the tokens `recent` divided by `penalty` where they are positive, multiplied where they are negative.
+
+    So each gets less probable. Reference: Keskar et al. 2019 (CTRL), which divides either; the sign is what all libraries have added since.
+    """
+    ids = torch.tensor(sorted(set(recent)), dtype=torch.int64, device=logits.device)
+    x = logits[ids]
+    return logits.scatter(0, ids, torch.where(x > 0, x / penalty, x * penalty))
+
+
+def probabilities(logits: Tensor, how: Sampling, recent: Sequence[int] = ()) -> Tensor:
     """Distribution that the next token is drawn from: logits (V,) -> (V,), fp64, for every temperature of at least 0.
+
+    Args:
+        recent: the tokens that a repetition penalty makes less probable.
 
     Raises:
         NotFinite: if a logit is infinite or NaN.
@@ -42,6 +87,8 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     x = logits.double()
     if not bool(torch.isfinite(x).all()):
         raise NotFinite("logits that are not finite")
+    if how.repetition_penalty != 1 and recent:
+        x = penalised(x, recent, how.repetition_penalty)
     if how.temperature == 0:
         return torch.nn.functional.one_hot(x.argmax(), len(x)).double()
     # The largest becomes 0, so that nothing overflows. A temperature below 1e-300 has no reciprocal; and no two logits are as near as that.
@@ -50,7 +97,8 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     if how.top_k:
         p[min(how.top_k, len(p)) :] = 0
     before = p.cumsum(-1) - p
-    p[before >= how.top_p * p.sum()] = 0
+    # Each keeps a beginning of this order, so that min-p (Nguyen et al. 2024) is the same before or after the others.
+    p[(before >= how.top_p * p.sum()) | (p < how.min_p * p[0])] = 0
     return torch.zeros_like(p).scatter_(0, order, p / p.sum())
 
 
@@ -70,7 +118,7 @@ def empty_cache(params: Tree, cfg: ModelConfig) -> model.Cache:
 
 
 @torch.no_grad()
-def read(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, model.Cache]:
+def prefill(params: Tree, tokens: Sequence[int], cache: model.Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, model.Cache]:
     """Take in a prompt of at least one token: the logits (V,) after it, and the next cache (batch 1)."""
     device = params["head"]["weight"].device
     for start in range(0, len(tokens), PREFILL):
@@ -118,14 +166,16 @@ def generate(
     stop: set[int],
     usable: int,
     decode: Decode,
+    before: Sequence[int] = (),
 ) -> Iterator[tuple[int, Tensor, model.Cache]]:
     """Draw tokens until one in `stop`, which is not read.
 
     Args:
-        logits, cache: as `read` returns them.
+        logits, cache: as `prefill` returns them.
         generator: on the CPU; the text is a function of it.
         usable: tokens that the tokenizer has; the model's vocabulary may be larger.
         decode: of the same model, from `decoder`.
+        before: the tokens read so far, for a repetition penalty; those in `stop` are never penalised.
 
     Yields:
         Each token once it has been read, with the logits after it and the next cache.
@@ -133,7 +183,42 @@ def generate(
     Raises:
         NotFinite: if there are no probabilities to draw from.
     """
-    while (token := int(torch.multinomial(probabilities(logits[:usable], how).cpu(), 1, generator=generator))) not in stop:
+    recent = deque((token for token in before if token not in stop), PENALISED)
+    while True:
+        token = int(torch.multinomial(probabilities(logits[:usable], how, recent).cpu(), 1, generator=generator))
+        if token in stop:
+            return
+        recent.append(token)
         logits, cache = decode(torch.tensor([token], device=logits.device), cache)
         logits = logits[0]
         yield token, logits, cache
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """A text that comes in pieces, up to the first of `stops` that is complete, which is left out.
+
+    What may be the beginning of one is held back until that is certain.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
+            if before := held[: min(found)[1]]:
+                yield before
+            return
+        begun = (n for stop in stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n]))
+        certain = len(held) - max(begun, default=0)
+        if certain:
+            yield held[:certain]
+        held = held[certain:]
+    if held:
+        yield held
+
+
+def repeats(text: str) -> bool:
+    """Whether a text ends in a loop: its last characters, `REPEATED` or more, are one string of at most `LONGEST` `TIMES` times or more."""
+    for period in range(1, min(len(text) // TIMES, LONGEST) + 1):
+        span = max(REPEATED, TIMES * period)
+        if span <= len(text) and text[-1 - period] == text[-1] and text[-span:-period] == text[period - span :]:
+            return True
+    return False

@@ -1,0 +1,223 @@
+"""A conversation with a model: what was said, as text, and the model's state, which is always that of reading this text afresh.
+
+So nothing needs to be undone: whatever is taken back, cut off or read from a file, `catch_up` goes on from what the model has read if
+the text begins with it, and reads afresh if not. A model whose data had no conversations has one text instead, which both sides write.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from hyperlm import env, model, sample
+from hyperlm import tokenizer as tok
+from hyperlm.config import Config
+from hyperlm.data.rows import document_of
+from hyperlm.files import read_json
+from hyperlm.sample import Sampling
+from hyperlm.tree import Tree
+
+LARGEST_FILE = 64 << 20  # bytes of a saved conversation
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be had, read or written; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, and what it needs to speak."""
+
+    params: Tree
+    decode: sample.Decode
+    config: Config
+    tokenizer: Tokenizer
+    chat: bool  # its data had conversations
+    name: str  # run and step
+
+
+class Message(NamedTuple):
+    role: str  # one of tok.ROLES
+    content: str
+
+
+class State(NamedTuple):
+    """A model that has read `ids`. One that is caught up or answered from is consumed: its cache is written in place."""
+
+    ids: list[int]
+    logits: Tensor
+    cache: model.Cache
+
+
+Ending = Literal["end", "stop", "length", "loop", "interrupt"]  # its own, a stop string, the longest reply, a loop, a person
+
+
+class Answer(NamedTuple):
+    """What a model said, how that ended, and what it took."""
+
+    text: str
+    ending: Ending
+    state: State
+    tokens: int
+    first: float  # seconds to the first token, reading included
+    seconds: float  # from then to the end
+
+
+def never() -> bool:
+    return False
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------------------
+
+
+def begin(loaded: LoadedModel) -> State:
+    """The state before a text: at the end of the one before it."""
+    ids = [tok.end_of_text(loaded.tokenizer)]
+    cfg = loaded.config.model
+    return State(ids, *sample.prefill(loaded.params, ids, sample.empty_cache(loaded.params, cfg), cfg, kernels=loaded.config.kernels))
+
+
+def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
+    """What a model reads before it answers: the end of the text before, the messages, and in a conversation the token after which it speaks."""
+    end = tok.end_of_text(loaded.tokenizer)
+    if not loaded.chat:
+        return [end, *tok.encode(loaded.tokenizer, ["".join(message.content for message in messages)])[0]]
+    turns = [token for message in messages for token in tok.turn(loaded.tokenizer, *message)]
+    return [end, *turns, *tok.opening(loaded.tokenizer, "assistant")]
+
+
+def catch_up(loaded: LoadedModel, state: State, ids: list[int], interrupted: Callable[[], bool] = never) -> State:
+    """The state after `ids`: goes on from `state` if they begin with what it has read, else afresh. Where a person interrupts, it has read fewer."""
+    if ids[: len(state.ids)] != state.ids:
+        state = begin(loaded)
+    with env.progress(total=len(ids), initial=len(state.ids), desc="reading", unit=" tokens") as bar:
+        for start in range(len(state.ids), len(ids), sample.PREFILL):
+            if interrupted():
+                break
+            piece = ids[start : start + sample.PREFILL]
+            logits, cache = sample.prefill(loaded.params, piece, state.cache, loaded.config.model, kernels=loaded.config.kernels)
+            state = State([*state.ids, *piece], logits, cache)
+            bar.update(len(piece))
+    return state
+
+
+# -- answering -------------------------------------------------------------------------------------------------------------------------
+
+
+def answer(
+    loaded: LoadedModel,
+    state: State,
+    messages: Sequence[Message],
+    how: Sampling,
+    generator: torch.Generator,
+    *,
+    limit: int,
+    stops: Sequence[str] = (),
+    show: Callable[[str], None],
+    interrupted: Callable[[], bool] = never,
+) -> Answer:
+    """Read `messages` and answer them, token by token until one ends the turn or the text, or something else does: see `Ending`.
+
+    Args:
+        state: of the same model, whatever it has read. It is consumed; the answer has the next.
+        limit: the most tokens.
+        stops: strings before which the text ends.
+        show: is given each piece of the text as soon as it is certain.
+        interrupted: asked after each piece of reading and each token.
+
+    Raises:
+        sample.NotFinite: if there are no probabilities to draw from.
+    """
+    begun, first, count = time.monotonic(), 0.0, 0
+    ids = token_ids(loaded, messages)
+    state = catch_up(loaded, state, ids, interrupted)
+    if state.ids != ids:
+        return Answer("", "interrupt", state, 0, 0.0, 0.0)
+    ending: Ending = "stop"  # unless the tokens end before one of the strings is there
+
+    def tokens() -> Iterator[int]:
+        nonlocal state, ending, count, first
+        drawn = sample.generate(
+            state.logits,
+            state.cache,
+            how,
+            generator,
+            stop=tok.stop_ids(loaded.tokenizer),
+            usable=tok.vocabulary_size(loaded.tokenizer),
+            decode=loaded.decode,
+            before=ids,
+        )
+        for count, (token, logits, cache) in enumerate(drawn, 1):
+            first = first or time.monotonic() - begun
+            state = State([*state.ids, token], logits, cache)
+            yield token
+            if interrupted():
+                ending = "interrupt"
+                return
+            if count == limit:
+                ending = "length"
+                return
+        ending = "end"
+
+    text = ""
+    for piece in sample.until(tok.stream(loaded.tokenizer, tokens()), stops):
+        show(piece)
+        text += piece
+        if sample.repeats(text):
+            ending = "loop"
+            break
+    return Answer(text, ending, state, count, first, time.monotonic() - begun - first)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def save(messages: Sequence[Message], path: Path, *, over: bool = False) -> None:
+    """Write a conversation, whole or not at all, as one line of JSON: {"messages": [{"role": ..., "content": ...}, ...]}, which train.py reads as well.
+
+    Args:
+        over: whether a file that is there may be replaced.
+
+    Raises:
+        ConversationError: if there is one that may not, or the file cannot be written.
+    """
+    if not over and os.path.lexists(path):
+        raise ConversationError(f"{path} exists, and is not from this conversation: choose another name")
+    values = {"messages": [message._asdict() for message in messages]}
+    text = sample.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(values, ensure_ascii=False))  # they stand in strings alone
+    part = ""
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+            part = file.name
+            file.write(text.encode() + b"\n")
+        os.replace(part, path)
+    except OSError as e:
+        with suppress(OSError):
+            os.unlink(part)
+        raise ConversationError(f"{path} could not be written ({e.strerror})") from e
+
+
+def load(path: Path) -> tuple[Message, ...]:
+    """Read what `save` wrote, or another conversation of a form that is trained on.
+
+    Raises:
+        ConversationError: if it is missing or no conversation.
+    """
+    try:
+        found = document_of(read_json(path, LARGEST_FILE)).messages
+        if not found:
+            raise ValueError("it has no messages")
+        return tuple(Message(*turn) for turn in found)
+    except OSError as e:
+        raise ConversationError(f"{path} cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        raise ConversationError(f"{path} is no conversation ({str(e)[:100]})") from e
