@@ -1,110 +1,39 @@
-"""chat.py and sampling: distributions by hand, decoding against whole forward passes, sessions as a person types them."""
+"""chat.py and conversations: sessions as a person types them, and states that are always those of reading the text afresh."""
 
-import decimal
 import io
 import json
-import math
 import os
+import pty
+import re
+import select
 import shutil
-from collections.abc import Callable
+import signal
+import stat
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALLEST, TINY, generator, normal
+from conftest import SMALLEST, generator
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import chat
 import train
-from hyperlm import cli, model, sample
+from hyperlm import cli, conversation, model, sample, terminal
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ModelConfig
+from hyperlm.conversation import ConversationError, LoadedModel, Message, State
+from hyperlm.data.rows import document_of
 from hyperlm.sample import Sampling
 
-LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        (Sampling(1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3]),
-        (Sampling(0.0, 0, 1.0), [0, 1, 0, 0]),
-        (Sampling(1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(1.0, 0, 0.6), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(1.0, 0, 0.3), [0, 1, 0, 0]),
-        (Sampling(0.5, 0, 1.0), [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
-        (Sampling(1e-40, 0, 1.0), [0, 1, 0, 0]),
-        (Sampling(5e-324, 0, 1.0), [0, 1, 0, 0]),
-        (Sampling(1e308, 0, 1.0), [0.25, 0.25, 0.25, 0.25]),
-        (Sampling(1.0, 10**30, 5e-324), [0, 1, 0, 0]),
-    ],
-)
-def test_the_next_token_is_drawn_from_the_right_distribution(how, expected):
-    torch.testing.assert_close(sample.probabilities(LOGITS, how), torch.tensor(expected, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-40, 1e-3, 0.3, 1.0, 40.0, 1e30])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4, 3e38])
-def test_every_temperature_gives_its_distribution(temperature, scale):
-    """Against sums of 60 digits, of logits in fp32 of every size."""
-    logits = (scale * normal(9, seed=1) / 4).float()
-    with decimal.localcontext(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX):
-        weights = [((decimal.Decimal(x) - decimal.Decimal(max(logits.tolist()))) / decimal.Decimal(temperature)).exp() for x in logits.tolist()]
-        expected = [float(weight / sum(weights)) for weight in weights]
-    torch.testing.assert_close(sample.probabilities(logits, Sampling(temperature, 0, 1.0)), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nothing_is_drawn_from_logits_that_are_not_finite(value, temperature):
-    with pytest.raises(sample.NotFinite):
-        sample.probabilities(torch.tensor([0.0, value, 1.0]), Sampling(temperature))
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\nb\tc é 漢 \U0001f468\u200d\U0001f469", "a\nb\tc é 漢 \U0001f468\u200d\U0001f469"),
-        ("\x1b[31m\x07\r\x00", "\\x1b[31m\\x07\\r\\x00"),
-        ("\x7f\x9b2J", "\\x7f\\x9b2J"),
-        ("\u202eevil\u2069\u200f", "\\u202eevil\\u2069\\u200f"),
-    ],
-)
-def test_control_characters_are_shown_as_escapes(text, shown):
-    assert sample.printable(text) == shown
-
-
-def test_greedy_text_is_what_whole_forward_passes_would_choose(cfg):
-    params = model.init(cfg, 5)
-    ids = [3, 1, 4, 1, 5]
-    logits, cache = sample.read(params, ids, sample.empty_cache(params, cfg), cfg)
-    tokens = sample.generate(logits, cache, Sampling(0.0), generator(), stop=set(), usable=cfg.vocab_size, decode=sample.decoder(params, cfg))
-    drawn = [token for (token, _, _), _ in zip(tokens, range(30), strict=False)]
-    for token in drawn:
-        assert token == model.apply(params, torch.tensor([ids]), cfg)[0, -1].argmax()
-        ids.append(token)
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_a_recorded_decoder_goes_on_from_any_cache():
-    cfg, device = ModelConfig(kind="phase8", d_model=64, n_layers=2, head_dim=32, vocab_size=64), torch.device("cuda", 0)
-    params = model.init(cfg, 5, device=device)
-    decode = sample.decoder(params, cfg)
-    for prompt in ([3, 1, 4], [2, 7]):
-        logits, cache = sample.read(params, prompt, sample.empty_cache(params, cfg), cfg)
-        ids = list(prompt)
-        for _ in range(5):
-            ids.append(int(logits.argmax()))
-            logits, cache = decode(torch.tensor(ids[-1:], device=device), cache)
-            logits = logits[0]
-            torch.testing.assert_close(logits, model.apply(params, torch.tensor([ids], device=device), cfg)[0, -1], rtol=1e-3, atol=1e-3)
-
-
-def test_tokens_that_the_tokenizer_lacks_are_never_drawn():
-    params = model.init(TINY, 0)
-    logits, cache = sample.read(params, [1], sample.empty_cache(params, TINY), TINY)
-    tokens = sample.generate(logits, cache, Sampling(5.0, 0, 1.0), generator(), stop=set(), usable=7, decode=sample.decoder(params, TINY))
-    assert all(token < 7 for (token, _, _), _ in zip(tokens, range(50), strict=False))
+REPOSITORY = Path(chat.__file__).parent
 
 
 @pytest.fixture(params=["phase8", "phase7", "softmax"])
@@ -119,8 +48,42 @@ def plain_run(made, monkeypatch) -> str:
     return "runs/r"
 
 
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory) -> Path:
+    """Conversations as train.py reads them."""
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    records = [{"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i}"}]} for i in range(200)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.fixture
+def chat_run(talks, made, monkeypatch) -> str:
+    monkeypatch.chdir(made("--train.steps", "2", "--model.kind", "phase8", "--data.sources", str(talks)))
+    return "runs/r"
+
+
+@pytest.fixture(params=["base", "chat"])
+def any_run(request) -> str:
+    """A run on text, and one on conversations."""
+    return request.getfixturevalue({"base": "plain_run", "chat": "chat_run"}[request.param])
+
+
 def talk(*argv: str) -> int:
     return cli.run(chat.main, list(argv))
+
+
+@pytest.fixture
+def typed(capsys, monkeypatch) -> Callable[..., tuple[str, str]]:
+    """typed(script, *flags): what a session writes to stdout and stderr that reads these lines."""
+
+    def run(script: str, *flags: str) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(script))
+        capsys.readouterr()
+        assert talk("--max-tokens", "6", *flags) == 0
+        return capsys.readouterr()
+
+    return run
 
 
 def test_one_prompt_streams_one_text_that_the_seed_decides(run, capsys):
@@ -133,48 +96,221 @@ def test_one_prompt_streams_one_text_that_the_seed_decides(run, capsys):
     assert talk(run, "--prompt", "def ", "--checkpoint", "best", "--max-tokens", "3", "--temperature", "0") == 0
 
 
-def test_a_session_obeys_its_commands(run, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/temp x\n/temp 0\n/what\n\n/reset\nhello\n/quit\nnever read\n"))
-    assert talk("--max-tokens", "4") == 0
-    out = capsys.readouterr().out
-    assert "/temp needs a number" in out and "commands: /reset" in out
+def test_a_session_obeys_its_commands(run, typed):
+    out, err = typed("hello\n/temp x\n/temp 0\n/what\n\n/reset\nhello\n/quit\nnever read\n")
+    assert "/temp needs a number" in err and "/what is no command" in err and "/reset" in err
+    assert "commands" not in out and len(out.split("> ")) == 9
 
 
-def test_reset_forgets_what_was_said(run, capsys, monkeypatch):
-    def replies(script: str) -> list[str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(script))
-        capsys.readouterr()
-        assert talk("--max-tokens", "6", "--temperature", "0") == 0
-        return capsys.readouterr().out.split("> ")[1:]
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/help", "/system TEXT"),
+        ("/tmep 0.5", "/tmep is no command; did you mean /temp? There are /help"),
+        ("/top_p 0.5", "did you mean /top-p?"),
+        ("/xyzzy", "/xyzzy is no command There are"),
+        ("/temp", "[temperature 0.8]"),
+        ("/temp 0.5", "[temperature 0.5]"),
+        ("/top-k 3", "[top k 3]"),
+        ("/top-k 3.5", "/top-k needs a number of at least 0"),
+        ("/top-p 0", "/top-p needs a number above 0"),
+        ("/min-p 2", "/min-p needs a number of at least 0 and at most 1"),
+        ("/penalty 0.5", "/penalty needs a number of at least 1"),
+        ("/seed x", "/seed needs a whole number"),
+        ("/seed -1", "/seed needs a whole number"),
+        ("/seed 99999999999999999999999", "below 2^64"),
+        ("/regen", "no answer to draw again"),
+        ("/undo", "nothing to take back"),
+        ("/save", "/save needs a file"),
+        ("/load", "/load needs a file"),
+        ("/load nowhere.jsonl", "nowhere.jsonl cannot be read (No such file or directory)"),
+        ("/save nowhere/x.jsonl", "nowhere/x.jsonl could not be written (No such file or directory)"),
+        ("/system", "[no system turn; the conversation starts afresh]"),
+        ("/system Be kind.", "[system turn set; the conversation starts afresh]"),
+    ],
+)
+def test_every_command_answers_and_none_ends_the_session(line, answer, chat_run, typed):
+    out, err = typed(f"{line}\n/temp\n")
+    assert answer in err and err.splitlines()[-1].startswith("[temperature") and out == "> > > \n"
 
-    first, nothing, again, _ = replies("hello\n/reset\nhello\n/quit\n")
+
+@pytest.mark.parametrize("line", ["/* a comment", "/usr/bin", "// x", " /temp 1", "/"])
+def test_text_that_only_looks_like_a_command_is_text(line, plain_run, typed):
+    assert "tokens/s" in typed(line + "\n")[1]
+
+
+def test_a_model_of_text_says_what_it_does_and_goes_on_after_an_empty_line(plain_run, typed):
+    out, err = typed("Once \n\n/quit\n", "--seed", "1", "--max-tokens", "20")
+    assert "this model continues text" in err and out.count("text> ") == 3 and err.count("tokens/s") == 2
+    assert "no system turn" in typed("/system be kind\n")[1]
+
+
+def test_a_model_of_conversations_says_so_and_ignores_empty_lines(chat_run, typed):
+    out, err = typed("\n  \nwhat is 7\n", "--seed", "1")
+    assert "continues text" not in err and err.count("tokens/s") == 1 and out.startswith("> > > ")
+
+
+def test_reset_forgets_what_was_said(run, typed):
+    first, nothing, again, _ = typed("hello\n/reset\nhello\n/quit\n", "--temperature", "0")[0].split("text> ")[1:]
     assert first == again and nothing == ""
 
 
+def replies(out: str) -> list[str]:
+    return re.split(r"(?:text)?> ", out)[1:-1]
+
+
+def test_an_answer_is_drawn_again_and_a_seed_decides_it(any_run, typed):
+    out, _ = typed("hello\n/regen\n/regen\n/seed 5\n/regen\n/regen\n/seed\n/regen\n/undo\n/seed 5\nhello\n", "--temperature", "3", "--top-p", "1")
+    first, second, third, _, seeded, same, _, other, _, _, from_seed = replies(out)
+    assert len({first, second, third, seeded, other}) == 5 and seeded == same == from_seed
+
+
+def test_settings_of_a_session_change_what_is_drawn(plain_run, typed):
+    out, _ = typed("/seed 1\na\n/undo\n/temp 0\na\n/undo\n/temp 1e9\na\n/undo\n/top-k 1\na\n/undo\n/top-k 0\n/min-p 1\na\n", "--top-p", "1")
+    _, greedy, hot, one, likely = (reply for reply in replies(out) if reply)
+    assert greedy == one == likely != hot
+
+
+@pytest.mark.parametrize("script", ["hello\n/save {0}\n", "/system Be kind.\nhello\nwhat\u202e is\x9b 7 \U0001f468\n/save {0}\n"])
+def test_a_conversation_is_saved_as_text_to_train_on_and_read_again(script, chat_run, typed, tmp_path):
+    path, copy = tmp_path / "talk.jsonl", tmp_path / "copy.jsonl"
+    said, _ = typed(script.format(path) + "/seed 3\n/regen\n", "--temperature", "2")
+    (line,) = path.read_text().splitlines()
+    turns = document_of(json.loads(line)).messages
+    assert [role for role, _ in turns][-2:] == ["user", "assistant"] and ("hello" in {content for _, content in turns})
+    assert not sample.CONTROLS.search(line)
+    again, _ = typed(f"/load {path}\n/save {copy}\n/seed 3\n/regen\n", "--temperature", "2")
+    assert copy.read_text() == path.read_text() and replies(again)[-1] == replies(said)[-1]
+
+
+def test_only_a_file_of_this_conversation_is_replaced(chat_run, typed, tmp_path):
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    other.write_text("precious")
+    err = typed(f"hello\n/save {mine}\nwhat\n/save\n/save {other}\n/reset\nx\n/save\n/save {mine}\n")[1]
+    assert err.count("messages saved to") == 2 and f"{other} exists, and is not from this conversation" in err
+    assert f"{mine} exists" in err and "/save needs a file" in err
+    assert len(conversation.load(mine)) == 4 and other.read_text() == "precious" and sorted(tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"messages": []}', '{"messages": [{"role": "cat", "content": "x"}]}', '{"messages": [{"role": "user"}]}', "\0", "{" * 10000])
+def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConversationError, match=r"x\.json is no conversation"):
+        conversation.load(tmp_path / "x.json")
+
+
+# -- the state is that of reading the text afresh --------------------------------------------------------------------------------------
+
+
+def opened(run: str, **settings) -> chat.Session:
+    loaded = chat.load(chat.Command(run))
+    return chat.Session(loaded, conversation.begin(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
+
+
+def require_fresh(now: chat.Session) -> None:
+    """What the model expects next is what it expects after reading the same messages from nothing."""
+    ids = conversation.token_ids(now.loaded, now.messages)
+    state = conversation.catch_up(now.loaded, now.state, ids)
+    cfg = now.loaded.config.model
+    assert state.cache.position == len(ids) == len(state.ids)
+    torch.testing.assert_close(state.logits, model.apply(now.loaded.params, torch.tensor([ids]), cfg)[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def said(now: chat.Session, *texts: str) -> chat.Session:
+    for text in texts:
+        now = chat.respond(now, (*now.messages, Message("user", text)))
+    return now
+
+
+def interrupting(monkeypatch, after: int) -> list[str]:
+    """Ctrl-C comes when so many pieces of an answer have been shown; what is shown."""
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        if len(shown) == after:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(chat, "show", show)
+    return shown
+
+
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(run, capsys, monkeypatch):
+    now = said(opened(run), "hello")
+    shown = interrupting(monkeypatch, 5)
+    now = said(now, "and")
+    assert 5 <= len(shown) <= 6 and "stopped by you" in capsys.readouterr().err
+    assert now.messages[-2:] == (Message("user", "and"), Message("assistant", "".join(shown)))
+    require_fresh(now)
+    require_fresh(said(now, "then"))
+
+
+def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(any_run, capsys, monkeypatch):
+    now = said(opened(any_run), "hello")
+    monkeypatch.setattr(sample, "PREFILL", 4)
+    prefill = sample.prefill
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return prefill(*args, **options)
+
+    with monkeypatch.context() as during:
+        during.setattr(sample, "prefill", interrupted)
+        after = said(now, "a long question, in several pieces")
+    assert after.messages == now.messages and "as it was" in capsys.readouterr().err
+    require_fresh(after)
+    require_fresh(said(after, "hello"))
+
+
+def test_ctrl_c_ends_the_process_where_one_prompt_is_answered(plain_run, monkeypatch, capsys):
+    interrupting(monkeypatch, 2)
+    assert talk("--prompt", "a", "--max-tokens", "100") == 128 + signal.SIGINT
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["/undo", "/regen", "/reset", "/system Be kind.", "/load talk.jsonl"])
+def test_whatever_changes_a_conversation_changes_the_state(line, chat_run, tmp_path, monkeypatch):
+    now = said(opened(chat_run), "hello", "what is 7")
+    monkeypatch.chdir(tmp_path)
+    conversation.save(now.messages[:3], Path("talk.jsonl"))
+    name, _, value = line[1:].partition(" ")
+    require_fresh(chat.obey(now, name, value))
+
+
+@pytest.mark.parametrize(("stops", "max_tokens"), [(("a", "e"), 100), ((), 7), ((), 1)])
+def test_a_text_that_was_cut_off_is_read_as_it_stands(any_run, stops, max_tokens, capsys):
+    """A stop string ends within a token, and the longest reply within a character."""
+    now = said(opened(any_run, stops=stops, max_tokens=max_tokens), "hello", "and")
+    assert not any(stop in message.content for stop in stops for message in now.messages[1::2])
+    require_fresh(now)
+
+
 def test_a_conversation_is_remembered(run):
-    speaker = chat.load(chat.Command(run))
-    memory = chat.begin(speaker)
-    assert memory.cache.position == 1  # the end of the text before
+    now = opened(run)
+    assert now.state.cache.position == 1  # the end of the text before
     for _ in range(2):
-        before, words = memory.cache.position, len(speaker.tokenizer.encode("hello", add_special_tokens=False).ids)
-        memory = chat.speak(speaker, memory, "hello", Sampling(0.0), generator(), 3)
-        assert before + words <= memory.cache.position <= before + words + 3
+        text = "".join(message.content for message in now.messages) + "hello"
+        words = len(now.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
+        now = said(replace(now, how=Sampling(0.0), max_tokens=3), "hello")
+        assert 1 + words <= now.state.cache.position <= 1 + words + 3
+    assert [m.content for m in now.messages[::2]] == ["hello", "hello"]
+    require_fresh(now)
 
 
-def test_conversations_are_answered_in_turns(tmp_path, capsys):
-    records = [{"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i}"}]} for i in range(200)]
-    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert cli.run(train.main, [*SMALLEST, "--data.sources", "talk.jsonl", "--name", "c", "--train.steps", "2"]) == 0
+def test_conversations_are_answered_in_turns(chat_run, capsys):
     capsys.readouterr()
     assert talk("--prompt", "what is 7", "--max-tokens", "5") == 0
     assert not capsys.readouterr().out.startswith("what is 7")  # a reply, not a continuation
 
 
-def scripted(ids: list[int], chat_data: bool = False) -> tuple[chat.Speaker, chat.Memory]:
-    """A speaker that says `ids`, and its memory before."""
+# -- what a model says -----------------------------------------------------------------------------------------------------------------
+
+
+def scripted(text: str, then: str = tok.END_OF_TEXT) -> tuple[LoadedModel, State]:
+    """A model that says `text`, a token a byte, and the special token `then`; and its state before."""
     tokenizer = tok.byte_tokenizer()
     cfg = ModelConfig(vocab_size=320)
-    left = iter(ids)
+    left = iter([*tok.encode(tokenizer, [text])[0], tokenizer.token_to_id(then), *tok.encode(tokenizer, ["and more"])[0]])
 
     def logits() -> torch.Tensor:
         return 99.0 * torch.nn.functional.one_hot(torch.tensor(next(left)), cfg.vocab_size)
@@ -182,22 +318,203 @@ def scripted(ids: list[int], chat_data: bool = False) -> tuple[chat.Speaker, cha
     def decode(token: torch.Tensor, cache: model.Cache) -> tuple[torch.Tensor, model.Cache]:
         return logits()[None], cache
 
-    return chat.Speaker({}, decode, Config(model=cfg), tokenizer, chat_data, "runs/x, step 1"), chat.Memory(logits(), model.Cache(0, []))
+    loaded = LoadedModel({}, decode, Config(model=cfg), tokenizer, False, "runs/x, step 1")
+    return loaded, State(conversation.token_ids(loaded, ()), logits(), model.Cache(1, []))
+
+
+def heard(text: str, *, then: str = tok.END_OF_TEXT, limit: int = 2000, stops: tuple[str, ...] = ()) -> tuple[str, str, int]:
+    """What is shown of such a text, how it ended, and after how many tokens."""
+    shown: list[str] = []
+    answer = conversation.answer(*scripted(text, then), (), Sampling(0.0), generator(), limit=limit, stops=stops, show=shown.append)
+    assert answer.text == "".join(shown) and len(answer.state.ids) == 1 + answer.tokens
+    return answer.text, answer.ending, answer.tokens
 
 
 @pytest.mark.parametrize("special", tok.SPECIALS)
 def test_a_reply_stops_at_every_special_token(special):
-    bytes_of_it = tok.byte_tokenizer()
-    stop = bytes_of_it.token_to_id(special)
-    speaker, memory = scripted([*bytes_of_it.encode("yes").ids, stop, *bytes_of_it.encode("and more").ids])
-    said = [token for token, _ in chat.reply(speaker, memory, Sampling(0.0), generator(), 50)]
-    assert speaker.tokenizer.decode(said) == "yes"
+    assert heard("yes", then=special) == ("yes", "end", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("yes", {"limit": 3}, ("yes", "length", 3)),
+        ("café", {"limit": 4}, ("caf", "length", 4)),  # half a character is none
+        ("one\ntwo", {"stops": ("\n",)}, ("one", "stop", 4)),
+        ("one STOP two", {"stops": ("STAR", "STOP")}, ("one ", "stop", 8)),
+        ("one STO", {"stops": ("STOP",)}, ("one STO", "end", 7)),  # it was none
+        ("one STO", {"stops": ("STOP",), "limit": 7}, ("one STO", "length", 7)),
+        ("", {}, ("", "end", 0)),
+        ("no " * 100, {}, ("no " * 53 + "n", "loop", 160)),
+    ],
+)
+def test_an_answer_ends_for_a_reason(text, options, expected):
+    assert heard(text, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [("end", "context 12]"), ("length", "cut off at --max-tokens 9]"), ("loop", "repeats itself"), ("interrupt", "stopped by you]"), ("stop", "context 12]")],
+)
+def test_what_an_answer_took_is_one_line(ending, words):
+    state = State(list(range(12)), torch.empty(0), model.Cache(12, []))
+    line = chat.described(conversation.Answer("", ending, state, 5, 0.25, 2.0), 9)
+    assert line.startswith("[0.25 s to the first token, 2 tokens/s, 5 tokens, context 12") and words in line and "\n" not in line
 
 
 def test_what_a_model_says_cannot_command_a_terminal(capsys):
-    speaker, memory = scripted([*tok.byte_tokenizer().encode("ok\n\x1b[2J\x9b\u202e").ids, tok.byte_tokenizer().token_to_id(tok.END_OF_TEXT)])
-    chat.speak(speaker, memory, "", Sampling(0.0), generator(), 50)
+    loaded, state = scripted("ok\n\x1b[2J\x9b\u202e")
+    chat.respond(chat.Session(loaded, state, Sampling(0.0), 1, (), 50), ())
     assert capsys.readouterr().out == "ok\n\\x1b[2J\\x9b\\u202e\n"
+
+
+def test_stop_strings_are_given_as_flags(plain_run, capsys):
+    assert talk("--prompt", "a", "--max-tokens", "200", "--stop", "e", "--stop", "a", "--seed", "1") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("a") and not set("ae") & set(out[1:]) and "cut off" not in err
+
+
+def test_one_prompt_writes_the_text_alone_to_stdout(any_run, capsys):
+    assert talk("--prompt", "what is 7", "--max-tokens", "3", "--seed", "1") == 0
+    out, err = capsys.readouterr()
+    assert "[" not in out and len(out.splitlines()) <= 4 and [line[0] for line in err.splitlines()] == ["r", "["]  # what it loaded, what it took
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------------------------
+
+
+ENTER, ALT_ENTER, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
+
+
+class Drawn(DummyOutput):
+    """A screen that calls `then` once, when something has been drawn on it."""
+
+    then: Callable[[], None] | None = None
+
+    def flush(self) -> None:
+        then, self.then = self.then, None
+        if then:
+            then()
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """edited(keys, ...): the lines that an editor reads of what is typed at each prompt, until that ends it; its history is in a folder of its own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def run(*typed: str) -> list[str]:
+        lines, screen = [], Drawn()
+        with create_pipe_input() as keyboard:
+            read = terminal.editor("> ", input=keyboard, output=screen)
+            with pytest.raises(EOFError):
+                for keys in typed:
+                    screen.then = partial(keyboard.send_text, keys)
+                    lines.append(read())
+        return lines
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("typed", "lines"),
+    [
+        ([f"a b{ENTER}", CTRL_D], ["a b"]),
+        ([f"abd\x1b[Dc{ENTER}", CTRL_D], ["abcd"]),  # the cursor moves
+        ([f"a{ALT_ENTER}b{ENTER}", CTRL_D], ["a\nb"]),
+        ([f"a\\{ENTER}b{ENTER}", CTRL_D], ["a\nb"]),
+        ([f"a\x1b[200~def f():\r\n\treturn 1\n\x1b[201~{ENTER}", CTRL_D], ["adef f():\n\treturn 1\n"]),  # a paste keeps its lines
+        ([f"one{ENTER}", f"two{ENTER}", f"{UP}{UP}!{ENTER}", CTRL_D], ["one", "two", "one!"]),
+        ([f"wrong{CTRL_C}right{ENTER}", CTRL_D], ["right"]),
+        ([f"wrong{CTRL_C}{CTRL_C}"], []),
+        ([f"{CTRL_C}{CTRL_C}"], []),
+        ([f"{CTRL_C}a{CTRL_C}b{ENTER}", f"{CTRL_C}c{ENTER}", CTRL_D], ["b", "c"]),  # two at one prompt, with nothing written
+        ([f"é漢\U0001f468{ENTER}", ENTER, CTRL_D], ["é漢\U0001f468", ""]),
+    ],
+)
+def test_a_line_is_edited_as_people_expect(typed, lines, edited):
+    assert edited(*typed) == lines
+
+
+def test_lines_are_remembered_for_the_next_session_and_for_nobody_else(edited, tmp_path):
+    edited(f"one{ENTER}", f"two\\{ENTER}lines{ENTER}", CTRL_D)
+    assert edited(f"{UP}{ENTER}", f"{UP}{UP}{UP}{UP}{UP}{ENTER}", CTRL_D) == ["two\nlines", "one"]
+    path = tmp_path / "state/hyperlm/history"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def block_with_a_file(folder: Path) -> None:
+    folder.write_text("")
+
+
+def block_with_a_folder(folder: Path) -> None:
+    (folder / "hyperlm/history").mkdir(parents=True)
+
+
+def block_with_a_pipe(folder: Path) -> None:
+    (folder / "hyperlm").mkdir(parents=True)
+    os.mkfifo(folder / "hyperlm/history")
+
+
+@pytest.mark.parametrize("block", [block_with_a_file, block_with_a_folder, block_with_a_pipe])
+def test_a_history_that_cannot_be_kept_is_said_once_and_does_no_harm(block, edited, tmp_path, capsys):
+    block(tmp_path / "state")
+    assert edited(f"one{ENTER}", f"two{ENTER}", f"{UP}{UP}{ENTER}", CTRL_D) == ["one", "two", "one"]
+    assert capsys.readouterr().err.count("not remembered for the next session") == 1
+
+
+def test_a_history_that_can_no_longer_be_written_is_said_once(edited, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prompt_toolkit.history.FileHistory.store_string", full)
+    assert edited(f"one{ENTER}", f"two{ENTER}", CTRL_D) == ["one", "two"]
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+class Screen:
+    """A process in a pseudo-terminal, and what it has written there."""
+
+    def __init__(self, *argv: str) -> None:
+        self.end, terminal_end = pty.openpty()
+        self.modes, self.text = termios.tcgetattr(terminal_end), ""
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen([sys.executable, *argv], stdin=terminal_end, stdout=terminal_end, stderr=terminal_end, env=env, start_new_session=True)
+        self.terminal_end = terminal_end
+
+    def wait_for(self, words: str, seconds: float = 60) -> None:
+        """Until these words come; what came before them is forgotten."""
+        until = time.monotonic() + seconds
+        while words not in self.text:
+            assert time.monotonic() < until and select.select([self.end], [], [], seconds)[0], f"no {words!r} in {self.text!r}"
+            self.text += os.read(self.end, 4096).decode(errors="replace")
+        self.text = self.text.partition(words)[2]
+
+    def write(self, keys: str) -> None:
+        os.write(self.end, keys.encode())
+
+
+@pytest.fixture
+def screen(plain_run, tmp_path, monkeypatch) -> Iterator[Screen]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    found = Screen(str(REPOSITORY / "chat.py"), plain_run, "--max-tokens", "3")
+    yield found
+    found.process.kill()
+    found.process.wait()
+    os.close(found.end)
+    os.close(found.terminal_end)
+
+
+def test_a_session_on_a_terminal(screen):
+    screen.wait_for("text>")
+    screen.write("hello" + ENTER)
+    screen.wait_for("tokens/s")
+    screen.wait_for("text>")
+    screen.write("wrong" + CTRL_C)
+    screen.wait_for("Ctrl-C again")
+    screen.process.send_signal(signal.SIGTERM)
+    screen.wait_for("stopped by SIGTERM")
+    assert screen.process.wait(30) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(screen.terminal_end) == screen.modes  # as it was
 
 
 @pytest.mark.parametrize("text", ["\udcff", "caf\udce9 \ud83d", "a\x00b", "", "\u2028"])
@@ -207,7 +524,7 @@ def test_any_text_can_be_typed_and_given(text, plain_run, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n/temp nan\n/temp inf\n/temp 1e-40\n{text}x\n"))
     assert talk("--max-tokens", "2") == 0
     seen = capsys.readouterr()
-    assert seen.out.count("/temp needs a number") == 2 and seen.out.encode() and "error" not in seen.err
+    assert seen.err.count("/temp needs a number") == 2 and seen.out.encode() and "error" not in seen.err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
@@ -280,6 +597,9 @@ def test_a_damaged_run_is_one_line_that_names_what_is_damaged(damage, message, m
         (["--seed", "-1"], "at least 0"),
         (["--top-p", "0"], "above 0"),
         (["--max-tokens", "0"], "at least 1"),
+        (["--min-p", "1.5"], "at most 1"),
+        (["--repetition-penalty", "0.5"], "of at least 1"),
+        (["--stop", ""], "must not be empty"),
         (["--promt", "x"], "did you mean --prompt"),
     ],
 )
