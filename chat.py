@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,7 @@ def described(answer: Answer, limit: int) -> str:
     took = f"{answer.first:.2f} s to the first token, {rate:.0f} tokens/s, {answer.tokens} tokens, context {len(answer.state.ids)}"
     why = {
         "length": f"; cut off at --max-tokens {limit}",
-        "loop": "; stopped, as it repeats itself: try a higher --temperature or --repetition-penalty (/temp, /penalty)",
+        "loop": "; stopped: it repeats itself; try --temperature or --repetition-penalty",
         "interrupt": "; stopped by you",
     }
     return f"[{took}{why.get(answer.ending, '')}]"
@@ -111,27 +112,26 @@ class Session:
 def session(start: Session) -> None:
     """Read what a person writes, and obey or answer it, until /quit or the end of input."""
     now, chat = start, start.loaded.chat
-    if chat:
-        note("write something; /help lists commands, Ctrl-C ends an answer, /quit ends")
-    else:
-        note("this model continues text: write how one begins, and an empty line to go on; /help lists commands, Ctrl-C ends a text, /quit ends")
+    note("write something" if chat else "this model continues text: write how one begins; an empty line goes on")
+    note("/help lists commands, Ctrl-C ends an answer, /quit the session")
     read = terminal.reader("> " if chat else "text> ")
-    while True:
-        try:
-            line = read()
-        except EOFError:
-            print()
-            return
-        order = re.fullmatch(r"/(\w[\w-]*)(?:\s+(.*?))?\s*", line, re.DOTALL)
-        try:
-            if order and order[1] == "quit":
+    with terminal.ctrl_c(signal.SIG_IGN):  # between an answer and the prompt: one more Ctrl-C than was needed
+        while True:
+            try:
+                line = read()
+            except EOFError:
+                print()
                 return
-            elif order:
-                now = obey(now, order[1], order[2] or "")
-            elif line.strip() or not chat:
-                now = respond(now, (*now.messages, Message("user", line)))
-        except (ConversationError, ConfigError, TokenizerError) as e:
-            note(str(e))
+            order = re.fullmatch(r"/(\w[\w-]*)(?:\s+(.*?))?\s*", line, re.DOTALL)
+            try:
+                if order and order[1] == "quit":
+                    return
+                elif order:
+                    now = obey(now, order[1], order[2] or "")
+                elif line.strip() or not chat:
+                    now = respond(now, (*now.messages, Message("user", line)))
+            except (ConversationError, ConfigError, TokenizerError) as e:
+                note(str(e))
 
 
 def respond(now: Session, messages: tuple[Message, ...]) -> Session:
@@ -272,7 +272,8 @@ ORDERS = {
 def obey(now: Session, name: str, value: str) -> Session:
     if name not in ORDERS:
         near = difflib.get_close_matches(name, ORDERS, 1)
-        raise ConversationError(f"/{name} is no command{f'; did you mean /{near[0]}?' if near else ''} There are {' '.join(f'/{n}' for n in ORDERS)}")
+        known = " ".join(f"/{name}" for name in ORDERS)
+        raise ConversationError(f"/{name} is no command{f'; did you mean /{near[0]}?' if near else ':'}\n{known}")
     return ORDERS[name].run(now, value)
 
 
@@ -295,7 +296,7 @@ def main(argv: list[str]) -> int:
     if command.prompt is None and sys.stdin is None:
         raise cli.UsageError("there is no input to read: give --prompt")
     loaded = load(command)
-    state = conversation.begin(loaded)
+    state = conversation.nothing_read(loaded)
     try:
         if command.prompt is None:
             session(Session(loaded, state, how, seed, command.stop, command.max_tokens))

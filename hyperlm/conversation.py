@@ -79,11 +79,8 @@ def never() -> bool:
 # -- reading ---------------------------------------------------------------------------------------------------------------------------
 
 
-def begin(loaded: LoadedModel) -> State:
-    """The state before a text: at the end of the one before it."""
-    ids = [tok.end_of_text(loaded.tokenizer)]
-    cfg = loaded.config.model
-    return State(ids, *sample.prefill(loaded.params, ids, sample.empty_cache(loaded.params, cfg), cfg, kernels=loaded.config.kernels))
+def nothing_read(loaded: LoadedModel) -> State:
+    return State([], torch.empty(0), sample.empty_cache(loaded.params, loaded.config.model))
 
 
 def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
@@ -98,7 +95,7 @@ def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
 def catch_up(loaded: LoadedModel, state: State, ids: list[int], interrupted: Callable[[], bool] = never) -> State:
     """The state after `ids`: goes on from `state` if they begin with what it has read, else afresh. Where a person interrupts, it has read fewer."""
     if ids[: len(state.ids)] != state.ids:
-        state = begin(loaded)
+        state = nothing_read(loaded)
     with env.progress(total=len(ids), initial=len(state.ids), desc="reading", unit=" tokens") as bar:
         for start in range(len(state.ids), len(ids), sample.PREFILL):
             if interrupted():

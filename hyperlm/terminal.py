@@ -21,24 +21,40 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C only takes note: the function that this yields tells whether it came. So nothing is left half done."""
+def ctrl_c(handler: Any) -> Iterator[None]:
+    """Inside, Ctrl-C does this, a handler of the signal module."""
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield
         return
-    seen: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        yield lambda: bool(seen)
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C only takes note: the function that this yields tells whether it came. So nothing is left half done."""
+    seen: list[int] = []
+    with ctrl_c(lambda number, frame: seen.append(number)):
+        yield lambda: bool(seen)
+
+
 def reader(prompt: str) -> Callable[[], str]:
-    """A function that reads what a person writes, and raises EOFError at the end: an editor on a terminal, else line by line."""
+    """A function that reads what a person writes, and raises EOFError at the end: an editor on a terminal, else line by line.
+
+    Ctrl-C while it reads a line does what it does now, whatever it does in between.
+    """
     if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
         return editor(prompt)
-    return lambda: clean(input(prompt))
+    handler = signal.getsignal(signal.SIGINT)
+
+    def read() -> str:
+        with ctrl_c(handler):
+            return clean(input(prompt))
+
+    return read
 
 
 def editor(prompt: str, **console: Any) -> Callable[[], str]:

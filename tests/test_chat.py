@@ -25,7 +25,6 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import chat
-import train
 from hyperlm import cli, conversation, model, sample, terminal
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ModelConfig
@@ -106,9 +105,9 @@ def test_a_session_obeys_its_commands(run, typed):
     ("line", "answer"),
     [
         ("/help", "/system TEXT"),
-        ("/tmep 0.5", "/tmep is no command; did you mean /temp? There are /help"),
+        ("/tmep 0.5", "/tmep is no command; did you mean /temp?\n/help /system"),
         ("/top_p 0.5", "did you mean /top-p?"),
-        ("/xyzzy", "/xyzzy is no command There are"),
+        ("/xyzzy", "/xyzzy is no command:\n/help /system"),
         ("/temp", "[temperature 0.8]"),
         ("/temp 0.5", "[temperature 0.5]"),
         ("/top-k 3", "[top k 3]"),
@@ -204,7 +203,7 @@ def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
 
 def opened(run: str, **settings) -> chat.Session:
     loaded = chat.load(chat.Command(run))
-    return chat.Session(loaded, conversation.begin(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
+    return chat.Session(loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
 
 
 def require_fresh(now: chat.Session) -> None:
@@ -262,6 +261,15 @@ def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(any_run,
     require_fresh(said(after, "hello"))
 
 
+def test_ctrl_c_between_answers_does_nothing_and_while_a_line_is_read_ends_a_session_without_terminal(plain_run, typed, monkeypatch, capsys):
+    note = chat.note
+    with monkeypatch.context() as during:
+        during.setattr(chat, "note", lambda text: (note(text), signal.raise_signal(signal.SIGINT)) if "token" in text else note(text))
+        assert typed("a\nb\n")[1].count("tokens/s") == 2
+    monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT))
+    assert talk() == 128 + signal.SIGINT
+
+
 def test_ctrl_c_ends_the_process_where_one_prompt_is_answered(plain_run, monkeypatch, capsys):
     interrupting(monkeypatch, 2)
     assert talk("--prompt", "a", "--max-tokens", "100") == 128 + signal.SIGINT
@@ -287,7 +295,6 @@ def test_a_text_that_was_cut_off_is_read_as_it_stands(any_run, stops, max_tokens
 
 def test_a_conversation_is_remembered(run):
     now = opened(run)
-    assert now.state.cache.position == 1  # the end of the text before
     for _ in range(2):
         text = "".join(message.content for message in now.messages) + "hello"
         words = len(now.loaded.tokenizer.encode(text, add_special_tokens=False).ids)

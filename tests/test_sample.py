@@ -3,6 +3,7 @@
 import decimal
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -189,21 +190,24 @@ def test_a_text_ends_before_a_stop_string_and_nothing_that_may_begin_one_is_show
     """However the text comes in pieces."""
     rng = random.Random(1)
     for _ in range(200):
-        pieces = ["".join(rng.choices("aabc\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 8))]
-        fed, shown = "", ""
+        require_cut(["".join(rng.choices("aabc\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 8))], stops)
 
-        def feed(pieces=pieces):
-            nonlocal fed
-            for piece in pieces:
-                assert shown == cut(fed, stops)[1]
-                fed += piece
-                yield piece
 
-        for piece in sample.until(feed(), stops):
-            assert piece
-            shown += piece
-        assert shown == cut("".join(pieces), stops)[0]
-        assert fed == "".join(pieces) or cut(fed, stops)[2]  # and no more is asked for than was needed
+def require_cut(pieces: list[str], stops: list[str]) -> None:
+    fed, shown = "", ""
+
+    def feed() -> Iterator[str]:
+        nonlocal fed
+        for piece in pieces:
+            assert shown == cut(fed, stops)[1]
+            fed += piece
+            yield piece
+
+    for piece in sample.until(feed(), stops):
+        assert piece
+        shown += piece
+    assert shown == cut("".join(pieces), stops)[0]
+    assert fed == "".join(pieces) or cut(fed, stops)[2]  # and no more is asked for than was needed
 
 
 SENTENCE = "It was the best of times, it was the worst of times. "  # 53 characters
