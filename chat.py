@@ -13,6 +13,7 @@ import difflib
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,15 +82,15 @@ def generator(seed: int | None) -> torch.Generator:
 
 
 def described(answer: Answer, limit: int) -> str:
-    """What an answer took, and why it ended where the text does not tell."""
-    rate = (answer.tokens - 1) / max(answer.seconds, 1e-9) if answer.tokens > 1 else 0
-    took = f"{answer.first:.2f} s to the first token, {rate:.0f} tokens/s, {answer.tokens} tokens, context {len(answer.state.ids)}"
+    """What an answer took; and in a line of its own, where the text does not tell, why it ended."""
+    rate = max(answer.tokens - 1, 0) / max(answer.seconds, 1e-9)  # the first token's time is that of reading
+    took = f"[{answer.first:.2f} s to the first token, {rate:.0f} tokens/s, {answer.tokens} tokens, context {len(answer.state.ids)}]"
     why = {
-        "length": f"; cut off at --max-tokens {limit}",
-        "loop": "; stopped: it repeats itself; try --temperature or --repetition-penalty",
-        "interrupt": "; stopped by you",
+        "length": f"\n[cut off at --max-tokens {limit}]",
+        "loop": "\n[stopped, as it repeats itself: try --temperature or --repetition-penalty]",
+        "interrupt": "\n[stopped by you]",
     }
-    return f"[{took}{why.get(answer.ending, '')}]"
+    return took + why.get(answer.ending, "")
 
 
 # -- a session -------------------------------------------------------------------------------------------------------------------------
@@ -253,8 +254,8 @@ def setting(name: str, attribute: str, example: str, help: str) -> Order:
 
 ORDERS = {
     "help": Order("", "this list", explain),
-    "system": Order("TEXT", "say this before a new conversation, as whoever set the model up", set_system),
-    "save": Order("FILE", "write the conversation, in a form that train.py reads too (.jsonl)", save),
+    "system": Order("TEXT", "begin a new conversation with this instruction", set_system),
+    "save": Order("FILE", "write the conversation; as a .jsonl, train.py reads it too", save),
     "load": Order("FILE", "go on with a conversation that was saved", load_messages),
     "regen": Order("", "draw the last answer again", again),
     "undo": Order("", "take the last exchange back", undo),
@@ -262,9 +263,9 @@ ORDERS = {
     "temp": setting("temp", "temperature", "0.5", "temperature: 0 for the most probable token always"),
     "top-p": setting("top-p", "top_p", "0.9", "the fewest tokens that have this probability; 1 for all"),
     "top-k": setting("top-k", "top_k", "40", "the most probable tokens; 0 for all"),
-    "min-p": setting("min-p", "min_p", "0.05", "tokens this times as probable as the most probable; 0 for all"),
+    "min-p": setting("min-p", "min_p", "0.05", "tokens with this share of the highest probability; 0 for all"),
     "penalty": setting("penalty", "repetition_penalty", "1.2", "make tokens said lately less probable; 1 for none"),
-    "seed": Order("N", "the same seed, the same answer to the same conversation; alone: another each time", set_seed),
+    "seed": Order("N", "the same answer to the same conversation; without N another each time", set_seed),
     "quit": Order("", "end, as Ctrl-D does", lambda now, value: now),
 }
 
@@ -272,7 +273,7 @@ ORDERS = {
 def obey(now: Session, name: str, value: str) -> Session:
     if name not in ORDERS:
         near = difflib.get_close_matches(name, ORDERS, 1)
-        known = " ".join(f"/{name}" for name in ORDERS)
+        known = textwrap.fill(" ".join(f"/{name}" for name in ORDERS), 79, break_on_hyphens=False)
         raise ConversationError(f"/{name} is no command{f'; did you mean /{near[0]}?' if near else ':'}\n{known}")
     return ORDERS[name].run(now, value)
 

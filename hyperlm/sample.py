@@ -35,7 +35,7 @@ class Sampling:
     top_p: float = 0.95
     """Draw from the fewest tokens whose probabilities reach this, of those that top-k keeps."""
     min_p: float = 0.0
-    """Draw from tokens at least this times as probable as the most probable one; 0 for all."""
+    """Draw from tokens with at least this share of the most probable one's probability; 0 for all."""
     repetition_penalty: float = 1.0
     """Tokens among the latest 64 get less probable, the more so the larger this is (1.1 to 1.3 is usual); 1 for none."""
 

@@ -5,11 +5,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hyperlm.sample import printable
+from hyperlm.startup import ENDING
 from hyperlm.tokenizer import clean
 
 
@@ -21,16 +22,20 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def ctrl_c(handler: Any) -> Iterator[None]:
-    """Inside, Ctrl-C does this, a handler of the signal module."""
+def handled(handler: Any, *numbers: int) -> Iterator[None]:
+    """Inside, a handler of the signal module for these signals."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ctrl_c(handler: Any) -> AbstractContextManager[None]:
+    return handled(handler, signal.SIGINT)
 
 
 @contextmanager
@@ -108,9 +113,38 @@ def editor(prompt: str, **console: Any) -> Callable[[], str]:
     def read() -> str:
         nonlocal warned
         warned = False
-        return clean(session.prompt())
+        with left_by_signals(session.app):
+            return clean(session.prompt())
 
     return read
+
+
+@contextmanager
+def left_by_signals(app: Any) -> Iterator[None]:
+    """Inside, what the handler of another signal than Ctrl-C raises is raised when the editor `app` has put the terminal back; within its loop it
+    would only be reported."""
+    ending = [number for number in ENDING if number != signal.SIGINT and callable(signal.getsignal(number))]
+    before, raised = {number: signal.getsignal(number) for number in ending}, []
+
+    def leave() -> None:
+        if app.is_running and not app.is_done:
+            app.exit(exception=EOFError)
+
+    def handle(number: int, frame: Any) -> None:
+        try:
+            before[number](number, frame)
+        except BaseException as e:
+            if not app.is_running:
+                raise
+            raised.append(e)
+            app.loop.call_soon_threadsafe(leave)
+
+    try:
+        with handled(handle, *ending):
+            yield
+    finally:
+        if raised:
+            raise raised[0]
 
 
 def history_file() -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALLEST, generator
+from conftest import generator
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
@@ -361,12 +361,13 @@ def test_an_answer_ends_for_a_reason(text, options, expected):
 
 @pytest.mark.parametrize(
     ("ending", "words"),
-    [("end", "context 12]"), ("length", "cut off at --max-tokens 9]"), ("loop", "repeats itself"), ("interrupt", "stopped by you]"), ("stop", "context 12]")],
+    [("end", ""), ("stop", ""), ("length", "\n[cut off at --max-tokens 9]"), ("loop", "repeats itself"), ("interrupt", "stopped by you]")],
 )
-def test_what_an_answer_took_is_one_line(ending, words):
+def test_what_an_answer_took_is_one_line_and_why_it_ended_another(ending, words):
     state = State(list(range(12)), torch.empty(0), model.Cache(12, []))
-    line = chat.described(conversation.Answer("", ending, state, 5, 0.25, 2.0), 9)
-    assert line.startswith("[0.25 s to the first token, 2 tokens/s, 5 tokens, context 12") and words in line and "\n" not in line
+    took, newline, why = chat.described(conversation.Answer("", ending, state, 5, 0.25, 2.0), 9).partition("\n")
+    assert took == "[0.25 s to the first token, 2 tokens/s, 5 tokens, context 12]"
+    assert words in newline + why and bool(words) == bool(why)
 
 
 def test_what_a_model_says_cannot_command_a_terminal(capsys):
@@ -384,7 +385,7 @@ def test_stop_strings_are_given_as_flags(plain_run, capsys):
 def test_one_prompt_writes_the_text_alone_to_stdout(any_run, capsys):
     assert talk("--prompt", "what is 7", "--max-tokens", "3", "--seed", "1") == 0
     out, err = capsys.readouterr()
-    assert "[" not in out and len(out.splitlines()) <= 4 and [line[0] for line in err.splitlines()] == ["r", "["]  # what it loaded, what it took
+    assert "[" not in out and len(out.splitlines()) <= 4 and [line.split()[0] for line in err.splitlines()][::2] == ["runs/r,", "[cut"]
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------------------------
