@@ -113,7 +113,8 @@ class Session:
 def session(start: Session) -> None:
     """Read what a person writes, and obey or answer it, until /quit or the end of input."""
     now, chat = start, start.loaded.chat
-    note("write something" if chat else "this model continues text: write how one begins; an empty line goes on")
+    if not chat:
+        note("this model continues text: write how one begins; an empty line goes on")
     note("/help lists commands, Ctrl-C ends an answer, /quit the session")
     read = terminal.reader("> " if chat else "text> ")
     with terminal.ctrl_c(signal.SIG_IGN):  # between an answer and the prompt: one more Ctrl-C than was needed
@@ -265,7 +266,7 @@ ORDERS = {
     "top-k": setting("top-k", "top_k", "40", "the most probable tokens; 0 for all"),
     "min-p": setting("min-p", "min_p", "0.05", "tokens with this share of the highest probability; 0 for all"),
     "penalty": setting("penalty", "repetition_penalty", "1.2", "make tokens said lately less probable; 1 for none"),
-    "seed": Order("N", "the same answer to the same conversation; without N another each time", set_seed),
+    "seed": Order("N", "the same seed gives the same answer; none, another each time", set_seed),
     "quit": Order("", "end, as Ctrl-D does", lambda now, value: now),
 }
 

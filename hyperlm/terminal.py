@@ -30,8 +30,8 @@ def handled(handler: Any, *numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in before:
+            signal.signal(number, before[number])
 
 
 def ctrl_c(handler: Any) -> AbstractContextManager[None]:
