@@ -25,7 +25,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import chat
-from hyperlm import cli, conversation, model, sample, terminal
+from hyperlm import cli, conversation, model, sample, session, terminal
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ModelConfig
 from hyperlm.conversation import ConversationError, LoadedModel, Message, State
@@ -201,12 +201,12 @@ def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
 # -- the state is that of reading the text afresh --------------------------------------------------------------------------------------
 
 
-def opened(run: str, **settings) -> chat.Session:
+def opened(run: str, **settings) -> session.Session:
     loaded = chat.load(chat.Command(run))
-    return chat.Session(loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
+    return session.Session(loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
 
 
-def require_fresh(now: chat.Session) -> None:
+def require_fresh(now: session.Session) -> None:
     """What the model expects next is what it expects after reading the same messages from nothing."""
     ids = conversation.token_ids(now.loaded, now.messages)
     state = conversation.catch_up(now.loaded, now.state, ids)
@@ -215,9 +215,9 @@ def require_fresh(now: chat.Session) -> None:
     torch.testing.assert_close(state.logits, model.apply(now.loaded.params, torch.tensor([ids]), cfg)[0, -1], rtol=1e-4, atol=1e-4)
 
 
-def said(now: chat.Session, *texts: str) -> chat.Session:
+def said(now: session.Session, *texts: str) -> session.Session:
     for text in texts:
-        now = chat.respond(now, (*now.messages, Message("user", text)))
+        now = session.respond(now, (*now.messages, Message("user", text)))
     return now
 
 
@@ -230,7 +230,8 @@ def interrupting(monkeypatch, after: int) -> list[str]:
         if len(shown) == after:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(chat, "show", show)
+    for module in (chat, session):
+        monkeypatch.setattr(module, "show", show)
     return shown
 
 
@@ -262,9 +263,9 @@ def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(any_run,
 
 
 def test_ctrl_c_between_answers_does_nothing_and_while_a_line_is_read_ends_a_session_without_terminal(plain_run, typed, monkeypatch, capsys):
-    note = chat.note
+    note = session.note
     with monkeypatch.context() as during:
-        during.setattr(chat, "note", lambda text: (note(text), signal.raise_signal(signal.SIGINT)) if "token" in text else note(text))
+        during.setattr(session, "note", lambda text: (note(text), signal.raise_signal(signal.SIGINT)) if "token" in text else note(text))
         assert typed("a\nb\n")[1].count("tokens/s") == 2
     monkeypatch.setattr("builtins.input", lambda prompt: signal.raise_signal(signal.SIGINT))
     assert talk() == 128 + signal.SIGINT
@@ -272,7 +273,7 @@ def test_ctrl_c_between_answers_does_nothing_and_while_a_line_is_read_ends_a_ses
 
 def test_ctrl_c_ends_the_process_where_one_prompt_is_answered(plain_run, monkeypatch, capsys):
     interrupting(monkeypatch, 2)
-    assert talk("--prompt", "a", "--max-tokens", "100") == 128 + signal.SIGINT
+    assert talk("--prompt", "a", "--max-tokens", "100", "--seed", "1") == 128 + signal.SIGINT
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -282,7 +283,7 @@ def test_whatever_changes_a_conversation_changes_the_state(line, chat_run, tmp_p
     monkeypatch.chdir(tmp_path)
     conversation.save(now.messages[:3], Path("talk.jsonl"))
     name, _, value = line[1:].partition(" ")
-    require_fresh(chat.obey(now, name, value))
+    require_fresh(session.obey(now, name, value))
 
 
 @pytest.mark.parametrize(("stops", "max_tokens"), [(("a", "e"), 100), ((), 7), ((), 1)])
@@ -365,14 +366,14 @@ def test_an_answer_ends_for_a_reason(text, options, expected):
 )
 def test_what_an_answer_took_is_one_line_and_why_it_ended_another(ending, words):
     state = State(list(range(12)), torch.empty(0), model.Cache(12, []))
-    took, newline, why = chat.described(conversation.Answer("", ending, state, 5, 0.25, 2.0), 9).partition("\n")
+    took, newline, why = session.described(conversation.Answer("", ending, state, 5, 0.25, 2.0), 9).partition("\n")
     assert took == "[0.25 s to the first token, 2 tokens/s, 5 tokens, context 12]"
     assert words in newline + why and bool(words) == bool(why)
 
 
 def test_what_a_model_says_cannot_command_a_terminal(capsys):
     loaded, state = scripted("ok\n\x1b[2J\x9b\u202e")
-    chat.respond(chat.Session(loaded, state, Sampling(0.0), 1, (), 50), ())
+    session.respond(session.Session(loaded, state, Sampling(0.0), 1, (), 50), ())
     assert capsys.readouterr().out == "ok\n\\x1b[2J\\x9b\\u202e\n"
 
 
