@@ -95,6 +95,7 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
 
     Raises:
         NotFinite: of weights that diverged.
+        ConfigError: on a field of `how` that no distribution has.
         ValueError: on a role that there is not.
     """
     params, cfg, kernels, tokenizer = model.params, model.config.model, model.config.kernels, model.tokenizer
@@ -108,12 +109,13 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     tokens = sample.generate(
-        *sample.read(params, ids, sample.empty_cache(params, cfg), cfg, kernels=kernels),
-        sample.Sampling(**how),
+        *sample.prefill(params, ids, sample.empty_cache(params, cfg), cfg, kernels=kernels),
+        sample.checked(sample.Sampling(**how)),
         generator,
         stop=tok.stop_ids(tokenizer),
         usable=tok.vocabulary_size(tokenizer),
         decode=sample.decoder(params, cfg, kernels=kernels),
+        before=ids,
     )
     drawn = (token for (token, _, _), _ in zip(tokens, range(max_tokens), strict=False))
     return "".join(tok.stream(tokenizer, drawn))

@@ -84,7 +84,7 @@ def nothing_read(loaded: LoadedModel) -> State:
 
 
 def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
-    """What a model reads before it answers: the end of the text before, the messages, and in a conversation the token after which it speaks."""
+    """What a model reads before it answers: the end of the text before, the messages, and in a conversation the start of its turn."""
     end = tok.end_of_text(loaded.tokenizer)
     if not loaded.chat:
         return [end, *tok.encode(loaded.tokenizer, ["".join(message.content for message in messages)])[0]]
@@ -93,7 +93,7 @@ def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
 
 
 def catch_up(loaded: LoadedModel, state: State, ids: list[int], interrupted: Callable[[], bool] = never) -> State:
-    """The state after `ids`: goes on from `state` if they begin with what it has read, else afresh. Where a person interrupts, it has read fewer."""
+    """The state after `ids`: goes on from `state` if they begin with what it has read, else afresh. Interrupted, it has read fewer."""
     if ids[: len(state.ids)] != state.ids:
         state = nothing_read(loaded)
     with env.progress(total=len(ids), initial=len(state.ids), desc="reading", unit=" tokens") as bar:
@@ -179,7 +179,7 @@ def answer(
 
 
 def save(messages: Sequence[Message], path: Path, *, over: bool = False) -> None:
-    """Write a conversation, whole or not at all, as one line of JSON: {"messages": [{"role": ..., "content": ...}, ...]}, which train.py reads as well.
+    """Write a conversation, whole or not at all, as a line of JSON that train.py reads too: {"messages": [{"role": ..., "content": ...}, ...]}.
 
     Args:
         over: whether a file that is there may be replaced.
@@ -190,7 +190,8 @@ def save(messages: Sequence[Message], path: Path, *, over: bool = False) -> None
     if not over and os.path.lexists(path):
         raise ConversationError(f"{path} exists, and is not from this conversation: choose another name")
     values = {"messages": [message._asdict() for message in messages]}
-    text = sample.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(values, ensure_ascii=False))  # they stand in strings alone
+    # Control characters, which are within strings alone, as escapes: the file may be shown in a terminal.
+    text = sample.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(values, ensure_ascii=False))
     part = ""
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:

@@ -26,7 +26,7 @@ Decode = Callable[[Tensor, model.Cache], tuple[Tensor, model.Cache]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits. In this order: repetition penalty, temperature, then what all of top-k, top-p and min-p keep."""
+    """How the next token is drawn from the logits: repetition penalty, then temperature, then what top-k, top-p and min-p all keep."""
 
     temperature: float = 0.8
     """0 always takes the most probable token."""
@@ -118,7 +118,7 @@ def empty_cache(params: Tree, cfg: ModelConfig) -> model.Cache:
 
 
 @torch.no_grad()
-def prefill(params: Tree, tokens: Sequence[int], cache: model.Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, model.Cache]:
+def prefill(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfig, *, kernels: str = "auto") -> tuple[Tensor, model.Cache]:
     """Take in a prompt of at least one token: the logits (V,) after it, and the next cache (batch 1)."""
     device = params["head"]["weight"].device
     for start in range(0, len(tokens), PREFILL):

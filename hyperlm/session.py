@@ -1,4 +1,4 @@
-"""A session of chat.py: a conversation, how it goes on, and the commands that change either. Each is a function from a session to the next."""
+"""A session of chat.py: a conversation, how it goes on, and the commands that change either: functions from a session to the next."""
 
 import difflib
 import textwrap
@@ -56,7 +56,7 @@ def described(answer: Answer, limit: int) -> str:
 
 
 def respond(now: Session, messages: tuple[Message, ...]) -> Session:
-    """Print the answer to `messages` as it comes. Ctrl-C ends it: what was said so far is said; where that is nothing, `messages` are not either."""
+    """Print the answer to `messages` as it comes. Ctrl-C ends it: what was said till then stays; if that is nothing, `messages` do not."""
     with terminal.interruptions() as interrupted:
         answer = conversation.answer(
             now.loaded,

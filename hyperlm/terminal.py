@@ -30,8 +30,8 @@ def handled(handler: Any, *numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for number in before:
-            signal.signal(number, before[number])
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def ctrl_c(handler: Any) -> AbstractContextManager[None]:
@@ -121,8 +121,10 @@ def editor(prompt: str, **console: Any) -> Callable[[], str]:
 
 @contextmanager
 def left_by_signals(app: Any) -> Iterator[None]:
-    """Inside, what the handler of another signal than Ctrl-C raises is raised when the editor `app` has put the terminal back; within its loop it
-    would only be reported."""
+    """Inside, what the handler of another signal than Ctrl-C raises comes when the editor `app` has put the terminal back.
+
+    Within its loop it would only be reported, and the editor go on.
+    """
     ending = [number for number in ENDING if number != signal.SIGINT and callable(signal.getsignal(number))]
     before, raised = {number: signal.getsignal(number) for number in ending}, []
 
@@ -153,7 +155,7 @@ def history_file() -> Path:
 
 
 def history() -> Any:
-    """The lines of earlier sessions, kept in `history_file`, which its owner alone can read; where that cannot be, those of this session, with a note."""
+    """The lines of earlier sessions, in `history_file`, which its owner alone can read; where that cannot be, of this one, with a note."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     kept = True

@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_decoder_read_token_by_token(run):
     cache = sample.empty_cache(model.params, model.config.model)
     rows = []
     for token in hyperlm.encode(model, text):
-        row, cache = sample.read(model.params, [int(token)], cache, model.config.model)
+        row, cache = sample.prefill(model.params, [int(token)], cache, model.config.model)
         rows.append(row)
     assert hyperlm.logits(model, text).dtype == torch.float32
     torch.testing.assert_close(hyperlm.logits(model, text), torch.stack(rows), rtol=1e-4, atol=1e-4)
