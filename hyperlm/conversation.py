@@ -179,7 +179,7 @@ def answer(
 
 
 def save(messages: Sequence[Message], path: Path, *, over: bool = False) -> None:
-    """Write a conversation, whole or not at all, as a line of JSON that train.py reads too: {"messages": [{"role": ..., "content": ...}, ...]}.
+    """Write a conversation, whole or not at all, as a line that train.py reads too: {"messages": [{"role": ..., "content": ...}, ...]}.
 
     Args:
         over: whether a file that is there may be replaced.
