@@ -25,7 +25,7 @@ import torch
 from configs import PRESETS
 from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, health, log, model, plan, runs, sample, startup, tree
 from hyperlm import tokenizer as tok
-from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
+from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, peak_rate, resolve
 from hyperlm.env import say
 from hyperlm.files import file_digest
 from hyperlm.kernels import division, select
@@ -76,7 +76,8 @@ def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]
                 f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one, "
                 f"with --init {resume} from its weights"
             )
-        return command, resolve(config), differences(stored, config)
+        resolved = resolve(config)
+        return command, resolved, differences(stored, resolved)
     if init:
         finetune.require_shape(Path(init), config)
         return command, resolve(config), {}
@@ -417,6 +418,8 @@ def main(argv: list[str]) -> int:
             run, state = start(config, corpus, device, argv, command)
             stack.enter_context(runs.owned(run))
             schedule = new_schedule(config.optim, total)
+            by_rule = f" (rule for d {config.model.d_model})" if config.optim.lr == peak_rate(config.model) else ""
+            print(f"rate       {config.optim.lr:.1e} peak{by_rule}, warm-up to step {schedule.warmup}")
         return carry_out(run, state, schedule, total, corpus, order, config, device, evaluate_first=bool(command.init))
 
 

@@ -17,6 +17,11 @@ from hyperlm.kernels.reference import norm as norm_of
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
+# Least steps of warm-up for the rate of `config.peak_rate`. Largest norm of the gradient after 20, 30 and 50 of them at d 4096 (32 layers, 200
+# steps of 32 x 512 tokens, one seed): 15.3, 3.4, 3.2; during them 25.6, 15.8, 9.5; training loss at the end 4.27 with 20, 3.98 with 50. Narrower
+# models need fewer (5 at d 512, 10 at d 1024), and lose nothing by 50: 4.11 with 20 and 4.09 with 50 at d 512, 4.01 and 3.98 at d 1024.
+WARMUP = 50
+
 
 class Optimizer(NamedTuple):
     """How parameters are kept, and how they learn.
@@ -50,8 +55,8 @@ class Schedule:
 
 
 def new_schedule(cfg: OptimConfig, total: int) -> Schedule:
-    """That of a new run of `total` steps."""
-    warmup = min(cfg.warmup_steps or min(1000, math.ceil(total / 10)), total)
+    """That of a new run of `total` steps. Its warm-up, if not given, is a tenth of it, from WARMUP to 1,000 steps but at most half of it."""
+    warmup = min(cfg.warmup_steps, total) or min(max(WARMUP, math.ceil(total / 10)), 1000, math.ceil(total / 2))
     return Schedule(warmup, warmup, 1.0, total)
 
 
@@ -63,9 +68,15 @@ def extended(schedule: Schedule, cfg: OptimConfig, step: int, total: int) -> Sch
 
 
 def learning_rate(schedule: Schedule, cfg: OptimConfig) -> Callable[[int], float]:
-    """The learning rate of step 0, 1, ..."""
+    """The learning rate of step 0, 1, ...
+
+    Raises:
+        ValueError: when asked for one, if `cfg` is of a configuration that was not resolved: its peak is 0.
+    """
 
     def lr(step: int) -> float:
+        if not cfg.lr:
+            raise ValueError("no learning rate: optim.lr follows from the width in config.resolve(config)")
         if step < schedule.warmup:
             return cfg.lr * (step + 1) / schedule.warmup
         progress = min(1.0, (step - schedule.start) / max(1, schedule.end - schedule.start))

@@ -109,7 +109,7 @@ def test_forward_is_up_to_the_loss_and_before_there_are_moments(residence, monke
     for name in ("init_state", "head_nats"):
         monkeypatch.setattr(speed, name, watched(name, getattr(speed, name)))
     monkeypatch.setattr(speed.env, "peak_memory", watched("measured", env.peak_memory))
-    cfg = Config(model=ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=320), train=TrainConfig(residence=residence), optim=OptimConfig(state="int8"))
+    cfg = Config(model=ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=320), train=TrainConfig(residence=residence), optim=OptimConfig(lr=1e-3, state="int8"))
     speed.measure(speed.of_length(cfg, 16, 32), torch.device("cpu"), 0.0)
     first = done.index("measured")
     assert done[:first].count("head_nats") >= 3 and "init_state" in done[first:] and "init_state" not in done[:first]

@@ -23,7 +23,7 @@ def here(stage):
 
 
 def config_of(cfg=TINY) -> Config:
-    return Config(model=cfg, train=TrainConfig(seed=1))
+    return Config(model=cfg, train=TrainConfig(seed=1), optim=OptimConfig(lr=1e-3))
 
 
 def facts(cfg=TINY) -> checkpoint.Facts:
@@ -282,7 +282,7 @@ def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
 
 
 def test_a_state_with_an_update_pending_is_not_saved(tmp_path):
-    config = Config(model=TINY, train=TrainConfig(seed=1, residence="host"))
+    config = Config(model=TINY, train=TrainConfig(seed=1, residence="host"), optim=OptimConfig(lr=1e-3))
     first, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
     second, _ = step(first, torch.randint(64, (1, 2, 9), generator=generator(0)))
     for state, why in ((first, "consumed"), (second, "pending")):

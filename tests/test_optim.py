@@ -1,13 +1,15 @@
 """AdamW against torch's, the schedule and clipping by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import normal
 
+from configs import PRESETS
 from hyperlm import optim, tree
-from hyperlm.config import OptimConfig
+from hyperlm.config import Config, ModelConfig, OptimConfig, resolve
 from hyperlm.kernels import reference
 
 
@@ -45,7 +47,7 @@ def test_updating_leaf_by_leaf_equals_updating_at_once():
 
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
-    rule, ends = optim.optimizer(cfg := OptimConfig(state=state), optim.new_schedule(cfg, 10)), []
+    rule, ends = optim.optimizer(cfg := OptimConfig(lr=1e-3, state=state), optim.new_schedule(cfg, 10)), []
     for bad in (math.nan, math.inf, 0.0):
         w = [rule.keep(normal(3, 256, seed=1).float()), rule.keep(normal(256, seed=2).float())]
         moments, options = rule.init(w), dict(decay=[True, False], origin=torch.tensor([1, 2]))
@@ -61,14 +63,46 @@ def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
     lr = optim.learning_rate(optim.new_schedule(cfg, 110), cfg)
     assert lr(0) == pytest.approx(0.1) and lr(9) == pytest.approx(1.0) and lr(10) == pytest.approx(1.0)
     assert lr(60) == pytest.approx(0.55) and lr(110) == pytest.approx(0.1) and lr(500) == pytest.approx(0.1)
-    lr = optim.learning_rate(optim.new_schedule(OptimConfig(lr=1.0), 5), OptimConfig(lr=1.0))
-    assert lr(0) == pytest.approx(1.0)  # a tenth of five steps, at least one
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "steps"),
+    [(0, 1, 1), (0, 2, 1), (0, 5, 3), (0, 60, 30), (0, 100, 50), (0, 200, 50), (0, 500, 50), (0, 501, 51), (0, 2_000, 200), (0, 50_000, 1000), (20, 200, 20), (20, 5, 5)],
+)
+def test_warm_up_is_a_tenth_of_a_run_but_as_long_as_the_rate_needs(given, total, steps):
+    """At least 50 steps, where that is no more than half of the run; at most 1,000; what is given, if anything is."""
+    cfg = OptimConfig(lr=1.0, warmup_steps=given)
+    lr = optim.learning_rate(optim.new_schedule(cfg, total), cfg)
+    assert [lr(step) for step in range(steps)] == pytest.approx([(step + 1) / steps for step in range(steps)])
+    assert steps == total or lr(steps + 1) < 1
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(32, 7.8e-3), (128, 7.8e-3), (256, 3.9e-3), (512, 1.95e-3), (1024, 9.8e-4), (2048, 4.9e-4), (4096, 2.44e-4), (8192, 1.22e-4)]
+)
+def test_a_rate_that_is_not_given_follows_from_the_width(width, rate):
+    config = Config(model=ModelConfig(d_model=width, head_dim=32))
+    assert resolve(config).optim.lr == pytest.approx(rate, rel=0.01)
+    assert resolve(resolve(config)) == resolve(config)  # what is stored is a number, and stays it
+    given = replace(config, optim=OptimConfig(lr=0.3))
+    assert resolve(given) == given
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_rates_of_presets_follow_from_their_widths(preset):
+    config = resolve(PRESETS[preset]())
+    assert PRESETS[preset]().optim.lr == 0 and config.optim.lr == 1 / config.model.d_model
+
+
+def test_settings_that_were_not_resolved_train_nothing_silently():
+    with pytest.raises(ValueError, match="resolve"):
+        optim.learning_rate(optim.new_schedule(OptimConfig(), 5), OptimConfig())(0)
 
 
 @pytest.mark.parametrize(("step", "total"), [(5, 1000), (20, 1000), (100, 1000), (100, 120), (60, 80)])
 def test_an_extended_schedule_neither_jumps_nor_warms_up_again(step, total):
     """A run of 100 steps, 10 of warm-up, that is to end at another step from `step` on."""
-    cfg = OptimConfig(lr=0.3, lr_floor=0.1)
+    cfg = OptimConfig(lr=0.3, lr_floor=0.1, warmup_steps=10)
     before = optim.new_schedule(cfg, 100)
     after = optim.extended(before, cfg, step, total)
     old, new = optim.learning_rate(before, cfg), optim.learning_rate(after, cfg)

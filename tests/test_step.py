@@ -302,7 +302,7 @@ def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeyp
 def test_a_step_allocates_what_is_planned(optim, budget):
     cfg = ModelConfig(d_model=1024, n_layers=4, vocab_size=16384)
     train = TrainConfig(residence="host", batch_size=2, grad_accum=8, device_memory=budget)
-    settings, device = Config(model=cfg, train=train, optim=OptimConfig(**optim)), torch.device("cuda", 0)
+    settings, device = Config(model=cfg, train=train, optim=OptimConfig(lr=1e-3, **optim)), torch.device("cuda", 0)
     planned = visits(settings, torch.bfloat16, allowed_memory(device, budget))
     assert (planned.group == 8) == (budget == 2)
     gc.collect()
@@ -323,7 +323,7 @@ def test_steps_allocate_at_the_same_addresses(optim):
     cfg = Config(
         model=ModelConfig(d_model=1024, n_layers=4, vocab_size=16384),
         train=TrainConfig(residence="host", batch_size=2, grad_accum=8, device_memory=2),
-        optim=OptimConfig(clip=1e-3, **optim),
+        optim=OptimConfig(lr=1e-3, clip=1e-3, **optim),
     )
     device = torch.device("cuda", 0)
     state, step = init_state(cfg, device), make_step(cfg, new_schedule(cfg.optim, 10), device)

@@ -632,7 +632,7 @@ def test_weights_that_diverged_take_the_place_of_nothing(prose, capsys, steps):
     assert checkpoint.read_meta(Path("runs/a"), 4)["loss"] < 7 and checkpoint.best(Path("runs/a")) == 4
     assert not {"NaN", "Infinity"} & set(Path("runs/a/metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
     advice = error.split("python train.py ")[1].split()
-    assert advice[-1] == "1e-03"  # which did no harm before
+    assert advice[-1] == "8e-03"  # which did no harm before
     assert call(*advice) == 0 and final("a").step == 4 + int(steps)
 
 
@@ -678,13 +678,31 @@ def test_a_resumed_run_may_change_its_future(prose, capsys):
     kept = runs.read_config(Path("runs/a"))
     assert (kept.optim.lr, kept.optim.clip, kept.train.batch_size, kept.train.grad_accum) == (5e-4, 2.0, 8, 1)
     started, resumed = map(json.loads, Path("runs/a/history.jsonl").read_text().splitlines())
-    assert started["step"] == 0 and resumed["step"] == 2 and resumed["changes"]["optim.lr"] == [1e-3, 5e-4] and "--optim.clip 2" in resumed["command"]
+    assert started["step"] == 0 and resumed["step"] == 2 and resumed["changes"]["optim.lr"] == [1 / 128, 5e-4] and "--optim.clip 2" in resumed["command"]
     assert final("a").step == 4
+
+
+def test_the_rate_of_a_run_is_said_stored_and_kept_by_those_that_go_on_with_it(prose, capsys, monkeypatch):
+    """That of the rule, and one that is given: in a resumed run it stays, even if the rule has become another, unless the command line gives one."""
+    assert start(prose, "a", "--train.steps", "2", "--log.every", "1") == 0
+    assert "rate       7.8e-03 peak (rule for d 32), warm-up to step 1\n" in capsys.readouterr().out
+    assert start(prose, "b", "--train.steps", "2", "--optim.lr", "2e-3", "--optim.warmup-steps", "2") == 0
+    assert "rate       2.0e-03 peak, warm-up to step 2\n" in capsys.readouterr().out
+    monkeypatch.setattr("hyperlm.config.peak_rate", lambda cfg: 0.1)
+    for run, rate in ("a", 1 / 128), ("b", 2e-3):
+        assert runs.read_config(Path("runs") / run).optim.lr == rate
+        assert call("--resume", f"runs/{run}", "--train.steps", "3") == 0
+        assert runs.read_config(Path("runs") / run).optim.lr == rate
+    assert call("--resume", "runs/b", "--train.steps", "4", "--optim.lr", "1e-3") == 0
+    assert runs.read_config(Path("runs/b")).optim.lr == 1e-3
+    assert call("--resume", "runs/b", "--train.steps", "5", "--optim.lr", "0") == 0
+    changed = json.loads(Path("runs/b/history.jsonl").read_text().splitlines()[-1])["changes"]
+    assert runs.read_config(Path("runs/b")).optim.lr == 0.1 and changed["optim.lr"] == [1e-3, 0.1]
 
 
 def test_extending_a_run_does_not_raise_its_rate(prose, capsys):
     """From the end of a cosine, and from the middle of one; and a run that was extended is resumed exactly."""
-    flags = "--optim.warmup-steps", "2", "--ckpt.every", "5", "--ckpt.keep", "9"
+    flags = "--optim.lr", "1e-3", "--optim.warmup-steps", "2", "--ckpt.every", "5", "--ckpt.keep", "9"
     assert start(prose, "a", "--train.steps", "10", *flags) == 0
     capsys.readouterr()
     assert call("--resume", "runs/a", "--train.steps", "20") == 0
