@@ -17,9 +17,10 @@ from hyperlm.kernels.reference import norm as norm_of
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
-# Least steps of warm-up for the rate of `config.peak_rate`. Largest norm of the gradient after 20, 30 and 50 of them at d 4096 (32 layers, 200
-# steps of 32 x 512 tokens, one seed): 15.3, 3.4, 3.2; during them 25.6, 15.8, 9.5; training loss at the end 4.27 with 20, 3.98 with 50. Narrower
-# models need fewer (5 at d 512, 10 at d 1024), and lose nothing by 50: 4.11 with 20 and 4.09 with 50 at d 512, 4.01 and 3.98 at d 1024.
+# Least steps of warm-up for the rate of `config.peak_rate`. Largest norm of the gradient after 20, 30 and 50 of them at d 4096 (32
+# layers, 32 x 512 tokens a step, one seed; the run with 30 was stopped at step 80 of 200): 15.3, 3.4, 3.2; during them 25.6, 15.8, 9.5;
+# training loss at the end 4.27 with 20, 3.98 with 50. Narrower models need fewer (5 at d 512, 10 at d 1024), and lose nothing by 50: 4.11
+# with 20 and 4.09 with 50 at d 512, 4.01 and 3.98 at d 1024.
 WARMUP = 50
 
 
@@ -55,7 +56,7 @@ class Schedule:
 
 
 def new_schedule(cfg: OptimConfig, total: int) -> Schedule:
-    """That of a new run of `total` steps. Its warm-up, if not given, is a tenth of it, from WARMUP to 1,000 steps but at most half of it."""
+    """That of a new run of `total` steps. Warm-up that is not given is a tenth of it, from WARMUP to 1,000 steps but at most half of it."""
     warmup = min(cfg.warmup_steps, total) or min(max(WARMUP, math.ceil(total / 10)), 1000, math.ceil(total / 2))
     return Schedule(warmup, warmup, 1.0, total)
 
