@@ -67,7 +67,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ("stdlib",)
-    """Training text: files, folders (.txt .md .py .jsonl) or `stdlib`, each with an optional weight: `books:0.7`; or recipes (.toml) of these."""
+    """Training text: files and folders of prose, code and rows, hf://datasets/owner/name or `stdlib`, each with an optional weight: `books:0.7`;
+    or recipes (.toml) of these."""
     val_sources: tuple[str, ...] = ()
     """Validation text of its own. Without it, a share of the documents of `sources` is held out."""
     val_fraction: float = 0.05
@@ -78,6 +79,10 @@ class DataConfig:
     """Tokens N in a training sequence."""
     max_mib: float = 0.0
     """Use at most this much text of each source: as many documents as fit, in the order of their hashes; 0 for all of it."""
+    text_field: str = "text"
+    """Where rows (.jsonl .json .csv .tsv .parquet .arrow) have their text: a field or a column."""
+    on_bad: Literal["skip", "stop"] = "skip"
+    """What to do about a row that cannot be used: leave it out and say how many there were, or stop."""
     cache: str = ""
     """Folder of tokenised text; by default $XDG_CACHE_HOME/hyperlm or ~/.cache/hyperlm."""
 
@@ -233,6 +238,7 @@ def resolve(config: Config) -> Config:
     require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be at least 0 and below 1")
     require(len(d.sources) > 0, "data.sources", "", "needs at least one file, folder, recipe or `stdlib`")
     require(d.max_mib == 0 or 0.001 <= d.max_mib < float("inf"), "data.max-mib", d.max_mib, "must be at least 0.001, or 0 for all of the text")
+    require(d.text_field != "", "data.text-field", "''", "must be the name of a field, such as text")
     require(0 < d.val_fraction < 1, "data.val-fraction", d.val_fraction, "must be between 0 and 1")
     require(t.steps > 0 or t.epochs > 0, "train.epochs", t.epochs, "must be above 0 where --train.steps is 0")
     require(o.lr >= 0, "optim.lr", o.lr, "must be above 0, or 0 to follow from the width")

@@ -137,7 +137,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(prose, monkeypatch, tm
 
 def test_prose_is_cut_into_documents_that_join_to_the_text(prose):
     text = prose.read_text()
-    parts = list(sources.pieces(text))
+    parts = list(text.pieces([text]))
     assert len(parts) > 3 and "".join(parts) == text and all(part.endswith("\n\n") for part in parts[:-1])
 
 

@@ -19,7 +19,7 @@ from hyperlm.config import Config, DataConfig
 from hyperlm.data import cache
 from hyperlm.data.documents import DataError, Document
 from hyperlm.data.selection import Selection, drop_copies, hold_out, select
-from hyperlm.data.sources import SUFFIXES, Readings, Source, documents, notes, parse_sources, summary, with_names
+from hyperlm.data.sources import Readings, Source, documents, notes, parse_sources, summary, why_empty, with_names
 from hyperlm.data.tokenise import build
 
 
@@ -51,12 +51,12 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     Raises:
         DataError: on unusable text; TokenizerError on an unusable tokenizer.
     """
-    cfg, readings = config.data, Readings()
+    cfg, readings = config.data, Readings(config.data.text_field, config.data.on_bad)
     training, validation = parse_sources(cfg.sources), parse_sources(cfg.val_sources, "--data.val-sources")
     named = with_names([*training, *(source._replace(weight=None) for source in validation)])
     training, validation = named[: len(training)], named[len(training) :]
-    training, selections = with_text(training, [select(s, cfg.max_mib, readings) for s in training], "--data.sources", say)
-    validation, held_out = with_text(validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", say)
+    training, selections = with_text(training, [select(s, cfg.max_mib, readings) for s in training], "--data.sources", readings, say)
+    validation, held_out = with_text(validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", readings, say)
     for line in notes(readings):
         say(f"reading    {line}")
     if not validation:
@@ -86,7 +86,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
 
 
 def with_text(
-    sources: list[Source], selections: list[Selection], flag: str, say: Callable[[str], None]
+    sources: list[Source], selections: list[Selection], flag: str, readings: Readings, say: Callable[[str], None]
 ) -> tuple[list[Source], list[Selection]]:
     """The sources that have text. A file without any is left out where others have some.
 
@@ -97,7 +97,7 @@ def with_text(
     empty = [source for source, any_text in zip(sources, full, strict=True) if not any_text]
     for source in empty:
         if not any(full) or source.path is None or source.path.is_dir():
-            raise DataError(f"{flag} {source.path or source.name}: no text in it; it needs {' '.join(SUFFIXES)} files that are not empty")
+            raise DataError(f"{flag} {source.path or source.name}: {why_empty(source, readings)}")
     for line in summary(f"{source.name}: left out, no text in it" for source in empty):
         say(f"reading    {line}")
     return list(compress(sources, full)), list(compress(selections, full))

@@ -6,8 +6,8 @@ from hyperlm.data.documents import Document
 from hyperlm.tokenizer import ROLES, clean
 
 
-def document_of(record: Any) -> Document:
-    """The document of a row.
+def document_of(record: Any, text_field: str = "text") -> Document:
+    """The document of a row; `text_field` is where its text is.
 
     Raises:
         ValueError: saying what is wrong.
@@ -15,9 +15,9 @@ def document_of(record: Any) -> Document:
     if not isinstance(record, dict):
         raise ValueError(f"{kind(record)}, not an object with text or messages")
     if "messages" not in record:
-        if "text" not in record:
-            raise ValueError("no 'text' field; a line needs text, or messages with role and content")
-        return Document(checked(record["text"], "text"))
+        if text_field not in record:
+            raise ValueError(f"no {text_field!r} field; a line needs text, or messages with role and content")
+        return Document(checked(record[text_field], text_field))
     if not isinstance(record["messages"], list):
         raise ValueError(f"messages is {kind(record['messages'])}, not a list")
     messages = []

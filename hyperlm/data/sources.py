@@ -1,24 +1,27 @@
-"""Sources to documents: files (.txt, .md, .py, .jsonl), folders of them, `stdlib`, and recipes (.toml) that name several."""
+"""Sources to documents: files, folders, archives, data sets of a hub, `stdlib`, and recipes (.toml) that name several."""
 
 import difflib
-import json
 import os
-import sysconfig
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from gzip import BadGzipFile
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
+from hyperlm.data import hub
 from hyperlm.data.documents import DataError, Document
+from hyperlm.data.folders import File, Listing, Open, listed, opening, standard_library, suffix_of
+from hyperlm.data.formats import DAMAGE, FORMATS, READABLE, Row, blocks
 from hyperlm.data.rows import document_of
-from hyperlm.data.text import Encoding, NotText, decode, find_encoding, pieces
+from hyperlm.data.text import Encoding, NotText, find_encoding
 from hyperlm.tokenizer import clean
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 HEAVIEST = 1e9  # a weight; sums of them stay numbers
-READ = 1 << 20  # bytes of a .jsonl file at a time
 SHOWN = 3  # files that are named in a line about several
 
 
@@ -42,7 +45,7 @@ def parse_sources(texts: tuple[str, ...], flag: str = "--data.sources") -> list[
     sources = []
     for text in texts:
         path, weight = text, None
-        if ":" in text and not os.path.exists(text):
+        if ":" in text.removeprefix(hub.SCHEME) and not os.path.exists(text):
             path, _, tail = text.rpartition(":")
             try:
                 weight = float(tail)
@@ -70,14 +73,16 @@ def check_weight(weight: Any, where: str) -> float:
 def source_at(path: str, weight: float | None, where: str, base: Path = Path()) -> Source:
     if path == "stdlib":
         return Source("stdlib", None, weight)
+    if path.startswith(hub.SCHEME):
+        return Source(*hub.snapshot(path, where), weight)
     full = base / os.path.expanduser(path)
     if not path or not os.path.exists(full):
         raise DataError(f"{where}: no such file or folder")
     if not os.path.isdir(full):
         if not os.path.isfile(full):
             raise DataError(f"{where}: neither a file nor a folder")
-        if full.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{where}: cannot read {full.suffix or 'a file without suffix'}; use {' '.join(SUFFIXES)} or a recipe .toml")
+        if suffix_of(full.name) not in {*FORMATS, ".zip"}:
+            raise DataError(f"{where}: cannot read {full.suffix or 'a file without a suffix'}; use {READABLE}, or a recipe .toml")
     return Source(os.path.basename(os.path.abspath(full)), full, weight)
 
 
@@ -116,7 +121,7 @@ def check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> Non
 
 def with_names(sources: list[Source]) -> list[Source]:
     """The same sources with names that differ: by as much of their paths as that takes, and where paths are the same by a number."""
-    parts = [Path(os.path.abspath(s.path)).parts if s.path else (s.name,) for s in sources]
+    parts = [Path(full).parts if (full := os.path.abspath(s.path or "")) and os.path.basename(full) == s.name else (s.name,) for s in sources]
     names = {p: p[-1] for p in parts}
     for depth in range(2, max(map(len, parts), default=0) + 1):
         count = Counter(names.values())
@@ -136,40 +141,37 @@ def in_one_line(name: str) -> str:
 
 # -- documents -------------------------------------------------------------------------------------------------------------------------
 
+MODULE = 64 << 10  # characters of a file of the standard library that are used: none is more than a few per cent of a small corpus
+
 
 class Reading(NamedTuple):
     """How a file is read, found out the first time."""
 
-    encoding: Encoding | None  # None: it is left out
+    encoding: Encoding | None  # None where its format has none
+    left_out: bool = False
     notes: tuple[tuple[str, str], ...] = ()  # (what about, in words)
 
 
-Readings = dict[Path, Reading]
+@dataclass(frozen=True)
+class Readings:
+    """How a corpus is read: settings, and what is found out the first time."""
+
+    text_field: str = "text"  # of a row
+    on_bad: str = "skip"  # a row that cannot be used; or "stop"
+    listings: dict[Source, Listing] = field(default_factory=dict)
+    files: dict[File, Reading] = field(default_factory=dict)
 
 
-def files(source: Source) -> list[Path]:
-    """Every file of a source, in order.
+def files(source: Source) -> Listing:
+    """Every file of a source, in order, and what is left out.
 
     Raises:
-        DataError: on a folder that cannot be read.
+        DataError: on a folder that cannot be read or a damaged archive.
     """
-    if source.path is not None and not os.path.isdir(source.path):
-        return [source.path]
-    suffixes = (".py",) if source.path is None else SUFFIXES
-    root = Path(sysconfig.get_paths()["stdlib"]) if source.path is None else source.path
-
-    def fail(e: OSError) -> None:
-        raise e
-
-    found = []
     try:
-        for folder, below, names in os.walk(root, onerror=fail):
-            if source.path is None:
-                below[:] = [name for name in below if name not in NOT_STDLIB]
-            found += [path for name in names if (path := Path(folder, name)).suffix.lower() in suffixes and path.is_file()]
+        return Listing(standard_library(), Counter(), Counter()) if source.path is None else listed(source.path, FORMATS)
     except OSError as e:
-        raise unreadable(e.filename or root, e) from e
-    return sorted(found)
+        raise unreadable(e.filename or source.path or source.name, e) from e
 
 
 def documents(source: Source, readings: Readings | None = None) -> Iterator[Document]:
@@ -179,65 +181,81 @@ def documents(source: Source, readings: Readings | None = None) -> Iterator[Docu
         readings: how files are read; what is not there is found out and added.
 
     Raises:
-        DataError: naming the file, and of .jsonl the line.
+        DataError: naming the file, and of a row its number.
     """
-    readings = {} if readings is None else readings
-    for path in files(source):
+    readings = readings or Readings()
+    if source not in readings.listings:
+        readings.listings[source] = files(source)
+    for path, members in groupby(readings.listings[source].files, key=lambda file: file.path):
+        file = File(path)
         try:
-            yield from (d for d in file_documents(path, readings, named=path == source.path) if d.content and not d.content.isspace())
+            with opening(path) as open_file:
+                for file in members:
+                    for document in file_documents(file, partial(open_file, file), readings, named=file == File(source.path or Path())):
+                        if source.path is None and len(document.text) > MODULE:  # up to where something new begins
+                            document = Document(document.text[: document.text.rfind("\n\n\n", 0, MODULE) + 1])
+                        if document.content and not document.content.isspace():
+                            yield document
+        except (*DAMAGE, BadZipFile, BadGzipFile, NotImplementedError) as e:
+            raise DataError(f"{file}: damaged, or not what its name says ({e})") from e
+        except ModuleNotFoundError as e:
+            raise DataError(f"{file}: reading it takes {e.name}, which is not installed: pip install 'hyperlm-torch[parquet]'") from e
         except OSError as e:
-            raise unreadable(path, e) from e
+            raise unreadable(file, e) from e
         except UnicodeError as e:
-            raise DataError(f"{path}: changed while it was read; start again when nothing writes it") from e
+            raise DataError(f"{file}: changed while it was read; start again when nothing writes it") from e
 
 
-def file_documents(path: Path, readings: Readings, named: bool) -> Iterator[Document]:
-    lines = path.suffix.lower() == ".jsonl"
-    raw = b"" if lines else path.read_bytes()
-    first = path not in readings
-    if first:
-        try:
-            encoding = find_encoding(lambda: blocks(path) if lines else [raw])
-            readings[path] = Reading(encoding, (("encoding", encoding.assumed),) if encoding.assumed else ())
-        except NotText as e:
-            if named:
-                raise DataError(f"{path}: {e}") from e
-            readings[path] = Reading(None, (("skipped", f"left out, {e}"),))
-    reading = readings[path]
-    if reading.encoding is None:
+def file_documents(file: File, open_file: Open, readings: Readings, named: bool) -> Iterator[Document]:
+    form = FORMATS[file.suffix]
+    reading = readings.files.get(file)
+    if reading and reading.left_out:
         return
-    if lines:
-        yield from jsonl_documents(path, reading.encoding)
-    elif path.suffix.lower() == ".py":
-        yield Document(decode(raw, reading.encoding))
+    try:
+        encoding = reading.encoding if reading else None if form.binary else find_encoding(lambda: blocks(open_file))
+        found = [("encoding", encoding.assumed)] if encoding and encoding.assumed else []
+        if form.rows:
+            rows = form.rows(open_file, encoding)
+            if left_out := (yield from row_documents(file, rows, form.unit, readings)):
+                found.append(("rows", left_out))
+        else:
+            where = Counter[str]()
+            yield from map(Document, form.texts(open_file, encoding, where))
+            if where.total() > where["empty lines"]:
+                places = ", ".join(f"{n} at {what}" for what, n in where.most_common())
+                found.append(("cut", f"few empty lines, cut into {where.total() + 1} documents ({places})"))
+    except NotText as e:
+        if named:
+            raise DataError(f"{file}: {e}") from e
+        readings.files[file] = Reading(None, True, (("skipped", f"left out, {e}"),))
     else:
-        where = Counter[str]()
-        yield from (Document(piece) for piece in pieces(decode(raw, reading.encoding), where))
-        if first and where.total() > where["empty lines"]:
-            places = ", ".join(f"{n} at {what}" for what, n in where.most_common())
-            note = "cut", f"few empty lines, cut into {where.total() + 1} documents ({places})"
-            readings[path] = reading._replace(notes=(*reading.notes, note))
+        readings.files.setdefault(file, Reading(encoding, False, tuple(found)))
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while block := file.read(READ):
-            yield block
+def row_documents(file: File, rows: Iterable[tuple[int, Row]], unit: str, readings: Readings) -> Generator[Document, None, str]:
+    """Documents of rows; returns how many rows were left out and why, "" if none was.
 
-
-def jsonl_documents(path: Path, encoding: Encoding) -> Iterator[Document]:
-    """Lines with a `text` field, or `messages` of {"role", "content"}; one line in memory at a time."""
-    with open(path, encoding=encoding.name, errors=encoding.errors) as file:
-        for number, line in enumerate(file, 1):
-            if line := line.strip():
-                try:
-                    yield document_of(json.loads(line))
-                except RecursionError as e:
-                    raise DataError(f"{path}:{number}: nested too deeply") from e
-                except json.JSONDecodeError as e:
-                    raise DataError(f"{path}:{number}: {e.msg} at character {e.pos + 1}") from e
-                except ValueError as e:
-                    raise DataError(f"{path}:{number}: {e}") from e
+    Raises:
+        DataError: on a row that cannot be used, if that is to stop; NotText if none can be used.
+    """
+    used = bad = 0
+    first = ""
+    for number, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            document = document_of(row, readings.text_field)
+        except ValueError as e:
+            if readings.on_bad == "stop":
+                raise DataError(f"{file}:{number}: {e}") from e
+            first = first or f"the first at {unit} {number}: {e}"
+            bad += 1
+        else:
+            used += 1
+            yield document
+    if bad and not used:
+        raise NotText(f"none of its rows can be used, {first}")
+    return f"{bad:,} row{'s' * (bad > 1)} left out, {first}" if bad else ""
 
 
 def unreadable(path: str | Path, e: OSError) -> DataError:
@@ -245,13 +263,22 @@ def unreadable(path: str | Path, e: OSError) -> DataError:
 
 
 def notes(readings: Readings) -> Iterator[str]:
-    """What had to be assumed while files were read, in a line or two for each kind of assumption."""
+    """What folders hold, and what had to be assumed while files were read, in a line or two for each kind of assumption."""
+    for source, listing in readings.listings.items():
+        if words := str(listing):
+            yield f"{source.name}: {words}"
     by_kind: dict[str, list[str]] = {}
-    for path, reading in readings.items():
+    for file, reading in readings.files.items():
         for what, words in reading.notes:
-            by_kind.setdefault(what, []).append(f"{in_one_line(path.name)}: {words}")
+            by_kind.setdefault(what, []).append(f"{in_one_line(file.name)}: {words}")
     for lines in by_kind.values():
         yield from summary(lines)
+
+
+def why_empty(source: Source, readings: Readings) -> str:
+    """What to say of a source without text."""
+    words = str(readings.listings[source])
+    return f"no text in it{f' ({words})' if words else ''}; it needs files that are not empty: {READABLE}"
 
 
 def summary(lines: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Bytes of a file to text, and text to pieces: encodings, line ends, and where prose may be cut. Nothing here knows of sources."""
 
 import codecs
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,7 @@ REPLACED = "replaced by U+FFFD"
 
 
 class NotText(ValueError):
-    """Bytes that are no text; the message says why."""
+    """A file that has no text to use; the message says why."""
 
 
 class Encoding(NamedTuple):
@@ -105,19 +106,50 @@ def mistakes(blocks: Iterable[bytes]) -> tuple[int, int]:
 
 def decode(raw: bytes, encoding: Encoding) -> str:
     """Text with universal newlines."""
-    text = raw.decode(encoding.name, encoding.errors)
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return "".join(decoded([raw], encoding))
 
 
-def cuts(text: str) -> Iterator[tuple[int, str]]:
-    """Where prose is cut, PIECE characters apart or a little more, and what is there: an end of CUTS, or "characters"."""
-    start = 0
-    while start + PIECE < len(text):
+def decoded(blocks: Iterable[bytes], encoding: Encoding) -> Iterator[str]:
+    """Text with universal newlines, block by block: joined, the same however the bytes are cut."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding.name)(encoding.errors), translate=True)
+    for block in blocks:
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def longer(text: str, blocks: Iterator[str], size: int) -> tuple[str, bool]:
+    """A text and as many of the blocks that follow it as make it `size` characters long; and whether there are no more."""
+    parts, length = [text], len(text)
+    while length < size:
+        if (block := next(blocks, None)) is None:
+            return "".join(parts), True
+        parts.append(block)
+        length += len(block)
+    return "".join(parts), False
+
+
+def pieces(blocks: Iterable[str], counts: Counter[str] | None = None) -> Iterator[str]:
+    """Prose in pieces that join to it, PIECE characters long or a little more; the same ones however it is cut into blocks.
+
+    Args:
+        counts: is told at what it was cut: ends of CUTS, or "characters".
+    """
+    blocks = iter(blocks)
+    text, start, ended = "", 0, False
+    while True:
+        if not ended and len(text) - start <= 2 * REACH:  # an end is told from REACH characters, and whether text follows from as many more
+            text, ended = longer(text[start:], blocks, 2 * REACH + 1)
+            start = 0
+        if len(text) - start <= PIECE:
+            break
         end, what = cut(text, start + PIECE, start + REACH)
-        if not NOT_SPACE.search(text, end):  # nothing but space is no piece
-            return
-        yield end, what
+        if ended and len(text) - end <= REACH and not NOT_SPACE.search(text, end):  # nothing but space is no piece
+            break
+        yield text[start:end]
         start = end
+        if counts is not None:
+            counts[what] += 1
+    yield text[start:]
 
 
 def cut(text: str, low: int, high: int) -> tuple[int, str]:
@@ -126,14 +158,3 @@ def cut(text: str, low: int, high: int) -> tuple[int, str]:
         if found := pattern.search(text, low, high):
             return found.end(), what
     return low, "characters"
-
-
-def pieces(text: str, counts: Counter[str] | None = None) -> Iterator[str]:
-    """Prose in pieces that join to the text; `counts` is told at what it was cut."""
-    start = 0
-    for end, what in cuts(text):
-        yield text[start:end]
-        start = end
-        if counts is not None:
-            counts[what] += 1
-    yield text[start:]

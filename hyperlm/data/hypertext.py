@@ -1,0 +1,59 @@
+"""The text of a page of HTML: what a reader sees, blocks on lines of their own."""
+
+import re
+from html.parser import HTMLParser
+
+SILENT = {"script", "style", "template", "noscript", "svg", "iframe"}
+PARAGRAPHS = set("p h1 h2 h3 h4 h5 h6 pre blockquote ul ol dl table figure article section header footer main aside nav form title hr".split())
+LINES = set("br div li tr dt dd caption figcaption address option".split())
+CELLS = {"td", "th"}
+SPACE = re.compile(r"[ \t\n\r\f]+")
+
+
+class Text(HTMLParser):
+    """Collects text, with line ends where blocks begin and end."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.silent: list[str] = []  # elements around whose text is not shown
+        self.kept = 0  # elements around that keep their spaces
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in SILENT:
+            self.silent.append(tag)
+        self.kept += tag == "pre"
+        self.end_block(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.end_block(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.silent:
+            while self.silent.pop() != tag:
+                pass
+        self.kept = max(0, self.kept - (tag == "pre"))
+        self.end_block(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.silent:
+            return
+        if not self.kept:
+            data = SPACE.sub(" ", data)
+            if not self.parts or self.parts[-1].endswith((" ", "\t", "\n")):
+                data = data.removeprefix(" ")
+        if data:
+            self.parts.append(data)
+
+    def end_block(self, tag: str) -> None:
+        if end := "\n\n" if tag in PARAGRAPHS else "\n" if tag in LINES else "\t" if tag in CELLS else "":
+            self.parts.append(end)
+
+
+def text_of(html: str) -> str:
+    """Text with an empty line between paragraphs, without scripts and styles; "" if there is none."""
+    parser = Text()
+    parser.feed(html)
+    parser.close()
+    text = re.sub(r"(?<![ \t])[ \t]+\n", "\n", "".join(parser.parts))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
