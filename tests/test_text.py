@@ -12,16 +12,16 @@ from conftest import write_prose
 from test_data import config, prepare
 
 from hyperlm import data
-from hyperlm.data import sources, text
+from hyperlm.data import formats, sources, text
 
 PARAGRAPHS = "\n\n".join(f"Paragraph {i} goes on for a while, and says what {i * i} is. " * 40 for i in range(30)) + "\n"
 FRENCH = "Le café était très bon, et l’été à la forêt « déjà vu ». Où est passée la clé ? Ça va, merci. " * 30
 RUSSIAN = "Привет, как дела? Это проверка кодировки текста, в котором есть буквы. " * 30
 
 
-def read(path: Path) -> tuple[list[str], list[str]]:
+def read(path: Path, **settings: str) -> tuple[list[str], list[str]]:
     """The documents of a file or folder, and what was said of them."""
-    readings = {}
+    readings = sources.Readings(**settings)
     found = [d.text for d in sources.documents(sources.Source(path.name, path, None), readings)]
     assert found == [d.text for d in sources.documents(sources.Source(path.name, path, None), readings)]  # the second time as the first
     return found, list(sources.notes(readings))
@@ -71,7 +71,7 @@ def test_damaged_utf8_stays_utf8(tmp_path):
 
 
 def test_a_mistake_far_into_a_file_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "READ", 1000)
+    monkeypatch.setattr(formats, "READ", 1000)
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "plain"}\n' * 5000 + '{"text": "café"}\n'.encode("cp1252"))
     documents, said = read(tmp_path / "t.jsonl")
     assert documents == ["plain"] * 5000 + ["café"] and said == ["t.jsonl: not UTF-8, read as cp1252"]
@@ -95,7 +95,7 @@ def test_what_looks_binary_is_refused_by_name_and_left_out_of_a_folder(tmp_path,
         read(tmp_path / "f" / "bad.txt")
     assert str(e.value).startswith(f"{tmp_path / 'f' / 'bad.txt'}: it looks binary") and why in str(e.value) and "\n" not in str(e.value)
     documents, said = read(tmp_path / "f")
-    assert documents == ["good"] and len(said) == 1 and said[0].startswith("bad.txt: left out, it looks binary")
+    assert documents == ["good"] and said[0] == "f: 2 .txt" and len(said) == 2 and said[1].startswith("bad.txt: left out, it looks binary")
 
 
 def test_many_files_of_one_kind_are_said_in_a_few_lines(tmp_path):
@@ -104,7 +104,7 @@ def test_many_files_of_one_kind_are_said_in_a_few_lines(tmp_path):
         (tmp_path / "f" / f"{i}.txt").write_bytes(b"caf\xe9 au lait")
         (tmp_path / "f" / f"{i}.md").write_bytes(b"\0\1\2")
     _, said = read(tmp_path / "f")
-    assert len(said) == 8 and sum(line == "and 7 more files likewise" for line in said) == 2
+    assert said[0] == "f: 10 .md, 10 .txt" and len(said) == 9 and sum(line == "and 7 more files likewise" for line in said) == 2
 
 
 def test_a_folder_reads_every_suffix_in_any_case_and_no_pipes(tmp_path):
@@ -137,7 +137,7 @@ def test_text_without_empty_lines_is_cut_elsewhere_and_it_is_said(tmp_path, cont
 
 def test_lines_of_spaces_are_empty_and_no_piece_is_empty(tmp_path):
     content = ("a line\n" * 1300 + " \t \n") * 4 + "\n \n" * 5000
-    parts = list(text.pieces(content))
+    parts = list(text.pieces([content]))
     assert "".join(parts) == content and len(parts) == 4 and all(part.strip() for part in parts)
 
 
@@ -146,7 +146,7 @@ def test_pieces_join_to_any_text(seed):
     rng = random.Random(seed)
     parts = ["a", "word", " ", "\n", "\n\n", " \n \n", ". ", "。", "é", "x" * 3000, "\t"]
     content = "".join(rng.choices(parts, [rng.random() for _ in parts], k=20_000))
-    pieces = list(text.pieces(content))
+    pieces = list(text.pieces([content]))
     assert "".join(pieces) == content and all(piece.strip() for piece in pieces)
     assert all(text.PIECE <= len(piece) <= text.REACH for piece in pieces[:-1])
 
@@ -184,7 +184,7 @@ LINES = {
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     (tmp_path / "d.jsonl").write_text('{"text": "good"}\n\n' + line + "\n")
     with pytest.raises(data.DataError) as e:
-        read(tmp_path / "d.jsonl")
+        read(tmp_path / "d.jsonl", on_bad="stop")
     assert str(e.value).startswith(f"{tmp_path / 'd.jsonl'}:3: {message}") and "\n" not in str(e.value) and len(str(e.value)) < 300
 
 

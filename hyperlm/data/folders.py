@@ -66,10 +66,10 @@ class Listing(NamedTuple):
 
 
 def counted(counts: Counter[str]) -> str:
-    """`120 .md, 30 .txt`, the most first."""
+    """`120 .md, 30 .txt and 2 more`, the most first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ranked[SHOWN:])
-    return ", ".join([*(f"{count:,} {what}" for what, count in ranked[:SHOWN]), *([f"{rest:,} others"] if rest else [])])
+    return ", ".join(f"{count:,} {what}" for what, count in ranked[:SHOWN]) + (f" and {rest:,} more" if rest else "")
 
 
 def unpacked(name: str) -> str:

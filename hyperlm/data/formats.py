@@ -142,18 +142,23 @@ def json_values(open_file: Open, encoding: Encoding | None) -> Iterator[tuple[in
 
 def scanned(scan: Callable[[str, int], tuple[Any, int]], text: str, at: int, ended: bool, number: int) -> tuple[Row, int | None]:
     """A value of JSON and where it ends; None where more text is needed to tell."""
+    too_long = f"row {number} is longer than {LARGEST // MIB} MiB"
     try:
         value, end = scan(text, at)
+        if end - at > LARGEST:
+            raise Damaged(too_long)
         return value, end if ended or end < len(text) else None
     except json.JSONDecodeError as e:
         within = e.pos < len(text) - 16 and not e.msg.startswith("Unterminated")  # 16: no name, number or escape of JSON is longer
         if ended or within:
             raise (Damaged if number > 1 else NotText)(f"row {number}: {e.msg}") from e
         if len(text) - at > LARGEST:
-            raise Damaged(f"row {number} is longer than {LARGEST // MIB} MiB") from e
+            raise Damaged(too_long) from e
         return None, None
     except RecursionError as e:
         raise Damaged(f"row {number}: nested too deeply") from e
+    except Damaged:
+        raise
     except ValueError as e:
         raise Damaged(f"row {number}: {e}") from e
 
@@ -190,7 +195,7 @@ def short(lines: Iterable[str]) -> Iterator[str]:
 def parquet(open_file: Open, encoding: Encoding | None) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet
 
-    with open_file() as file, pyarrow.parquet.ParquetFile(file, buffer_size=READ) as table:
+    with open_file() as file, pyarrow.parquet.ParquetFile(file, buffer_size=READ, pre_buffer=False) as table:  # or it reads whole row groups
         columns = [field.name for field in table.schema_arrow if has_text(field)]
         yield from numbered(table.iter_batches(ROWS, columns=columns))
 
@@ -220,8 +225,14 @@ def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
     """What is null in a table is not there in its row."""
     number = 0
     for batch in batches:
-        for number, row in enumerate(batch.to_pylist(), number + 1):
-            yield number, {name: value for name, value in row.items() if value is not None}
+        names = batch.schema.names
+        for number, values in enumerate(zip(*map(objects, batch.columns), strict=True), number + 1):
+            yield number, {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
+def objects(column: Any) -> Iterable[Any]:
+    """Values as Python has them; of strings numpy makes them faster than pyarrow."""
+    return column.to_numpy(zero_copy_only=False) if str(column.type) in ("string", "large_string") else column.to_pylist()
 
 
 def with_arrow(read: Callable[[Open, Encoding | None], Iterator[tuple[int, Row]]]) -> Callable[..., Iterator[tuple[int, Row]]]:
@@ -232,8 +243,10 @@ def with_arrow(read: Callable[[Open, Encoding | None], Iterator[tuple[int, Row]]
 
         try:
             yield from read(open_file, encoding)
-        except pyarrow.ArrowException as e:
-            raise Damaged(str(e).splitlines()[0]) from e
+        except (pyarrow.ArrowException, OSError) as e:
+            if isinstance(e, OSError) and e.errno:  # of the system, not of what was read
+                raise
+            raise Damaged(str(e).partition("\n")[0]) from e
 
     return rows
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 SILENT = {"script", "style", "template", "noscript", "svg", "iframe"}
 PARAGRAPHS = set("p h1 h2 h3 h4 h5 h6 pre blockquote ul ol dl table figure article section header footer main aside nav form title hr".split())
-LINES = set("br div li tr dt dd caption figcaption address option".split())
+LINES = set("div li tr dt dd caption figcaption address option".split())
 CELLS = {"td", "th"}
 SPACE = re.compile(r"[ \t\n\r\f]+")
 
@@ -33,6 +33,8 @@ class Text(HTMLParser):
             while self.silent.pop() != tag:
                 pass
         self.kept = max(0, self.kept - (tag == "pre"))
+        if tag in CELLS:
+            self.parts.append("\t")
         self.end_block(tag)
 
     def handle_data(self, data: str) -> None:
@@ -46,8 +48,10 @@ class Text(HTMLParser):
             self.parts.append(data)
 
     def end_block(self, tag: str) -> None:
-        if end := "\n\n" if tag in PARAGRAPHS else "\n" if tag in LINES else "\t" if tag in CELLS else "":
-            self.parts.append(end)
+        if tag in PARAGRAPHS:
+            self.parts.append("\n\n")
+        elif tag == "br" or (tag in LINES and self.parts and not self.parts[-1].endswith("\n")):
+            self.parts.append("\n")
 
 
 def text_of(html: str) -> str:
