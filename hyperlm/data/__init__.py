@@ -1,6 +1,6 @@
-"""Text to batches: text.py (encodings, cuts), documents.py (texts and conversations), rows.py (of tables and JSON), sources.py (where text
-comes from), selection.py (which of it, on which side), tokenise.py and corpus.py (tokens on disk), cache.py (folders that are checked), order.py (what
-a step reads).
+"""Text to batches: text.py (encodings, cuts), documents.py (texts and conversations), rows.py (of tables and JSON), formats.py and hypertext.py
+(what is in a file), folders.py and hub.py (which files), sources.py (where text comes from), selection.py (which of it, on which side), tokenise.py
+and corpus.py (tokens on disk), cache.py (folders that are checked), order.py (what a step reads).
 """
 
 from hyperlm.data.cache import verify as verify_cache

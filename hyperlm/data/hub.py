@@ -10,8 +10,7 @@ from hyperlm.data.formats import FORMATS
 SCHEME = "hf:"
 # owner/name, a revision there or at the end, and a path within
 ADDRESS = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]*[^@/]))?/?(?:@(?P<last>[^@]+))?")
-DATA = [suffix for suffix, form in FORMATS.items() if form.rows] + [".txt"]
-ABOUT = ["README*", "dataset_infos.json", ".*"]  # a card and descriptions are no text of the data set
+DATA = [suffix for suffix, form in FORMATS.items() if form.rows] + [".txt"]  # a card and code that loads it are no text of a data set
 
 
 def snapshot(address: str, where: str) -> tuple[str, Path]:
@@ -30,7 +29,7 @@ def snapshot(address: str, where: str) -> tuple[str, Path]:
     data = [f"*{suffix}{packed}" for suffix in DATA for packed in ("", *PACKED)] + ["*.zip"]
     wanted = [path, f"{path}/*"] if path else data
     try:
-        root = snapshot_download(name, repo_type="dataset", revision=found["revision"] or found["last"], allow_patterns=wanted, ignore_patterns=ABOUT)
+        root = snapshot_download(name, repo_type="dataset", revision=found["revision"] or found["last"], allow_patterns=wanted)
     except (OSError, ValueError) as e:  # what the hub's errors and those of the network have in common
         raise DataError(f"{where}: cannot be fetched ({' '.join(str(e).split()):.200}); check the name and the network") from e
     local = Path(root, path)

@@ -34,6 +34,7 @@ class Source(NamedTuple):
     name: str
     path: Path | None  # None for the standard library
     weight: float | None
+    hub: bool = False  # a data set of the hub
 
 
 def parse_sources(texts: tuple[str, ...], flag: str = "--data.sources") -> list[Source]:
@@ -74,7 +75,7 @@ def source_at(path: str, weight: float | None, where: str, base: Path = Path()) 
     if path == "stdlib":
         return Source("stdlib", None, weight)
     if path.startswith(hub.SCHEME):
-        return Source(*hub.snapshot(path, where), weight)
+        return Source(*hub.snapshot(path, where), weight, hub=True)
     full = base / os.path.expanduser(path)
     if not path or not os.path.exists(full):
         raise DataError(f"{where}: no such file or folder")
@@ -121,7 +122,7 @@ def check_keys(table: dict[str, Any], known: tuple[str, ...], where: str) -> Non
 
 def with_names(sources: list[Source]) -> list[Source]:
     """The same sources with names that differ: by as much of their paths as that takes, and where paths are the same by a number."""
-    parts = [Path(full).parts if (full := os.path.abspath(s.path or "")) and os.path.basename(full) == s.name else (s.name,) for s in sources]
+    parts = [Path(os.path.abspath(s.path)).parts if s.path and not s.hub else (s.name,) for s in sources]
     names = {p: p[-1] for p in parts}
     for depth in range(2, max(map(len, parts), default=0) + 1):
         count = Counter(names.values())
@@ -168,10 +169,12 @@ def files(source: Source) -> Listing:
     Raises:
         DataError: on a folder that cannot be read or a damaged archive.
     """
+    if source.path is None:
+        return Listing(standard_library(), Counter(), Counter())
     try:
-        return Listing(standard_library(), Counter(), Counter()) if source.path is None else listed(source.path, FORMATS)
+        return listed(source.path, hub.DATA if source.hub else FORMATS)
     except OSError as e:
-        raise unreadable(e.filename or source.path or source.name, e) from e
+        raise unreadable(e.filename or source.path, e) from e
 
 
 def documents(source: Source, readings: Readings | None = None) -> Iterator[Document]:
@@ -192,8 +195,8 @@ def documents(source: Source, readings: Readings | None = None) -> Iterator[Docu
             with opening(path) as open_file:
                 for file in members:
                     for document in file_documents(file, partial(open_file, file), readings, named=file == File(source.path or Path())):
-                        if source.path is None and len(document.text) > MODULE:  # up to where something new begins
-                            document = Document(document.text[: document.text.rfind("\n\n\n", 0, MODULE) + 1])
+                        if source.path is None:
+                            document = Document(beginning(document.text))
                         if document.content and not document.content.isspace():
                             yield document
         except (*DAMAGE, BadZipFile, BadGzipFile, NotImplementedError) as e:
@@ -204,6 +207,14 @@ def documents(source: Source, readings: Readings | None = None) -> Iterator[Docu
             raise unreadable(file, e) from e
         except UnicodeError as e:
             raise DataError(f"{file}: changed while it was read; start again when nothing writes it") from e
+
+
+def beginning(module: str) -> str:
+    """Its first MODULE characters or less, up to where something new begins."""
+    if len(module) <= MODULE:
+        return module
+    end = module.rfind("\n\n\n", 0, MODULE)
+    return module[: end + 1 if end > MODULE // 2 else MODULE]
 
 
 def file_documents(file: File, open_file: Open, readings: Readings, named: bool) -> Iterator[Document]:

@@ -26,7 +26,7 @@ CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1b"))
 LEGACY = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "gb18030", "big5", "euc_jp", "cp932", "cp949"]
 SINGLE = [name for name in LEGACY if name.startswith(("cp12", "koi8"))]  # one byte a character
 CUTS = {  # where a piece may end, the best first
-    "empty lines": re.compile(r"\n(?:[ \t\f\v]*\n)+"),
+    "empty lines": re.compile(r"\n[ \t\f\v\n]*\n"),
     "line ends": re.compile(r"\n"),
     "sentence ends": re.compile(r"[.!?]['\")\]\u2019\u201d]*\s+|[\u3002\uff01\uff1f][\u2019\u201d\u300d\u300f]*\s*"),
     "spaces": re.compile(r"\s+"),
