@@ -70,7 +70,10 @@ WRITERS: dict[str, tuple[str, Callable[[list[str]], bytes]]] = {
     "jsonl": (".jsonl", json_lines),
     "jsonl with plain letters": (".ndjson", partial(json_lines, ensure_ascii=False)),
     "json array": (".json", lambda texts: json.dumps([{"text": t} for t in texts], indent=2).encode()),
-    "json in one line": (".json", lambda texts: json.dumps([{"text": t} for t in texts], ensure_ascii=False, separators=(",", ":")).encode()),
+    "json in one line": (
+        ".json",
+        lambda texts: json.dumps([{"text": t} for t in texts], ensure_ascii=False, separators=(",", ":")).encode(),
+    ),
     "json without an array": (".json", json_lines),
     "json of UTF-16": (".json", lambda texts: json.dumps([{"text": t} for t in texts], ensure_ascii=False).encode("utf-16")),
     "csv": (".csv", partial(separated, ",", "utf-8-sig")),
@@ -274,7 +277,12 @@ def test_a_file_without_a_row_to_use_is_an_error_and_left_out_of_a_folder(tmp_pa
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.tsv"])
 def test_the_text_is_in_the_field_that_is_named(tmp_path, name):
-    raw = {".jsonl": '{"text": "no", "body": "yes"}', ".json": '[{"text": "no", "body": "yes"}]', ".csv": "text,body\nno,yes", ".tsv": "text\tbody\nno\tyes"}
+    raw = {
+        ".jsonl": '{"text": "no", "body": "yes"}',
+        ".json": '[{"text": "no", "body": "yes"}]',
+        ".csv": "text,body\nno,yes",
+        ".tsv": "text\tbody\nno\tyes",
+    }
     assert read(wrote(tmp_path / name, raw[Path(name).suffix].encode()), text_field="body") == (["yes"], [])
 
 
@@ -392,9 +400,7 @@ TREE = {  # what is in it, and whether it is read
     "built/x.txt": False,
     ".zst": False,
 }
-FOUND = (
-    "1 .cpp, 1 .htm, 1 .md, 1 .rs, 1 .rst, 1 .txt and 1 more; left out 3 hidden, 1 .docx, 1 .png, 1 .tar.gz, 1 __pycache__, 1 cache and 3 more"
-)
+FOUND = "1 .cpp, 1 .htm, 1 .md, 1 .rs, 1 .rst, 1 .txt and 1 more; left out 3 hidden, 1 .docx, 1 .png, 1 .tar.gz, 1 __pycache__, 1 cache and 3 more"
 
 
 def content(name: str) -> bytes:
@@ -408,9 +414,10 @@ def test_a_folder_and_an_archive_say_what_they_use_and_what_they_leave_out(tmp_p
     else:
         for name in TREE:
             wrote(tmp_path / "tree" / name, content(name))
+        (tmp_path / "tree" / "around").symlink_to(tmp_path / "tree")
     documents, said = read(tmp_path / f"tree{suffix}")
     assert sorted(d.strip() for d in documents) == sorted(name for name, used in TREE.items() if used)
-    assert said == [f"tree{suffix}: {FOUND}"]
+    assert said == [f"tree{suffix}: {FOUND if suffix else FOUND.replace('and 3 more', 'and 4 more')}"]
 
 
 def test_a_folder_of_which_nothing_can_be_read_says_what_there_is(tmp_path):
@@ -420,7 +427,9 @@ def test_a_folder_of_which_nothing_can_be_read_says_what_there_is(tmp_path):
 
 
 def test_members_of_an_archive_are_as_good_as_files(tmp_path):
-    path = zipped(tmp_path / "d.zip", {"good.txt": b"good", "bad.txt": b"\0\1", "in.zip": b"PK", "rows.jsonl": b'{"txt": 1}\n{"text": "row"}'})
+    path = zipped(
+        tmp_path / "d.zip", {"good.txt": b"good", "bad.txt": b"\0\1", "in.zip": b"PK", "rows.jsonl": b'{"txt": 1}\n{"text": "row"}'}
+    )
     documents, said = read(path)
     assert documents == ["good", "row"] and said[0] == "d.zip: 2 .txt, 1 .jsonl; left out 1 .zip"
     assert [line.split(",")[0] for line in said[1:]] == ["bad.txt: left out", "rows.jsonl: 1 row left out"]
@@ -467,9 +476,13 @@ def hub(tmp_path, monkeypatch) -> Path:
 
     cache, revision = tmp_path / "hub", "0" * 40
     root = cache / "datasets--someone--some-rows" / "snapshots" / revision
-    for name, raw in {"data/a.parquet": parquet(TEXTS[:5]), "data/b.parquet": parquet(TEXTS[5:9]), "c.jsonl": json_lines(TEXTS[9:12])}.items():
+    for name, raw in {
+        "data/a.parquet": parquet(TEXTS[:5]),
+        "data/b.parquet": parquet(TEXTS[5:9]),
+        "c.jsonl": json_lines(TEXTS[9:12]),
+    }.items():
         wrote(root / name, raw)
-    wrote(root / "README.md", b"a card")
+    wrote(root / "README.md", b"a card"), wrote(root / "model.bin", b"weights")
     for name in ("main", "v1"):
         wrote(root.parents[1] / "refs" / name, revision.encode())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -504,7 +517,8 @@ def test_of_a_whole_data_set_the_card_is_no_text(hub, tmp_path):
         ("hf://datasets/someone/other", "cannot be fetched"),
         ("hf://datasets/someone/some-rows@v2", "cannot be fetched"),
         ("hf://datasets/some--one/..bad", "cannot be fetched"),
-        ("hf://datasets/someone/some-rows/none.parquet", "no such file or folder in the data set"),
+        ("hf://datasets/someone/some-rows/none.parquet", "no such file or folder"),
+        ("hf://datasets/someone/some-rows/model.bin", "cannot read .bin"),
         ("hf://someone/some-rows", "not an address of a data set"),
         ("hf://datasets/someone", "not an address of a data set"),
         ("hf:datasets", "not an address of a data set"),
@@ -516,7 +530,9 @@ def test_what_is_not_on_the_hub_is_an_error_in_one_line(hub, address, why):
     assert str(e.value).startswith(f"--data.sources {address}: {why}") and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("package", "source", "extra"), [("pyarrow", "d.parquet", "parquet"), ("huggingface_hub", "hf://datasets/a/b", "hub")])
+@pytest.mark.parametrize(
+    ("package", "source", "extra"), [("pyarrow", "d.parquet", "parquet"), ("huggingface_hub", "hf://datasets/a/b", "hub")]
+)
 def test_a_package_that_is_not_there_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch, package, source, extra):
     wrote(tmp_path / "d.parquet", parquet(TEXTS))
     monkeypatch.setitem(sys.modules, package, None)

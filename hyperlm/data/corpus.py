@@ -56,7 +56,9 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     named = with_names([*training, *(source._replace(weight=None) for source in validation)])
     training, validation = named[: len(training)], named[len(training) :]
     training, selections = with_text(training, [select(s, cfg.max_mib, readings) for s in training], "--data.sources", readings, say)
-    validation, held_out = with_text(validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", readings, say)
+    validation, held_out = with_text(
+        validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", readings, say
+    )
     for line in notes(readings):
         say(f"reading    {line}")
     if not validation:

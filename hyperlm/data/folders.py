@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from hyperlm.data.documents import DataError
+from hyperlm.env import progress
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -89,7 +90,7 @@ def shown_suffix(name: str) -> str:
 
 # -- which files -----------------------------------------------------------------------------------------------------------------------
 
-Walk = Iterator[tuple[str, list[str], list[str]]]  # (folder, folders in it, files in it); folders taken out of the second are not visited
+Walk = Iterable[tuple[str, list[str], list[str]]]  # (folder, folders in it, files in it); folders taken out of the second are not visited
 
 
 def listed(root: Path, known: Iterable[str]) -> Listing:
@@ -100,7 +101,12 @@ def listed(root: Path, known: Iterable[str]) -> Listing:
     """
     found = Listing([], Counter(), Counter())
     if os.path.isdir(root):
-        choose(walk(root), lambda folder, name: File(Path(folder, name)), {*known, ".zip"}, found)
+        choose(
+            progress(walk(root), f"listing {root.name}", unit=" folders"),
+            lambda folder, name: File(Path(folder, name)),
+            {*known, ".zip"},
+            found,
+        )
     else:
         found.files.append(File(root))
     whole: list[File] = []
@@ -119,7 +125,8 @@ def listed(root: Path, known: Iterable[str]) -> Listing:
 def choose(tree: Walk, file_of: Callable[[str, str], File], known: set[str], into: Listing) -> None:
     for folder, below, names in tree:
         for name in list(below):
-            if why := foreign(name):
+            file = file_of(folder, name)
+            if why := foreign(name) or ("linked folder" if not file.member and file.path.is_symlink() else ""):
                 below.remove(name)
                 into.left_out[why] += 1
         if why := marked(names):
@@ -165,7 +172,7 @@ def walk(root: Path) -> Walk:
 def walk_archive(archive: zipfile.ZipFile) -> Walk:
     """Of an archive as os.walk does of a folder; names of folders end in "/"."""
     folders: dict[str, tuple[dict[str, None], list[str]]] = {"": ({}, [])}
-    for name in archive.namelist():
+    for name in dict.fromkeys(archive.namelist()):
         *above, last = name.split("/")
         for depth in range(len(above)):
             folders.setdefault("".join(f"{part}/" for part in above[:depth]), ({}, []))[0][above[depth]] = None

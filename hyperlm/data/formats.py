@@ -195,7 +195,8 @@ def short(lines: Iterable[str]) -> Iterator[str]:
 def parquet(open_file: Open, encoding: Encoding | None) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet
 
-    with open_file() as file, pyarrow.parquet.ParquetFile(file, buffer_size=READ, pre_buffer=False) as table:  # or it reads whole row groups
+    parts = {"buffer_size": READ, "pre_buffer": False}  # else row groups are read whole
+    with open_file() as file, pyarrow.parquet.ParquetFile(file, **parts) as table:
         columns = [field.name for field in table.schema_arrow if has_text(field)]
         yield from numbered(table.iter_batches(ROWS, columns=columns))
 
@@ -223,11 +224,11 @@ def has_text(field: Any) -> bool:
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
     """What is null in a table is not there in its row."""
-    number = 0
-    for batch in batches:
-        names = batch.schema.names
-        for number, values in enumerate(zip(*map(objects, batch.columns), strict=True), number + 1):
-            yield number, {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    rows = (
+        dict(zip(batch.schema.names, values, strict=True)) for batch in batches for values in zip(*map(objects, batch.columns), strict=True)
+    )
+    for number, row in enumerate(rows, 1):
+        yield number, {name: value for name, value in row.items() if value is not None}
 
 
 def objects(column: Any) -> Iterable[Any]:
@@ -257,11 +258,11 @@ CODE = (
     ".py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .zig .d .nim .swift .java .kt .kts .scala .groovy .gradle .cs .fs "
     ".fsx .vb .js .mjs .cjs .jsx .ts .tsx .vue .svelte .css .scss .php .rb .pl .pm .lua .r .jl .sh .bash .zsh .fish .ps1 .bat .hs .ml .mli "
     ".elm .ex .exs .erl .hrl .clj .cljs .lisp .el .scm .rkt .dart .f .f90 .f95 .for .pas .asm .s .sql .proto .v .sv .vhd .vhdl .cmake .tcl .vim"
-).split()
+)
 FORMATS = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".rst", ".tex"), Format(texts=prose)),
     **dict.fromkeys((".html", ".htm"), Format(texts=page)),
-    **dict.fromkeys(CODE, Format(texts=code)),
+    **dict.fromkeys(CODE.split(), Format(texts=code)),
     **dict.fromkeys((".jsonl", ".ndjson"), Format(rows=json_lines, unit="line")),
     ".json": Format(rows=json_values),
     ".csv": Format(rows=partial(table, delimiter=","), unit="line"),

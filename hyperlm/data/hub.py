@@ -14,10 +14,10 @@ DATA = [suffix for suffix, form in FORMATS.items() if form.rows] + [".txt"]  # a
 
 
 def snapshot(address: str, where: str) -> tuple[str, Path]:
-    """A name, and the local file or folder, of `hf://datasets/owner/name[@revision][/path]`.
+    """A name, and where the file or folder is on this machine, of `hf://datasets/owner/name[@revision][/path]`.
 
     Raises:
-        DataError: beginning with `where`, if it is not there or cannot be fetched.
+        DataError: beginning with `where`, if it cannot be fetched.
     """
     if not (found := ADDRESS.fullmatch(address)):
         raise DataError(f"{where}: not an address of a data set; write hf://datasets/owner/name, with /path and @revision if need be")
@@ -32,7 +32,4 @@ def snapshot(address: str, where: str) -> tuple[str, Path]:
         root = snapshot_download(name, repo_type="dataset", revision=found["revision"] or found["last"], allow_patterns=wanted)
     except (OSError, ValueError) as e:  # what the hub's errors and those of the network have in common
         raise DataError(f"{where}: cannot be fetched ({' '.join(str(e).split()):.200}); check the name and the network") from e
-    local = Path(root, path)
-    if not local.exists():
-        raise DataError(f"{where}: no such file or folder in the data set")
-    return f"{name}/{path}".rstrip("/"), local
+    return f"{name}/{path}".rstrip("/"), Path(root, path)

@@ -4,8 +4,11 @@ import re
 from html.parser import HTMLParser
 
 SILENT = {"script", "style", "template", "noscript", "svg", "iframe"}
-PARAGRAPHS = set("p h1 h2 h3 h4 h5 h6 pre blockquote ul ol dl table figure article section header footer main aside nav form title hr".split())
-LINES = set("div li tr dt dd caption figcaption address option".split())
+PARAGRAPHS = {
+    *("p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "ul", "ol", "dl", "table", "figure", "hr", "title", "form"),
+    *("article", "section", "header", "footer", "main", "aside", "nav"),
+}
+LINES = {"div", "li", "tr", "dt", "dd", "caption", "figcaption", "address", "option"}
 CELLS = {"td", "th"}
 SPACE = re.compile(r"[ \t\n\r\f]+")
 

@@ -19,6 +19,7 @@ from hyperlm.data.folders import File, Listing, Open, listed, opening, standard_
 from hyperlm.data.formats import DAMAGE, FORMATS, READABLE, Row, blocks
 from hyperlm.data.rows import document_of
 from hyperlm.data.text import Encoding, NotText, find_encoding
+from hyperlm.env import progress
 from hyperlm.tokenizer import clean
 
 HEAVIEST = 1e9  # a weight; sums of them stay numbers
@@ -75,8 +76,10 @@ def source_at(path: str, weight: float | None, where: str, base: Path = Path()) 
     if path == "stdlib":
         return Source("stdlib", None, weight)
     if path.startswith(hub.SCHEME):
-        return Source(*hub.snapshot(path, where), weight, hub=True)
-    full = base / os.path.expanduser(path)
+        name, full = hub.snapshot(path, where)
+    else:
+        full = base / os.path.expanduser(path)
+        name = os.path.basename(os.path.abspath(full))
     if not path or not os.path.exists(full):
         raise DataError(f"{where}: no such file or folder")
     if not os.path.isdir(full):
@@ -84,7 +87,7 @@ def source_at(path: str, weight: float | None, where: str, base: Path = Path()) 
             raise DataError(f"{where}: neither a file nor a folder")
         if suffix_of(full.name) not in {*FORMATS, ".zip"}:
             raise DataError(f"{where}: cannot read {full.suffix or 'a file without a suffix'}; use {READABLE}, or a recipe .toml")
-    return Source(os.path.basename(os.path.abspath(full)), full, weight)
+    return Source(name, full, weight, hub=path.startswith(hub.SCHEME))
 
 
 def read_recipe(path: Path, where: str) -> list[Source]:
@@ -223,7 +226,7 @@ def file_documents(file: File, open_file: Open, readings: Readings, named: bool)
     if reading and reading.left_out:
         return
     try:
-        encoding = reading.encoding if reading else None if form.binary else find_encoding(lambda: blocks(open_file))
+        encoding = reading.encoding if reading else None if form.binary else find_encoding(lambda: watched(blocks(open_file), file))
         found = [("encoding", encoding.assumed)] if encoding and encoding.assumed else []
         if form.rows:
             rows = form.rows(open_file, encoding)
@@ -241,6 +244,10 @@ def file_documents(file: File, open_file: Open, readings: Readings, named: bool)
         readings.files[file] = Reading(None, True, (("skipped", f"left out, {e}"),))
     else:
         readings.files.setdefault(file, Reading(encoding, False, tuple(found)))
+
+
+def watched(blocks: Iterable[bytes], file: File) -> Iterable[bytes]:
+    return progress(blocks, f"looking through {in_one_line(file.name)}", unit=" MiB")
 
 
 def row_documents(file: File, rows: Iterable[tuple[int, Row]], unit: str, readings: Readings) -> Generator[Document, None, str]:
