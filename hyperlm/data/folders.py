@@ -80,7 +80,8 @@ def unpacked(name: str) -> str:
 
 
 def suffix_of(name: str) -> str:
-    return PurePosixPath(unpacked(name)).suffix
+    suffix = PurePosixPath(unpacked(name)).suffix
+    return "" if suffix == ".zip" and not name.lower().endswith(suffix) else suffix  # an archive that is packed again is not opened
 
 
 def shown_suffix(name: str) -> str:
@@ -109,17 +110,17 @@ def listed(root: Path, known: Iterable[str]) -> Listing:
         )
     else:
         found.files.append(File(root))
-    whole: list[File] = []
+    files: list[File] = []
     for file in sorted(found.files):
         if file.suffix != ".zip":
-            whole.append(file)
+            files.append(file)
             continue
         found.used[".zip"] -= 1
         members = Listing([], found.used, found.left_out)
         with archive_at(file.path) as archive:
             choose(walk_archive(archive), lambda folder, name, at=file.path: File(at, f"{folder}{name}"), set(known), members)
-        whole += sorted(members.files)
-    return Listing(whole, +found.used, found.left_out)
+        files += sorted(members.files)
+    return Listing(files, +found.used, found.left_out)
 
 
 def choose(tree: Walk, file_of: Callable[[str, str], File], known: set[str], into: Listing) -> None:
