@@ -370,6 +370,20 @@ def test_pieces_are_the_same_however_prose_is_cut_into_blocks(seed):
     assert list(text.pieces(content[i:j] for i, j in zip(ends, [*ends[1:], None], strict=True))) == list(text.pieces([content]))
 
 
+@pytest.mark.parametrize("size", [100, 20_000, 1 << 20])
+def test_empty_lines_at_the_end_belong_to_the_last_piece_however_long_blocks_are(size):
+    content = "a line\n" * 1300 + "\n \n" * 20_000
+    assert list(text.pieces(content[i : i + size] for i in range(0, len(content), size))) == [content]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1 << 20])
+def test_json_is_the_same_however_its_bytes_are_cut(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(formats, "READ", size)
+    path = wrote(tmp_path / "d.json", b'[{"text": "\\ud83d\\ude42 \\n"},\n 12345.5e1, true, {"n": -1.5, "text": "b"} ]\n')
+    documents, said = read(path)
+    assert documents == ["🙂 \n", "b"] and said[0].startswith("d.json: 2 rows left out, the first at row 2: a number, not an object")
+
+
 def test_prose_is_the_same_documents_whatever_it_is_packed_in(tmp_path, prose):
     raw = prose.read_bytes()
     found = [read(pack(tmp_path / str(i), "prose.txt", raw))[0] for i, pack in enumerate(PACKERS.values())]
