@@ -262,7 +262,7 @@ def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Con
     """Validation losses; and radius gauges with, if asked for, a sample."""
     params = weights(config, state, device)
     val = evals.evaluate(params, corpus, config, device, evaluation_batch(config, device))
-    more: dict[str, Any] = evals.radius_gauges(params, order.at(0)[0, :, :-1].to(device), config)
+    more: dict[str, Any] = evals.radius_gauges(params, order.at(0).tokens[0].to(device), config)
     if config.eval.sample_tokens:
         with suppress(sample.NotFinite):  # the losses tell
             more["sample"] = write_sample(params, state.seed + state.step, corpus, config)

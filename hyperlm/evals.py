@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hyperlm import model
 from hyperlm import tokenizer as tok
+from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.data import Corpus, validation_documents, validation_windows
 from hyperlm.env import progress
@@ -35,11 +36,11 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     n, batch = config.data.seq_len, batch or config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
-    bar = progress(desc="evaluating", total=sum(len(windows) for windows, _ in sets), unit=" seq")
+    bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets), unit=" seq")
     results: dict[str, float] = {}
     nats, tokens, text_nats, size = 0.0, 0, 0.0, 0
-    for shard, (windows, source_bytes) in zip(shards, sets, strict=True):
-        source_nats, source_tokens, special_nats = nats_of(params, windows, config, device, batch, apart=special, done=bar.update)
+    for shard, (sequences, source_bytes) in zip(shards, sets, strict=True):
+        source_nats, source_tokens, special_nats = nats_of(params, sequences, config, device, batch, apart=special, done=bar.update)
         if len(shards) > 1:
             results[f"val_bpb/{shard.name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
         nats, tokens = nats + source_nats, tokens + source_tokens
@@ -53,7 +54,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
 @torch.no_grad()
 def nats_of(
     params: Tree,
-    windows: Tensor,
+    sequences: Batch,
     config: Config,
     device: torch.device,
     batch: int,
@@ -61,9 +62,9 @@ def nats_of(
     apart: Tensor | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> tuple[float, int, float]:
-    """Summed nats of the targets of windows (W, N+1), how many there are, and the nats of those among the ids `apart`.
+    """Summed nats of the targets of sequences (W, N), how many there are, and the nats of those among the ids `apart`.
 
-    `batch` windows at a time; `done` is told of each.
+    `batch` sequences at a time; `done` is told of each.
     """
     nats, tokens, nats_apart = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64)
     few: list[tuple[Tensor, Tensor]] = []  # features and targets apart, which go through the head once more when they are enough for a pass
@@ -71,10 +72,9 @@ def nats_of(
     def head(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return head_nats(features, params["head"]["weight"], targets, kernels=config.kernels)
 
-    for part in windows.split(batch):
-        part = part.to(device)
-        features = model.hidden(params, part[:, :-1].clamp(min=0), config.model, kernels=config.kernels).flatten(0, 1)
-        targets = part[:, 1:].flatten()
+    for read, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
+        features = model.hidden(params, read.to(device), config.model, kernels=config.kernels).flatten(0, 1)
+        targets = targets.to(device).flatten()
         part_nats, part_tokens = head(features, targets)
         nats += part_nats.cpu()
         tokens += int(part_tokens)
@@ -84,7 +84,7 @@ def nats_of(
             if sum(len(t) for _, t in few) >= APART:
                 nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
                 few.clear()
-        done(len(part))
+        done(len(read))
     if few:
         nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
     return float(nats), tokens, float(nats_apart)

@@ -7,9 +7,9 @@ its loss on a fixed sample of training text is measured, the same one each time:
 import math
 
 import torch
-from torch import Tensor
 
 from hyperlm import evals, tree
+from hyperlm.batch import Batch, joined
 from hyperlm.config import Config
 from hyperlm.data import Batches
 from hyperlm.state import State
@@ -19,15 +19,15 @@ SAMPLE = 2048  # tokens that the loss is measured on
 MARGIN = 2.0  # nats a token: a loss that is farther above the lowest of the checkpoints there are, or above that of guessing, is far above
 
 
-def sample_of(order: Batches, config: Config) -> Tensor:
-    """The first sequences that a run learns from, (S, N+1): at least SAMPLE tokens."""
+def sample_of(order: Batches, config: Config) -> Batch:
+    """The first sequences that a run learns from, (S, N): at least SAMPLE tokens are read."""
     n, a_step = config.data.seq_len, config.train.batch_size * config.train.grad_accum
     wanted = -(-SAMPLE // n)
-    return torch.cat([order.at(step).flatten(0, 1) for step in range(-(-wanted // a_step))])[:wanted]
+    return joined([order.at(step).map(lambda x: x.flatten(0, 1)) for step in range(-(-wanted // a_step))]).map(lambda x: x[:wanted])
 
 
-def loss_of(weights: Tree, sample: Tensor, config: Config, device: torch.device, batch: int) -> float:
-    """Nats a token on `sample`; `batch` sequences at a time."""
+def loss_of(weights: Tree, sample: Batch, config: Config, device: torch.device, batch: int) -> float:
+    """Nats a learnt token on `sample`; `batch` sequences at a time."""
     nats, tokens, _ = evals.nats_of(weights, sample, config, device, batch)
     return nats / tokens
 

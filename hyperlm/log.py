@@ -138,7 +138,7 @@ def step_record(state: State, metrics: Metrics, total: int, seconds: float, peak
         "loss": float(metrics["loss"]),
         "lr": metrics["lr"],
         "grad_norm": float(metrics["grad_norm"]),
-        "tokens_per_second": metrics["tokens"] / seconds,
+        "tokens_per_second": metrics["positions"] / seconds,
         "peak_memory_gib": peak_memory / GIB,
         "seconds_left": (total - state.step) * seconds,
         "skipped": state.step - state.updates,

@@ -41,7 +41,7 @@ class State:
     opt_state: Tree
     step: int  # steps done
     updates: int  # steps whose update was applied; the rest had a non-finite gradient
-    tokens: int  # target tokens seen
+    tokens: int  # targets learnt from
     seed: int
     clipped: bool = True  # whether the newest gradient was, or there is none yet
     pending: Pending | None = None  # the newest of these updates, if `step.settle` has yet to make it

@@ -1,6 +1,6 @@
 """One optimizer step: step(state, batch) -> (state, metrics).
 
-The gradient is that of total nats / total target tokens over all A micro-batches, whatever the split. Axes: A micro-batches, B batch,
+The gradient is that of total nats / learnt targets over all A micro-batches, whatever the split. Axes: A micro-batches, B batch,
 N sequence.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import model, tree
+from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
@@ -66,25 +67,25 @@ def step_keys(state: State, micro_batches: int, device: torch.device) -> tuple[T
     return ((torch.arange(micro_batches, device=device) << 20) + first).unbind()
 
 
-def make_step(cfg: Config, schedule: Schedule, device: torch.device) -> Callable[[State, Tensor], tuple[State, Metrics]]:
+def make_step(cfg: Config, schedule: Schedule, device: torch.device) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Build the step of a run whose learning rate follows `schedule`.
 
-    The step takes a batch (A, B, N+1) of int64 tokens (IGNORE where padded) and consumes its state: parameters and moments are updated in
-    place, in the host residence when they are next used or `settle`d. Metrics: loss (nats a token over all micro-batches), grad_norm (before
-    clipping), lr, tokens (targets in the batch), skipped (True if loss or gradient was not finite: nothing was updated; but clipped by layer
+    The step takes a batch of (A, B, N) tokens and targets and consumes its state: parameters and moments are updated in place, in the host
+    residence when they are next used or `settle`d. Metrics: loss (nats a learnt token over all micro-batches; 0 where there is none), grad_norm
+    (before clipping), lr, tokens (targets that are learnt), positions (tokens read, by which speed is told), skipped (True if loss or gradient was not finite: nothing was updated; but clipped by layer
     in the host residence, where stages are updated before the others are known, only those without a finite gradient learn nothing from it).
     It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState.
     """
     lr = learning_rate(schedule, cfg.optim)
     advance = (host if cfg.train.residence == "host" else on_device).make_advance(cfg, schedule, device)
 
-    def step(state: State, batch: Tensor) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         state = consumed(state)
-        count = int((batch[:, :, 1:] != IGNORE).sum())
-        keys = step_keys(state, len(batch), device)
+        count = int((batch.targets != IGNORE).sum())
+        keys = step_keys(state, len(batch.tokens), device)
         rate = lr(state.updates)
-        state, nats, norm, finite = advance(state, batch.to(device, non_blocking=True), keys, count)
-        metrics = {"loss": nats / count, "grad_norm": norm, "lr": rate, "tokens": count, "skipped": not finite}
+        state, nats, norm, finite = advance(state, batch.to(device), keys, max(1, count))
+        metrics = {"loss": nats / max(1, count), "grad_norm": norm, "lr": rate, "tokens": count, "positions": batch.tokens.numel(), "skipped": not finite}
         return replace(state, step=state.step + 1, updates=state.updates + finite, tokens=state.tokens + count), metrics
 
     return step

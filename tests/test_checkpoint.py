@@ -10,6 +10,7 @@ import torch
 from conftest import CASES, TINY, generator
 
 from hyperlm import checkpoint, tree
+from hyperlm.batch import next_tokens
 from hyperlm.config import Config, OptimConfig, TrainConfig
 from hyperlm.optim import new_schedule
 from hyperlm.state import StaleState
@@ -34,7 +35,7 @@ def trained(cfg=TINY, steps: int = 2):
     config = config_of(cfg)
     state, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
     for i in range(steps):
-        state, _ = step(state, torch.randint(64, (1, 2, 9), generator=generator(i)))
+        state, _ = step(state, next_tokens(torch.randint(64, (1, 2, 9), generator=generator(i))))
     return state
 
 
@@ -284,7 +285,7 @@ def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
 def test_a_state_with_an_update_pending_is_not_saved(tmp_path):
     config = Config(model=TINY, train=TrainConfig(seed=1, residence="host"), optim=OptimConfig(lr=1e-3))
     first, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
-    second, _ = step(first, torch.randint(64, (1, 2, 9), generator=generator(0)))
+    second, _ = step(first, next_tokens(torch.randint(64, (1, 2, 9), generator=generator(0))))
     for state, why in ((first, "consumed"), (second, "pending")):
         with pytest.raises(StaleState, match=why):
             save(tmp_path, (1, None), state=state)

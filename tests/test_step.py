@@ -10,6 +10,7 @@ import torch
 from conftest import CASES, TINY, generator, normal
 
 from hyperlm import model, tree
+from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
@@ -33,7 +34,12 @@ def tokens_of(*shape: int, seed: int = 0, vocabulary: int = 64) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=generator(seed))
 
 
-def after(cfg: Config, batches: list[torch.Tensor]):
+def batch_of(*shape: int, seed: int = 0, vocabulary: int = 64) -> Batch:
+    """Of windows of this shape, (A, B, N+1)."""
+    return next_tokens(tokens_of(*shape, seed=seed, vocabulary=vocabulary))
+
+
+def after(cfg: Config, batches: list[Batch]):
     state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
     metrics = None
     for batch in batches:
@@ -42,19 +48,19 @@ def after(cfg: Config, batches: list[torch.Tensor]):
 
 
 def test_loss_is_that_of_the_next_token(cfg):
-    batch = tokens_of(2, 3, 21)
+    windows = tokens_of(2, 3, 21)
     params = model.init(cfg, 3)
-    logits = model.apply(params, batch.flatten(0, 1)[:, :-1], cfg)
-    expected = -logits.log_softmax(-1).gather(-1, batch.flatten(0, 1)[:, 1:, None]).mean()
-    _, metrics = after(config(cfg), [batch])
+    logits = model.apply(params, windows.flatten(0, 1)[:, :-1], cfg)
+    expected = -logits.log_softmax(-1).gather(-1, windows.flatten(0, 1)[:, 1:, None]).mean()
+    _, metrics = after(config(cfg), [next_tokens(windows)])
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["tokens"] == 2 * 3 * 20
+    assert metrics["tokens"] == metrics["positions"] == 2 * 3 * 20
 
 
 def test_micro_batches_equal_one_large_batch(cfg):
     whole = tokens_of(1, 8, 17)
-    split, first = after(config(cfg), [whole.view(4, 2, 17)])
-    together, second = after(config(cfg), [whole])
+    split, first = after(config(cfg), [next_tokens(whole.view(4, 2, 17))])
+    together, second = after(config(cfg), [next_tokens(whole)])
     assert first["loss"].item() == pytest.approx(second["loss"].item(), rel=1e-6)
     assert first["grad_norm"].item() == pytest.approx(second["grad_norm"].item(), rel=1e-5)
     # compare first moments: a tenth of the clipped gradient, where parameters would hide it behind Adam's normalisation
@@ -62,17 +68,82 @@ def test_micro_batches_equal_one_large_batch(cfg):
         torch.testing.assert_close(m, tree.by_path(together.opt_state["m"])[path], rtol=1e-3, atol=1e-7)
 
 
-def test_micro_batches_of_unequal_length_weigh_by_their_tokens():
-    batch = tokens_of(2, 2, 17)
-    batch[1, :, 5:] = IGNORE
-    _, metrics = after(config(), [batch])
-    params = model.init(TINY, 3)
-    nats = sum(
-        torch.nn.functional.cross_entropy(model.apply(params, row[None, :-1].clamp(min=0), TINY)[0], row[1:], ignore_index=IGNORE, reduction="sum")
-        for row in batch.flatten(0, 1)
-    )
-    assert metrics["tokens"] == 2 * 16 + 2 * 4
-    assert metrics["loss"].item() == pytest.approx(nats.item() / metrics["tokens"], rel=1e-5)
+@pytest.fixture(params=[("device", "fp32", "global"), ("device", "int8", "layer"), ("host", "fp32", "global"), ("host", "fp32", "layer"), ("host", "int8", "global")], ids="-".join)
+def residing(request) -> Callable[[ModelConfig], Config]:
+    """Settings of a model in each residence, kind of state and scope of clipping, without decay: what has no gradient does not move."""
+    residence, state, scope = request.param
+
+    def of(cfg: ModelConfig) -> Config:
+        settings = config(cfg, clip=1e3, weight_decay=0.0, state=state, clip_scope=scope)
+        return replace(settings, train=replace(settings.train, residence=residence))
+
+    return of
+
+
+def masked(batch: Batch, *unlearnt: tuple) -> Batch:
+    """The same, without the targets at these places."""
+    targets = batch.targets.clone()
+    for place in unlearnt:
+        targets[place] = IGNORE
+    return replace(batch, targets=targets)
+
+
+PARTLY = (1, slice(None), slice(4, None)), (0, 0, slice(3)), (0, 1, 11)  # places of 2 x 2 x 16: micro-batches have 28 and 8 left
+
+
+@pytest.mark.parametrize("case", ["phase8", "hybrid-ssm"])
+def test_the_gradient_is_that_of_learnt_tokens_alone_each_weighing_the_same(case, residing):
+    """Against the loss of one sequence after the other in float64, summed over the learnt tokens and divided by their number once."""
+    cfg = CASES[case]
+    batch = masked(batch_of(2, 2, 17), *PARTLY)
+    params = tree.map(lambda p: p.double().requires_grad_(), model.init(cfg, 3))
+    nats, count = torch.zeros((), dtype=torch.float64), 0
+    for tokens, targets in zip(batch.tokens.flatten(0, 1), batch.targets.flatten(0, 1), strict=True):
+        log_p = model.apply(params, tokens[None], cfg)[0].log_softmax(-1)
+        for place in range(16):
+            if targets[place] != IGNORE:
+                nats, count = nats - log_p[place, targets[place]], count + 1
+    truth = torch.autograd.grad(nats / count, tree.leaves(params))
+
+    settings = residing(cfg)
+    state, metrics = after(settings, [batch])
+    assert (metrics["tokens"], metrics["positions"]) == (count, 64) == (36, 64)
+    assert metrics["loss"].item() == pytest.approx((nats / count).item(), rel=1e-5 if settings.optim.state == "fp32" else 1e-3)
+    if settings.optim.state == "fp32":
+        assert metrics["grad_norm"].item() == pytest.approx(torch.cat([g.flatten() for g in truth]).norm().item(), rel=1e-4)
+        for m, g in zip(tree.leaves(state.opt_state["m"]), truth, strict=True):  # a tenth of the gradient, after one step
+            torch.testing.assert_close(m.double(), 0.1 * g, rtol=1e-3, atol=1e-8)
+
+
+def test_what_is_not_learnt_changes_nothing_to_the_bit_and_what_is_learnt_does(residing):
+    """Targets of which a mask leaves as much as it does; and tokens that nothing learnt is predicted from."""
+    batch, settings = batch_of(2, 2, 17), residing(CASES["hybrid-ssm"])
+    tail = (1, slice(None), slice(4, None))
+    other = Batch(batch.tokens.clone(), batch.targets.clone())
+    for place in PARTLY:
+        other.targets[place] = 63 - other.targets[place]
+    other.tokens[tail] = 63 - other.tokens[tail]
+    (a, first), (b, second) = (after(settings, [masked(x, *PARTLY)] * 2) for x in (batch, other))
+    assert torch.equal(first["loss"], second["loss"]) and torch.equal(first["grad_norm"], second["grad_norm"])
+    assert same((a.params, a.opt_state), (b.params, b.opt_state))
+    c, _ = after(settings, [masked(other, *PARTLY[1:])] * 2)
+    assert not same(a.params, c.params)
+
+
+def test_a_micro_batch_without_a_learnt_token_adds_nothing(residing):
+    batch, settings = batch_of(3, 2, 17), residing(CASES["phase8"])
+    without, (state, found) = batch.map(lambda x: x[[0, 2]]), after(settings, [masked(batch, (1,))])
+    expected = after(settings, [without])[1]
+    assert found["tokens"] == expected["tokens"] == 64 and not found["skipped"]
+    for name in ("loss", "grad_norm"):
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-6)
+
+
+def test_a_step_without_a_learnt_token_is_finite_and_learns_nothing(residing):
+    settings = residing(CASES["phase8"])
+    state, metrics = after(settings, [masked(batch_of(2, 2, 17), (slice(None),))])
+    assert (metrics["tokens"], metrics["loss"].item(), metrics["grad_norm"].item(), metrics["skipped"]) == (0, 0.0, 0.0, False)
+    assert same(state.params, init_state(settings, CPU).params)
 
 
 @pytest.mark.parametrize("residence", ["device", "host"])
@@ -81,17 +152,17 @@ def test_a_non_finite_step_changes_no_parameter_and_is_counted(residence):
     cfg = replace(cfg, train=replace(cfg.train, residence=residence))
     settle = make_settle(cfg, new_schedule(cfg.optim, 100), CPU)
     state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
-    state, _ = step(state, tokens_of(1, 2, 9))
+    state, _ = step(state, batch_of(1, 2, 9))
     state = settle(state)
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
     state.params["head"]["norm.weight"][0] = math.inf
-    state, metrics = step(state, tokens_of(1, 2, 9, seed=1))
+    state, metrics = step(state, batch_of(1, 2, 9, seed=1))
     state = settle(state)
     assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
     state.params["head"]["norm.weight"][0] = kept[0]["head"]["norm.weight"][0]
     for before, now in zip(kept, (state.params, state.opt_state), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(now), strict=True))
-    state, metrics = step(state, tokens_of(1, 2, 9, seed=2))
+    state, metrics = step(state, batch_of(1, 2, 9, seed=2))
     assert not metrics["skipped"] and (state.step, state.updates) == (3, 2)
 
 
@@ -100,7 +171,7 @@ def test_on_random_tokens_the_loss_stays_at_chance(cfg):
     cfg = config(cfg, lr=3e-3)
     state, step, losses = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 60), CPU), []
     for i in range(60):
-        state, metrics = step(state, tokens_of(1, 8, 49, seed=i))
+        state, metrics = step(state, batch_of(1, 8, 49, seed=i))
         losses.append(metrics["loss"].item())
     late = sum(losses[-20:]) / 20
     assert late == pytest.approx(math.log(64), abs=0.06) and late > math.log(64) - 0.01
@@ -112,14 +183,14 @@ def test_what_can_be_learned_is_learned(cfg):
     state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 120), CPU)
     for i in range(120):
         start = tokens_of(1, 8, 1, seed=i)
-        batch = (start + 3 * torch.arange(25)) % 64  # each token is three more than the last
+        batch = next_tokens((start + 3 * torch.arange(25)) % 64)  # each token is three more than the last
         state, metrics = step(state, batch)
     assert metrics["loss"].item() < 0.5 * math.log(64)
 
 
 def test_steps_with_dropout_repeat_exactly():
     cfg = config(replace(CASES["hybrid-ssm"], dropout=0.2))
-    batches = [tokens_of(2, 2, 17, seed=i) for i in range(3)]
+    batches = [batch_of(2, 2, 17, seed=i) for i in range(3)]
     a, b = after(cfg, batches)[0], after(cfg, batches)[0]
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a.params), tree.leaves(b.params), strict=True))
 
@@ -146,7 +217,7 @@ def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared
     monkeypatch.setattr(traffic, "PIECE", 1 << 12)
     monkeypatch.setattr(host, "visits", planned(kept, shared, in_head=int(not shared)))
     cfg = config(replace(CASES[case], dropout=0.1, vocab_size=2048), clip=0.5, clip_scope=scope, state=state)  # a head that takes a block's gradient
-    batches = [tokens_of(3, 2, 17, seed=i) for i in range(20 if case == "hybrid-ssm" and kept == 1 and state == "fp32" else 4)]
+    batches = [batch_of(3, 2, 17, seed=i) for i in range(20 if case == "hybrid-ssm" and kept == 1 and state == "fp32" else 4)]
     (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
     assert all(torch.equal(last[name], last_again[name]) for name in ("loss", "grad_norm"))
     assert same((a.params, a.opt_state), (b.params, b.opt_state))
@@ -154,7 +225,7 @@ def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared
 
 def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg, monkeypatch):
     monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 2, 0))
-    batch = tokens_of(4, 2, 17)
+    batch = batch_of(4, 2, 17)
     (a, first), (b, second) = after(config(cfg), [batch]), after(in_host(config(cfg)), [batch])
     assert first["loss"].item() == pytest.approx(second["loss"].item(), rel=1e-6)
     for x, y in zip(tree.leaves(a.opt_state["m"]), tree.leaves(b.opt_state["m"]), strict=True):
@@ -162,7 +233,7 @@ def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg, monkeypatch
 
 
 def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike(monkeypatch):
-    settings, batches = config(CASES["hybrid-ssm"], state="int8", clip=0.5), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)]
+    settings, batches = config(CASES["hybrid-ssm"], state="int8", clip=0.5), [batch_of(2, 2, 17, seed=i % 2) for i in range(20)]
     (a, first), (_, exact) = after(settings, batches), after(in_host(settings), batches[:1])
     monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
     (b, last), (_, coded) = after(in_host(settings), batches), after(in_host(settings), batches[:1])
@@ -183,7 +254,7 @@ def coded(monkeypatch) -> Callable[[bool], None]:
 def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded, monkeypatch):
     """And beside them products that are remembered, which otherwise are not; and gradients that stay, which otherwise do."""
     monkeypatch.setattr(host, "visits", planned(1))
-    settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [tokens_of(2, 2, 17, seed=i) for i in range(5)], []
+    settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [batch_of(2, 2, 17, seed=i) for i in range(5)], []
     for ahead in (False, True):
         coded(ahead)
         state, metrics = after(settings, batches)
@@ -200,7 +271,7 @@ def first_moments(state: State) -> list[torch.Tensor]:
 
 def test_weights_that_moved_too_far_are_corrected(coded):
     """Clipped hard: uncorrected, first moments would be several times as large. What remains are roundings of bf16."""
-    settings, batches, ends = in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)), [tokens_of(2, 2, 17, seed=i % 2) for i in range(20)], []
+    settings, batches, ends = in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)), [batch_of(2, 2, 17, seed=i % 2) for i in range(20)], []
     for ahead in (False, True):
         coded(ahead)
         step, settle, state, losses = make_step(settings, new_schedule(settings.optim, 100), CPU), make_settle(settings, new_schedule(settings.optim, 100), CPU), init_state(settings, CPU), []
@@ -222,13 +293,13 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
     coded(True)
     cfg = in_host(config(state="int8", clip=0.2))
     step, settle, state = make_step(cfg, new_schedule(cfg.optim, 100), CPU), make_settle(cfg, new_schedule(cfg.optim, 100), CPU), init_state(cfg, CPU)
-    state, _ = step(state, tokens_of(1, 2, 9))
+    state, _ = step(state, batch_of(1, 2, 9))
     state = settle(state)
     embed = state.params["embed"]
     embed["low"] *= 2.0**83  # the same function, but for the gradients
     embed["high"] *= 2.0**-83
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
-    state, metrics = step(replace(state, clipped=False), tokens_of(1, 2, 9, seed=1))
+    state, metrics = step(replace(state, clipped=False), batch_of(1, 2, 9, seed=1))
     assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
     assert state.pending.what == UNDO and state.pending.moved == (False, True, True, True)
     assert not same(kept[0]["blocks"], state.params["blocks"])
@@ -239,12 +310,12 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
         torch.testing.assert_close(x.float(), y.float(), rtol=2**-6, atol=2**-7 * 1e-3)
     embed["low"] *= 2.0**-83
     embed["high"] *= 2.0**83
-    state, metrics = step(state, tokens_of(1, 2, 9, seed=2))
+    state, metrics = step(state, batch_of(1, 2, 9, seed=2))
     assert not metrics["skipped"] and (state.step, state.updates) == (3, 2)
 
 
 def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
-    cfg, batches = in_host(config()), [tokens_of(2, 2, 17, seed=i) for i in range(4)]
+    cfg, batches = in_host(config()), [batch_of(2, 2, 17, seed=i) for i in range(4)]
     settle, step = make_settle(cfg, new_schedule(cfg.optim, 100), CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
     state = init_state(cfg, CPU)
     for batch in batches:
@@ -279,7 +350,7 @@ def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
 def losses_on(device: torch.device, settings: Config) -> list[float]:
     state, step, out = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 100), device), []
     for i in range(10):
-        state, metrics = step(state, tokens_of(2, 4, 65, seed=i % 2))
+        state, metrics = step(state, batch_of(2, 4, 65, seed=i % 2))
         out.append(metrics["loss"].item())
     return out
 
@@ -310,7 +381,7 @@ def test_a_step_allocates_what_is_planned(optim, budget):
     before = torch.cuda.memory_allocated()
     state, step = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 10), device)
     for i in range(4):
-        state, _ = step(state, tokens_of(8, 2, 513, seed=i, vocabulary=cfg.vocab_size))
+        state, _ = step(state, batch_of(8, 2, 513, seed=i, vocabulary=cfg.vocab_size))
         if i == 0:  # which takes all at once
             torch.cuda.reset_peak_memory_stats()
     needed = torch.cuda.max_memory_allocated() - before
@@ -331,7 +402,7 @@ def test_steps_allocate_at_the_same_addresses(optim):
     for i in range(5):
         if i > 1:  # after a first step, which takes what stays, and one after that, which is the first clipped one
             torch.cuda.memory._record_memory_history(clear_history=True)
-        state, _ = step(state, tokens_of(8, 2, 513, seed=i, vocabulary=cfg.model.vocab_size))
+        state, _ = step(state, batch_of(8, 2, 513, seed=i, vocabulary=cfg.model.vocab_size))
         if i > 1:
             events = torch.cuda.memory._snapshot()["device_traces"][0]
             found.append([(event["addr"], event["size"]) for event in events if event["action"] == "alloc" and event["size"] > 1 << 20])
@@ -358,17 +429,17 @@ def test_a_state_that_was_consumed_cannot_be_used_again(residence):
     cfg = replace(cfg, train=replace(cfg.train, residence=residence))
     step, settle = make_step(cfg, new_schedule(cfg.optim, 10), CPU), make_settle(cfg, new_schedule(cfg.optim, 10), CPU)
     first = init_state(cfg, CPU)
-    second, _ = step(first, tokens_of(1, 2, 9))
-    for reuse in (lambda: step(first, tokens_of(1, 2, 9)), lambda: step(replace(first, step=7), tokens_of(1, 2, 9)), lambda: weights(cfg, first, CPU)):
+    second, _ = step(first, batch_of(1, 2, 9))
+    for reuse in (lambda: step(first, batch_of(1, 2, 9)), lambda: step(replace(first, step=7), batch_of(1, 2, 9)), lambda: weights(cfg, first, CPU)):
         with pytest.raises(StaleState, match="was consumed"):
             reuse()
     if residence == "host":
         with pytest.raises(StaleState, match="pending"):
             weights(cfg, second, CPU)
         third = settle(second)
-        for reuse in (lambda: settle(second), lambda: step(second, tokens_of(1, 2, 9))):
+        for reuse in (lambda: settle(second), lambda: step(second, batch_of(1, 2, 9))):
             with pytest.raises(StaleState, match="was consumed"):
                 reuse()
         second = third
     weights(cfg, second, CPU)
-    step(second, tokens_of(1, 2, 9))
+    step(second, batch_of(1, 2, 9))

@@ -243,4 +243,4 @@ def test_a_corpus_of_any_shape_trains_and_validates(tmp_path, write, tokenizer):
     corpus = prepare(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)))
     order = data.batches(corpus, cfg, say=lambda line: None)
     windows, size = data.validation_windows(corpus.shards[0], 16, 0)
-    assert order.at(0).shape == (2, 4, 17) and len(windows) > 0 and size > 0
+    assert order.at(0).tokens.shape == (2, 4, 16) and len(windows.tokens) > 0 and size > 0

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from hyperlm import env, plan
+from hyperlm.batch import next_tokens
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import seconds
 from hyperlm.config import Config, ConfigError, Kind
@@ -34,7 +35,8 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
 
     def once() -> None:
         nonlocal state, done
-        state, _ = step(state, torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(done)))
+        windows = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(done))
+        state, _ = step(state, next_tokens(windows))
         done += 1
 
     once()  # allocates what stays

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import env, model, plan, tree
+from hyperlm.batch import next_tokens
 from hyperlm.bench.report import Plot, Result, Row
 from hyperlm.config import Config, ConfigError, Kind
 from hyperlm.loss import head_nats
@@ -56,13 +57,13 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
     b, n = config.train.batch_size, config.data.seq_len
     row: Row = {"model": config.model.kind, "parameters": tree.count(model.declaration(config.model)), "batch": b, "length": n}
     try:
-        batch = torch.randint(config.model.vocab_size, (1, b, n + 1), generator=torch.Generator().manual_seed(n)).to(device)
+        batch = next_tokens(torch.randint(config.model.vocab_size, (1, b, n + 1), generator=torch.Generator().manual_seed(n))).to(device)
         params = weights_alone(config, device)
 
         @torch.no_grad()
         def forward(params: Tree) -> Tensor:
-            features = model.hidden(params, batch[0, :, :-1], config.model, kernels=config.kernels)
-            return head_nats(features.flatten(0, 1), params["head"]["weight"], batch[0, :, 1:].flatten(), kernels=config.kernels)[0]
+            features = model.hidden(params, batch.tokens[0], config.model, kernels=config.kernels)
+            return head_nats(features.flatten(0, 1), params["head"]["weight"], batch.targets.flatten(), kernels=config.kernels)[0]
 
         env.reset_peak_memory(device)
         row["forward tok/s"] = b * n / seconds(lambda: forward(params), device, budget)

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config
 from hyperlm.data.corpus import Corpus, Shard
 from hyperlm.data.documents import DataError
@@ -28,9 +28,9 @@ def stream_seed(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Batches:
-    """The order of a run's data. `at(step)` is a pure function: batch (A, B, N+1) int64 of step 0, 1, ..."""
+    """The order of a run's data. `at(step)` is a pure function: the batch (A, B, N) of step 0, 1, ..."""
 
-    at: Callable[[int], Tensor]
+    at: Callable[[int], Batch]
     steps_per_epoch: float  # steps after which as many sequences were drawn as the corpus has
     shares: dict[str, float]  # of the sequences drawn, by source
 
@@ -79,9 +79,9 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
             window -= int(counts[i])
         raise AssertionError("window outside its group")
 
-    def at(step: int) -> Tensor:
+    def at(step: int) -> Batch:
         slots = range(step * a * b, (step + 1) * a * b)
-        return torch.from_numpy(np.stack([sequence(slot) for slot in slots])).view(a, b, n + 1)
+        return next_tokens(torch.from_numpy(np.stack([sequence(slot) for slot in slots])).view(a, b, n + 1))
 
     shares = quotas / BLOCK if weighted else counts / counts.sum()
     return Batches(at, int(counts.sum()) / (a * b), dict(zip((s.name for s in shards), shares.tolist(), strict=True)))
@@ -135,8 +135,8 @@ def validation_documents(shard: Shard, max_tokens: int) -> int:
     return len(ends) if max_tokens == 0 else max(1, int(np.searchsorted(ends, max_tokens, "right")))
 
 
-def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Tensor, int]:
-    """Whole validation documents, up to about `max_tokens` tokens (0 for all): windows (W, N+1) int64, padded with IGNORE, and their bytes.
+def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Batch, int]:
+    """Whole validation documents, up to about `max_tokens` tokens (0 for all): a batch (W, N), padded, and their bytes.
 
     Each token of the documents is a target once.
     """
@@ -145,5 +145,5 @@ def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Tensor, i
     count = -(-(len(stream) - 1) // n)
     padded = np.full(count * n + 1, IGNORE, np.int64)
     padded[: len(stream)] = stream
-    windows = np.lib.stride_tricks.sliding_window_view(padded, n + 1)[::n]
-    return torch.from_numpy(windows.copy()), int(shard.val_documents[:keep, 1].sum())
+    windows = torch.from_numpy(padded).unfold(0, n + 1, n)
+    return replace(batch := next_tokens(windows), tokens=batch.tokens.clamp(min=0)), int(shard.val_documents[:keep, 1].sum())

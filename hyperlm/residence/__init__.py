@@ -1,8 +1,8 @@
 """Where parameters live during a step. Each module's `make_advance(cfg, schedule, device)` builds the same function
 
-    (state, batch (A, B, N+1), keys (A), count) -> (state, nats, norm, finite)
+    (state, batch (A, B, N), keys (A), count) -> (state, nats, norm, finite)
 
-of a step's micro-batches, their dropout keys and the number of targets in all of them: the state with its parameters learned (or, if nats or
+of a step's micro-batches, their dropout keys and the number of targets that are learnt in all of them (at least 1): the state with its parameters learned (or, if nats or
 norm are not finite, as they were), summed nats, and the norm of the gradient of nats / count before clipping.
 """
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import kernels, model, tree
+from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
@@ -16,10 +17,10 @@ from hyperlm.precision import compute_copy, summed
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
-Advance = Callable[[State, Tensor, Sequence[Tensor], int], tuple[State, Tensor, Tensor, bool]]
+Advance = Callable[[State, Batch, Sequence[Tensor], int], tuple[State, Tensor, Tensor, bool]]
 
 
-def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor, Sequence[Tensor], int], tuple[Tensor, Tree]]:
+def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Batch, Sequence[Tensor], int], tuple[Tensor, Tree]]:
     """Micro-batch after micro-batch through the whole model; on a GPU replayed from a CUDA graph."""
     dtype = compute_dtype(device)
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
@@ -37,10 +38,9 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
             with torch.no_grad():
                 torch._foreach_copy_(tree.leaves(weights), tree.leaves(params))
 
-    def of_micro_batch(tokens: Tensor, key: Tensor, count: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def of_micro_batch(tokens: Tensor, targets: Tensor, key: Tensor, count: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         with torch.profiler.record_function("forward"):
-            inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-            features = model.hidden(weights, inputs, cfg.model, kernels=cfg.kernels, key=key, recompute=cfg.train.recompute, run=run)
+            features = model.hidden(weights, tokens, cfg.model, kernels=cfg.kernels, key=key, recompute=cfg.train.recompute, run=run)
             nats, _ = head_nats(features.flatten(0, 1), weights["head"]["weight"], targets.flatten(), kernels=cfg.kernels)
         with torch.profiler.record_function("backward"):
             return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
@@ -48,11 +48,11 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Tensor,
     if device.type == "cuda":
         of_micro_batch = replayed(of_micro_batch)
 
-    def gradients(params: Tree, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
+    def gradients(params: Tree, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
         refresh(params)
         divisor, total, sums = torch.full((), float(count), device=device), torch.zeros((), device=device), None
-        for tokens, key in zip(batch, keys, strict=True):
-            nats, grads = of_micro_batch(tokens, key, divisor)
+        for tokens, targets, key in zip(batch.tokens, batch.targets, keys, strict=True):
+            nats, grads = of_micro_batch(tokens, targets, key, divisor)
             total += nats
             sums = summed(sums, grads, accumulate)
         return total, tree.unflatten(sums, params)
@@ -68,7 +68,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
     starts = tree.leaves(origins(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
     origin = torch.tensor(starts, device=device)
 
-    def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
+    def advance(state: State, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nats, grads = gradients(state.params, batch, keys, count)
         with torch.no_grad(), torch.profiler.record_function("update"):
             grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope, measured)

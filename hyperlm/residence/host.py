@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import kernels, model, tree
+from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
@@ -114,7 +115,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
             return torch.empty(-(-p.numel() // BLOCK), CODED, dtype=torch.uint8, device="meta")
         return torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta")
 
-    def prepare(state: State, batch: Tensor) -> None:
+    def prepare(state: State, batch: Batch) -> None:
         nonlocal traffic, inputs, gradients
         if traffic is None:
             if not at_once:
@@ -124,7 +125,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
                 slab.allocate(taken_at_once(plan, allowed), device)
                 number = torch.ones(1, 1, dtype=dtype, device=device, requires_grad=True)
                 torch.autograd.grad(2 * (number @ number), number)  # cuBLAS takes memory to work in, once forward and once backward
-            micro_batches, b, n = batch[:, :, 1:].shape
+            micro_batches, b, n = batch.tokens.shape
             read = sum(slab.padded(b * n * width * dtype.itemsize) for width in widths_read(cfg.model, products=plan.remembers))
             traffic = Traffic(cfg, schedule, device, state.params, state.opt_state, gradients, slots, plan, micro_batches * read)
             inputs = Inputs(traffic, plan.kept, grouping * read, dtype)
@@ -183,17 +184,16 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
                     ops["accumulate"](total, grads.pop(0))
         return [list(own) for own in zip(*parts, strict=True)], inner
 
-    def advance(state: State, batch: Tensor, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
+    def advance(state: State, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nonlocal newest
         prepare(state, batch)
         let_go(0)  # what left in the step before: every step finds memory alike, or gaps would move until something fits in none
         size = grouping if len(keys) % grouping == 0 else 1
-        batch = batch.view(len(batch) // size, size * batch.shape[1], batch.shape[2])
+        tokens, targets = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (batch.tokens, batch.targets))
         keys = keys[::size]
-        tokens, targets = batch[:, :, :-1].clamp(min=0), batch[:, :, 1:]
         shared = model.context(dtype, tokens[0], cfg.model, cfg.kernels)
         contexts = [shared._replace(key=key if cfg.model.dropout else None) for key in keys]
-        layers, groups = len(blocks), range(len(batch))
+        layers, groups = len(blocks), range(len(tokens))
         together = [groups] if device.type == "cuda" else [[a] for a in groups]
         goes_ahead = ahead and not state.clipped
         narrow = not plan.remembers or not (goes_ahead or at_once)  # after a clipped step, updates are on their way home forward
