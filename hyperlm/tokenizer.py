@@ -14,9 +14,23 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
-SPECIALS = [END_OF_TEXT, *(f"<|{role}|>" for role in ROLES), END_OF_TURN]
+TOOL = "<|tool|>"
+SPECIALS = [END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN, TOOL]  # in this order: ids of the tokenizers that there are
+TEMPLATE = (  # of conversations, for transformers: the ids that `turn` gives, and what of them the assistant says; calls of tools as data/rows.py has them
+    "{% macro text_of(message) %}"
+    "{% set said %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content or [] %}{{ part.text }}{% endfor %}{% endif %}{% endset %}{{ said }}"
+    "{% for call in message.tool_calls or [] %}{% set f = call.function or call %}{% if said or not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '{\"name\": ' }}{{ f.name | tojson }}{{ ', \"arguments\": ' }}"
+    "{% if f.arguments is string %}{{ f.arguments }}{% else %}{{ (f.arguments or {}) | tojson }}{% endif %}{{ '}' }}{% endfor %}"
+    "{% endmacro %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + ('system' if message.role == 'developer' else message.role) + '|>' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ text_of(message) + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ text_of(message) + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 FOREIGN_ENDS = ("<|end_of_text|>", "</s>", "<eos>")  # what other tokenizers call the end of a text
 LARGEST_FILE = 64 << 20  # bytes of a tokenizer.json; those of the largest vocabularies take about 35 MB
 LARGEST_ID = 1 << 24  # an embedding has a row for every id up to the largest one
@@ -34,12 +48,18 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 
 
 def ready(tokenizer: Tokenizer) -> Tokenizer:
-    """Add what is missing of our special tokens, keep text from being read as any, and cut or pad no text whatever the file says."""
+    """Add what is missing of our special tokens, keep text from being read as any, and cut or pad no text whatever the file says.
+
+    One that has turns of conversations stays without TOOL: it may be that of a run of an earlier version, whose model has no row for another id.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ends = [END_OF_TEXT, *FOREIGN_ENDS]
     has_end = any(tokenizer.token_to_id(name) is not None for name in ends)
-    tokenizer.add_special_tokens([name for name in SPECIALS if not (name == END_OF_TEXT and has_end)])
+    given = {END_OF_TEXT} if has_end else set()
+    if tokenizer.token_to_id(END_OF_TURN) is not None:
+        given.add(TOOL)
+    tokenizer.add_special_tokens([name for name in SPECIALS if name not in given])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -115,6 +135,13 @@ def save(tokenizer: Tokenizer, path: str | Path) -> None:
     Path(path).write_bytes(tokenizer.to_str(pretty=True).encode())
 
 
+def settings(tokenizer: Tokenizer, *, chat: bool) -> dict[str, object]:
+    """What transformers reads beside a tokenizer.json, as tokenizer_config.json; with a template of conversations if `chat`."""
+    end = tokenizer.id_to_token(end_of_text(tokenizer))
+    found = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": END_OF_TURN if chat else end, "pad_token": end}
+    return {**found, "clean_up_tokenization_spaces": False, **({"chat_template": TEMPLATE} if chat else {})}
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The largest id and one: rows that an embedding needs. Ids may have gaps, so that there may be fewer tokens."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -179,12 +206,23 @@ def stop_ids(tokenizer: Tokenizer) -> set[int]:
 
 def turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     """One message of a conversation: its role's token, the text, the end-of-turn token."""
-    return [*opening(tokenizer, role), *encode(tokenizer, [content])[0], tokenizer.token_to_id(END_OF_TURN)]
+    return turn_of(tokenizer, role, encode(tokenizer, [content])[0])
+
+
+def turn_of(tokenizer: Tokenizer, role: str, ids: list[int]) -> list[int]:
+    """The turn of a text that is encoded."""
+    return [*opening(tokenizer, role), *ids, tokenizer.token_to_id(END_OF_TURN)]
 
 
 def opening(tokenizer: Tokenizer, role: str) -> list[int]:
-    """The token after which `role` speaks."""
-    return [tokenizer.token_to_id(f"<|{role}|>")]
+    """The token after which `role` speaks.
+
+    Raises:
+        TokenizerError: if the tokenizer has none for it.
+    """
+    if (token := tokenizer.token_to_id(f"<|{role}|>")) is None:
+        raise TokenizerError(f"the tokenizer is of a version without <|{role}|>: leave out messages of the role {role}, or train a tokenizer anew")
+    return [token]
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -21,6 +21,11 @@ class Document(NamedTuple):
         return self.text or "".join(content for _, content in self.messages)
 
     @property
+    def said(self) -> bytes:
+        """What is learnt of it where that is what the assistant says: of a text, all."""
+        return "".join(content for role, content in self.messages if role == "assistant").encode() if self.messages else self.raw
+
+    @property
     def raw(self) -> bytes:
         """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8 and with newlines alone at line ends."""
         return self.content.encode()
