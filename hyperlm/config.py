@@ -77,6 +77,8 @@ class DataConfig:
     """`bpe` (trained on the corpus), `bytes`, or the path of a tokenizer.json."""
     seq_len: int = 512
     """Tokens N in a training sequence."""
+    loss: Literal["all", "assistant"] = "assistant"
+    """What is learnt of conversations: every token, or only what the assistant says and the ends of its turns. Of texts, every token always."""
     max_mib: float = 0.0
     """Use at most this much text of each source: as many documents as fit, in the order of their hashes; 0 for all of it."""
     text_field: str = "text"

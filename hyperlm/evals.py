@@ -11,7 +11,7 @@ from hyperlm import model
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.config import Config
-from hyperlm.data import Corpus, validation_documents, validation_windows
+from hyperlm.data import Corpus, validation_documents, validation_sequences
 from hyperlm.env import progress
 from hyperlm.loss import head_nats
 from hyperlm.tree import Tree
@@ -28,21 +28,22 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         batch: sequences at a time; 0 for those of a micro-batch.
 
     Returns:
-        val_loss (nats a token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
-        sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text alone: tokens that stand for none, of the ends of texts and turns and of
-        roles, count in neither.
+        val_loss (nats a learnt token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
+        sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text that is learnt, of conversations
+        that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     n, batch = config.data.seq_len, batch or config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
-    sets = [validation_windows(shard, n, config.eval.max_tokens) for shard in shards]
-    bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets), unit=" seq")
+    sets = {shard.name: validation_sequences(shard, n, config.eval.max_tokens, config.data.loss) for shard in shards}
+    sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
+    bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq")
     results: dict[str, float] = {}
     nats, tokens, text_nats, size = 0.0, 0, 0.0, 0
-    for shard, (sequences, source_bytes) in zip(shards, sets, strict=True):
+    for name, (sequences, source_bytes) in sets.items():
         source_nats, source_tokens, special_nats = nats_of(params, sequences, config, device, batch, apart=special, done=bar.update)
-        if len(shards) > 1:
-            results[f"val_bpb/{shard.name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
+        if len(sets) > 1:
+            results[f"val_bpb/{name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
         nats, tokens = nats + source_nats, tokens + source_tokens
         text_nats, size = text_nats + source_nats - special_nats, size + source_bytes
     bar.close()

@@ -162,7 +162,7 @@ def test_validation_windows_hold_each_token_of_whole_documents_once(prose):
     corpus = prepare(config(prose, val_fraction=0.3))
     shard = corpus.shards[0]
     for limit in (0, 20000, 1):
-        windows, size = data.validation_windows(shard, 16, limit)
+        windows, size = data.validation_sequences(shard, 16, limit, "assistant")
         targets = windows.targets[windows.targets != IGNORE]
         text = text_of(corpus, targets).removesuffix("<|endoftext|>")
         assert size == len(text.replace("<|endoftext|>", "").encode())
@@ -187,7 +187,8 @@ def test_conversations_become_turns(tmp_path):
         config(write_jsonl(tmp_path / "c.jsonl", [talk, {"text": "plain"}, {"text": "x"}, {"text": "y"}] * 3), val_fraction=0.01)
     )
     assert corpus.chat
-    assert "<|user|>hi<|end|><|assistant|>ho<|end|><|endoftext|>" in text_of(corpus, corpus.shards[0].train)
+    assert "<|endoftext|><|user|>hi<|end|><|assistant|>ho<|end|><|endoftext|>" in text_of(corpus, corpus.shards[0].talks.tokens)
+    assert "plain<|endoftext|>x" in text_of(corpus, corpus.shards[0].train)
 
 
 def test_a_recipe_names_sources_and_weights(prose, tmp_path):

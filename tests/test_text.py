@@ -157,7 +157,7 @@ TURN = '{"messages": [{"role": "user", "content": %s}]}'
 LINES = {
     "null content": (TURN % "null", "content of message 1 is not a string but null"),
     "a number": (TURN % "3", "content of message 1 is not a string but a number"),
-    "parts": (TURN % '[{"type": "text", "text": "hi"}]', "content of message 1 is not a string but a list"),
+    "a picture": (TURN % '[{"type": "image_url"}]', "content of message 1 has a part of type 'image_url': text alone can be read"),
     "an object": (TURN % "{}", "content of message 1 is not a string but an object"),
     "true": ('{"text": true}', "text is not a string but true or false"),
     "null text": ('{"text": null}', "text is not a string but null"),
@@ -242,5 +242,5 @@ def test_a_corpus_of_any_shape_trains_and_validates(tmp_path, write, tokenizer):
     cfg = config(write(tmp_path))
     corpus = prepare(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)))
     order = data.batches(corpus, cfg, say=lambda line: None)
-    windows, size = data.validation_windows(corpus.shards[0], 16, 0)
+    windows, size = data.validation_sequences(corpus.shards[0], 16, 0, "assistant")
     assert order.at(0).tokens.shape == (2, 4, 16) and len(windows.tokens) > 0 and size > 0

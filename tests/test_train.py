@@ -87,7 +87,7 @@ def test_bits_per_byte_are_those_of_text_alone(prose):
     config = runs.read_config(Path("runs/a"))
     corpus = data.prepare(config, say=lambda line: None)
     record = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
-    windows, _ = data.validation_windows(corpus.shards[0], 32, 0)
+    windows, _ = data.validation_sequences(corpus.shards[0], 32, 0, "assistant")
     targets = windows.targets.flatten()
     logits = model.apply(final("a").params, windows.tokens, config.model).flatten(0, 1)
     nats = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none").double()

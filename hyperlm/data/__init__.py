@@ -1,12 +1,13 @@
-"""Text to batches: text.py (encodings, cuts), documents.py (texts and conversations), rows.py (of tables and JSON), formats.py and hypertext.py
-(what is in a file), folders.py and hub.py (which files), sources.py (where text comes from), selection.py (which of it, on which side), tokenise.py
-and corpus.py (tokens on disk), cache.py (folders that are checked), order.py (what a step reads).
+"""Text to batches: text.py (encodings, cuts), documents.py (texts and conversations), rows.py (of tables and JSON), formats.py and
+hypertext.py (what is in a file), folders.py and hub.py (which files), sources.py (where text comes from), selection.py (which of it, on which
+side), tokenise.py and corpus.py (tokens on disk), cache.py (folders that are checked), packing.py (conversations to sequences), order.py
+(what a step learns from).
 """
 
 from hyperlm.data.cache import verify as verify_cache
 from hyperlm.data.corpus import Corpus, Shard, cache_folder, prepare
 from hyperlm.data.documents import DataError
-from hyperlm.data.order import Batches, batches, validation_documents, validation_windows
+from hyperlm.data.order import Batches, batches, validation_documents, validation_sequences
 from hyperlm.data.tokenise import with_vocabulary
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "cache_folder",
     "prepare",
     "validation_documents",
-    "validation_windows",
+    "validation_sequences",
     "verify_cache",
     "with_vocabulary",
 ]

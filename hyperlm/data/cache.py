@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from hyperlm.files import digest, read_json
 
-FORMAT = 2
+FORMAT = 3  # conversations apart from texts, with what of them the assistant says
 BLOCK = 1 << 20  # bytes under one checksum
 SAMPLE = 4  # blocks of a folder, beside the first and last of each file, that are checked at every start
 META = "meta.json"

@@ -1,6 +1,8 @@
 """Documents to tokens: tokenised once into memory-mapped shards, in a folder of the cache that is named by what is read and how it is used.
 
-Documents are separated by an end-of-text token.
+Documents are separated by an end-of-text token. Of source 00 a folder has train_00.bin, the texts to train on as one stream; where it has
+conversations, talks_00.bin, said_00.bin and lengths_00.bin (see `packing.Talks`); val_00.bin, all documents to validate on as one stream, val_00.npy,
+what is known of each, and val_said_00.bin, which tokens are texts or what an assistant says.
 """
 
 import hashlib
@@ -18,6 +20,7 @@ from hyperlm import tokenizer as tok
 from hyperlm.config import Config, DataConfig
 from hyperlm.data import cache
 from hyperlm.data.documents import DataError, Document
+from hyperlm.data.packing import Talks
 from hyperlm.data.selection import Selection, drop_copies, hold_out, select
 from hyperlm.data.sources import Readings, Source, documents, notes, parse_sources, summary, why_empty, with_names
 from hyperlm.data.tokenise import build
@@ -29,9 +32,11 @@ class Shard:
 
     name: str
     weight: float | None
-    train: np.ndarray
+    train: np.ndarray  # texts
+    talks: Talks | None  # conversations, if there are any
     val: np.ndarray
-    val_documents: np.ndarray  # (documents, 2): tokens with their end-of-text, bytes
+    val_said: np.ndarray  # like `val`, uint8: 0 for what of a conversation the assistant does not say
+    val_documents: np.ndarray  # (documents, 4): tokens with their end-of-text, bytes, bytes of a text or of what an assistant says, whether a conversation
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
         say(f"tokenizer  {cfg.tokenizer} {loses}")
     if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
         raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer needs {size}, for ids up to {size - 1}")
-    tokens = ", ".join(f"{s.name} {len(s.train):,} + {len(s.val):,}" for s in corpus.shards)
+    tokens = ", ".join(f"{s.name} {len(s.train) + (len(s.talks.tokens) if s.talks else 0):,} + {len(s.val):,}" for s in corpus.shards)
     say(f"data       {tokens} tokens to train + validate, vocabulary {size:,}{' (cached)' if cached else ''}")
     return corpus
 
@@ -132,11 +137,15 @@ def load(folder: Path, sources: list[Source]) -> Corpus:
     meta = cache.read_meta(folder) or {}
 
     def shard(index: int, source: Source) -> Shard:
-        def tokens(split: str) -> np.ndarray:
-            path = folder / f"{split}_{index:02d}.bin"
-            return np.memmap(path, meta["dtype"], "r") if path.stat().st_size else np.zeros(0, meta["dtype"])
+        def mapped(what: str, dtype: str) -> np.ndarray:
+            path = folder / f"{what}_{index:02d}.bin"
+            return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-        return Shard(source.name, source.weight, tokens("train"), tokens("val"), np.load(folder / f"val_{index:02d}.npy"))
+        tokens = meta["dtype"]
+        has_talks = f"talks_{index:02d}.bin" in meta["entries"]
+        talks = Talks(mapped("talks", tokens), mapped("said", "uint8"), mapped("lengths", "uint32")) if has_talks else None
+        val = mapped("val", tokens), mapped("val_said", "uint8"), np.load(folder / f"val_{index:02d}.npy")
+        return Shard(source.name, source.weight, mapped("train", tokens), talks, *val)
 
     shards = [shard(i, source) for i, source in enumerate(sources)]
     return Corpus(shards, tok.load(folder / "tokenizer.json"), folder.name, meta["chat"])

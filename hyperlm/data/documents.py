@@ -21,9 +21,9 @@ class Document(NamedTuple):
         return self.text or "".join(content for _, content in self.messages)
 
     @property
-    def said(self) -> bytes:
-        """What is learnt of it where that is what the assistant says: of a text, all."""
-        return "".join(content for role, content in self.messages if role == "assistant").encode() if self.messages else self.raw
+    def said(self) -> str:
+        """Of a conversation, what the assistant says; a text, whole."""
+        return self.text or "".join(content for role, content in self.messages if role == "assistant")
 
     @property
     def raw(self) -> bytes:
@@ -46,7 +46,8 @@ class Document(NamedTuple):
         return Document("", tuple(kept))
 
     def divide(self, share: float) -> "tuple[Document, Document] | None":
-        """A beginning of about this share and the rest, cut where a text may be, or between messages; None if there is no such place."""
+        """A beginning of about this share and the rest, cut where a text may be, or between messages; None if there is no such place, with
+        something to learn on either side."""
         if self.messages:
             sizes = list(accumulate(len(content) for _, content in self.messages))[:-1]
             if not sizes:
@@ -58,4 +59,4 @@ class Document(NamedTuple):
             low = int(share * len(self.text))
             at, _ = cut(self.text, low, (low + len(self.text)) // 2)
             parts = Document(self.text[:at]), Document(self.text[at:])
-        return parts if all(part.content.strip() for part in parts) else None
+        return parts if all(part.said.strip() for part in parts) else None

@@ -1,20 +1,23 @@
-"""Tokens to batches: the order of training data, a pure function of (seed, step), and the windows of validation.
+"""Tokens to batches: the order of training data, a pure function of (seed, step), and the sequences of validation.
 
-Axes: A micro-batches, B batch, N sequence, W windows.
+Axes: A micro-batches, B batch, N sequence, W sequences of validation.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hyperlm.batch import Batch, next_tokens
+from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.data.corpus import Corpus, Shard
 from hyperlm.data.documents import DataError
+from hyperlm.data.packing import Packing, Talks, packing_of
 from hyperlm.loss import IGNORE
 
 BLOCK = 1024  # sequences in which a weighted mixture has exactly its proportions
@@ -35,27 +38,61 @@ class Batches:
     shares: dict[str, float]  # of the sequences drawn, by source
 
 
+class Part(NamedTuple):
+    """The texts or the conversations of a source, as sequences."""
+
+    count: int
+    sequence: Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (epoch, number) -> tokens and targets, (N,) int64 each
+
+
 def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) -> Batches:
     """Order the training sequences of a corpus.
 
-    Sequences are windows of N+1 tokens at stride N, so that every token is a target once. Without weights each epoch is a permutation of
-    all of them. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions, but for sources
-    whose weight asks for less than one sequence of a block: they get one.
+    Texts are read in windows of N+1 tokens at stride N, so that every token is a target once; conversations are packed (see `packing`), so that
+    every token that is learnt is a target once. Without weights each epoch is a permutation of all sequences. With weights each source is its
+    own permutation, and each BLOCK of sequences has the exact proportions, but for sources whose weight asks for less than one sequence of a
+    block: they get one.
 
     Args:
-        say: is told in one line each of sources that are too short for a sequence, and of weights too small for a block.
+        say: is told in one line each of sources that are too short for a sequence, of weights too small for a block, and what is learnt of
+            conversations.
 
     Raises:
-        DataError: if all of the text is shorter than one sequence.
+        DataError: if all of the text is shorter than one sequence, or there is nothing to learn, or nothing to validate on.
     """
     a, b, n, seed = config.train.grad_accum, config.train.batch_size, config.data.seq_len, config.train.seed
-    shards = join_short([s for s in corpus.shards if len(s.train)], n, say)
-    counts = np.array([(len(s.train) - 1) // n for s in shards])
+    everything = config.data.loss == "all"
+    if not everything and not any(int(first_documents(shard, config.eval.max_tokens)[:, 2].sum()) for shard in corpus.shards):
+        raise DataError("nothing that an assistant says is held out to validate on: add conversations, or set --data.loss all")
+    shards, packings = [], []
+    for shard in join_short([s for s in corpus.shards if len(s.train) or s.talks], n, say):
+        packing = packing_of(shard.talks, n, everything=everything) if shard.talks else None
+        if len(shard.train) > n or packing:
+            shards.append(shard)
+            packings.append(packing)
+    if not shards:
+        raise DataError("an assistant says nothing in the training text: add conversations, or set --data.loss all")
+    told([packing for packing in packings if packing], n, everything, say)
 
+    def windows_of(shard: Shard) -> Part:
+        def sequence(_: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+            window = shard.train[number * n : (number + 1) * n + 1].astype(np.int64)
+            return window[:-1], window[1:]
+
+        return Part(max(0, (len(shard.train) - 1) // n), sequence)
+
+    def talks_of(index: int, packing: Packing) -> Part:
+        drawn = lru_cache(maxsize=2)(lambda epoch: packing.draw(stream_seed(seed, corpus.fingerprint, "talks", index, epoch)))
+        return Part(len(packing), lambda epoch, number: packing.sequence(number, drawn(epoch)))
+
+    parts = [
+        [windows_of(shard), *([talks_of(i, packing)] if packing else [])] for i, (shard, packing) in enumerate(zip(shards, packings, strict=True))
+    ]
+    counts = np.array([sum(part.count for part in own) for own in parts])
     weighted = any(s.weight is not None for s in shards)
-    groups = [[i] for i in range(len(shards))] if weighted else [list(range(len(shards)))]
+    groups = parts if weighted else [list(chain.from_iterable(parts))]
     weights = np.array([s.weight or 1.0 for s in shards]) if weighted else np.ones(1)
-    sizes = [int(sum(counts[i] for i in group)) for group in groups]
+    sizes = [sum(part.count for part in group) for group in groups]
     quotas = quotas_of([s.name for s in shards], weights, say) if weighted else np.array([BLOCK])
 
     @lru_cache(maxsize=2)
@@ -68,45 +105,68 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
     def permutation(group: int, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(stream_seed(seed, corpus.fingerprint, group, epoch))).permutation(sizes[group])
 
-    def sequence(slot: int) -> np.ndarray:
+    def sequence(slot: int) -> tuple[np.ndarray, np.ndarray]:
         index, within = divmod(slot, BLOCK)
         group = int(block(index)[within])
-        drawn = index * int(quotas[group]) + int((block(index)[:within] == group).sum())
-        window = int(permutation(group, drawn // sizes[group])[drawn % sizes[group]])
-        for i in groups[group]:
-            if window < counts[i]:
-                return shards[i].train[window * n : (window + 1) * n + 1].astype(np.int64)
-            window -= int(counts[i])
-        raise AssertionError("window outside its group")
+        epoch, place = divmod(index * int(quotas[group]) + int((block(index)[:within] == group).sum()), sizes[group])
+        number = int(permutation(group, epoch)[place])
+        for part in groups[group]:
+            if number < part.count:
+                return part.sequence(epoch, number)
+            number -= part.count
+        raise AssertionError("sequence outside its group")
 
     def at(step: int) -> Batch:
-        slots = range(step * a * b, (step + 1) * a * b)
-        return next_tokens(torch.from_numpy(np.stack([sequence(slot) for slot in slots])).view(a, b, n + 1))
+        return stacked([sequence(slot) for slot in range(step * a * b, (step + 1) * a * b)], n).map(lambda x: x.unflatten(0, (a, b)))
 
     shares = quotas / BLOCK if weighted else counts / counts.sum()
     return Batches(at, int(counts.sum()) / (a * b), dict(zip((s.name for s in shards), shares.tolist(), strict=True)))
 
 
+def stacked(sequences: list[tuple[np.ndarray, np.ndarray]], n: int) -> Batch:
+    """Tokens and targets of sequences, as a batch (W, N)."""
+    both = torch.from_numpy(np.array(sequences, np.int64).reshape(-1, 2, n))
+    return Batch(*(x.contiguous() for x in both.unbind(1)))
+
+
+def told(packings: list[Packing], n: int, everything: bool, say: Callable[[str], None]) -> None:
+    """Say what is learnt of conversations."""
+    if not packings:
+        return
+    talks, sequences = sum(len(p.talks.lengths) for p in packings), sum(map(len, packings))
+    tokens, said = sum(len(p.talks.tokens) - 1 for p in packings), sum(int(p.talks.said.sum(dtype=np.int64)) for p in packings)
+    padding = 1 - sum(int(p.length.sum()) for p in packings) / (sequences * n)
+    what = "everything" if everything else f"what the assistant says, {said / tokens:.1%} of the tokens"
+    say(f"loss       on {what}; {talks:,} conversations packed into {sequences:,} sequences, {padding:.1%} padding (--data.loss)")
+
+
 def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
-    """Sources that are shorter than a sequence of N+1 tokens become one, in place of the first; if that is too short as well, they go.
+    """Sources whose texts are shorter than a sequence of N+1 tokens become one, in place of the first; if that is too short as well, they go.
+
+    Of those with conversations, which can always be packed, the texts go alone.
 
     Raises:
         DataError: if nothing is left.
     """
-    short = [s for s in shards if len(s.train) <= n]
+    for i, s in enumerate(shards):
+        if s.talks and 0 < len(s.train) <= n:
+            say(f"left out   {s.name}: its texts beside conversations, {len(s.train)} training tokens, less than one sequence of {n}")
+            shards[i] = replace(s, train=s.train[:0])
+    short, kept = ([s for s in shards if (len(s.train) <= n and not s.talks) == it_is] for it_is in (True, False))
     if not short:
         return shards
     names = ", ".join(s.name for s in short[:NAMED]) + (f" and {len(short) - NAMED} more" if len(short) > NAMED else "")
     train = np.concatenate([s.train for s in short])
     if len(train) <= n:
-        if len(short) == len(shards):
+        if not kept:
             raise DataError(f"{names}: {len(train)} training tokens, less than one sequence: set --data.seq-len below that or add text")
         say(f"left out   {names}: {len(train)} training tokens, less than one sequence of {n}")
-        return [s for s in shards if len(s.train) > n]
+        return kept
     weight = sum(s.weight or 1.0 for s in short) if any(s.weight is not None for s in shards) else None
     together = replace(short[0], name=f"{short[0].name} and {len(short) - 1} more", train=train, weight=weight)
     say(f"mixture    {names}: each shorter than a sequence, read as one source")
-    return [together if s is short[0] else s for s in shards if len(s.train) > n or s is short[0]]
+    at = next(i for i, s in enumerate(shards) if s is short[0])
+    return [*kept[:at], together, *kept[at:]]
 
 
 def quotas_of(names: list[str], weights: np.ndarray, say: Callable[[str], None]) -> np.ndarray:
@@ -135,15 +195,31 @@ def validation_documents(shard: Shard, max_tokens: int) -> int:
     return len(ends) if max_tokens == 0 else max(1, int(np.searchsorted(ends, max_tokens, "right")))
 
 
-def validation_windows(shard: Shard, n: int, max_tokens: int) -> tuple[Batch, int]:
-    """Whole validation documents, up to about `max_tokens` tokens (0 for all): a batch (W, N), padded, and their bytes.
+def first_documents(shard: Shard, max_tokens: int) -> np.ndarray:
+    """What is known of these, as `Shard.val_documents` has it."""
+    return shard.val_documents[: validation_documents(shard, max_tokens)] if len(shard.val_documents) else shard.val_documents
 
-    Each token of the documents is a target once.
+
+def validation_sequences(shard: Shard, n: int, max_tokens: int, loss: str) -> tuple[Batch, int]:
+    """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N): texts in windows one after the other, conversations
+    packed; and the bytes of text that is learnt (`loss` as --data.loss has it).
+
+    Each token that is learnt is a target once.
     """
-    keep = validation_documents(shard, max_tokens)
-    stream = shard.val[: 1 + int(shard.val_documents[:keep, 0].sum())].astype(np.int64)
-    count = -(-(len(stream) - 1) // n)
-    padded = np.full(count * n + 1, IGNORE, np.int64)
-    padded[: len(stream)] = stream
-    windows = torch.from_numpy(padded).unfold(0, n + 1, n)
-    return replace(batch := next_tokens(windows), tokens=batch.tokens.clamp(min=0)), int(shard.val_documents[:keep, 1].sum())
+    size, raw, said, talk = first_documents(shard, max_tokens).T
+    end, ends = int(shard.val[0]), 1 + np.cumsum(size)
+
+    def together(those: np.ndarray, stream: np.ndarray) -> np.ndarray:
+        """What `stream` has of these documents, with the place before them."""
+        return np.concatenate([stream[:1], *(stream[to - count : to] for to, count in zip(ends[those].tolist(), size[those].tolist(), strict=True))])
+
+    texts = together(talk == 0, shard.val).astype(np.int64)
+    count = -(-(len(texts) - 1) // n)
+    inputs, targets = np.full(count * n, end), np.full(count * n, IGNORE)
+    inputs[: len(texts) - 1], targets[: len(texts) - 1] = texts[:-1], texts[1:]
+    talks = Talks(together(talk == 1, shard.val), together(talk == 1, shard.val_said), size[talk == 1])
+    packing = packing_of(talks, n, everything=loss == "all")
+    drawn = packing.draw(None)
+    packed = [packing.sequence(number, drawn) for number in range(len(packing))]
+    windows = zip(inputs.reshape(count, n), targets.reshape(count, n), strict=True)
+    return stacked([*windows, *packed], n), int((raw if loss == "all" else said).sum())

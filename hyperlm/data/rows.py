@@ -23,6 +23,7 @@ ROLES = {  # what they are called, and what they are here
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
 }
+LISTS = "messages", "conversations"
 NEEDS = "a row needs text, or messages with role and content"
 
 Message = tuple[str, str]  # role and text
@@ -44,13 +45,14 @@ def document_of(row: Any, text_field: str = "text") -> Document:
         return Document("", tuple(messages))
     if text_field in row:
         return Document(checked(row[text_field], text_field))
-    raise ValueError(f"no {text_field!r} field; {NEEDS}")
+    null = next((f"{name} is null, not a list" for name in LISTS if name in row), "")
+    raise ValueError(null or f"no {text_field!r} field; {NEEDS}")
 
 
 def conversation(row: dict[str, Any]) -> list[Message]:
     """Of a row, whatever its form; empty if it has none."""
     has = {name for name, value in row.items() if value is not None}  # a table has all columns in every row
-    for name in ("messages", "conversations"):
+    for name in LISTS:
         if name in has:
             return messages_of(row[name], name)
     if {"prompt", "completion"} <= has:

@@ -1,11 +1,14 @@
-"""Chosen documents to tokens, in a folder of the cache: a stream to train on and one to validate on for each source, with end-of-text between documents."""
+"""Chosen documents to tokens, in a folder of the cache whose files corpus.py lists."""
 
 import errno
 import io
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -81,31 +84,63 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
     chat = False
     bar = progress(desc="tokenising", total=sum(int(s.size[s.use].sum()) for s in selections), unit="B", unit_scale=True)
     for index, (source, selection) in enumerate(zip(sources, selections, strict=True)):
-        held_out: list[tuple[int, np.ndarray, int]] = []
-        with open(folder / f"train_{index:02d}.bin", "wb") as file:
+        held_out: list[HeldOut] = []
+        with writing(folder, index) as (texts, talks):
             for number, batch in enumerate(batched(chosen(source, selection, readings))):
-                texts = [document.content for _, document, _ in batch]
                 if given:  # the beginning as it is, and then each character that is new
-                    new = set().union(*texts) - known
-                    if (changed := tok.losses(tokenizer, texts if number == 0 else sorted(new))) and not loses:
+                    contents = [document.content for _, document, _ in batch]
+                    new = set().union(*contents) - known
+                    if (changed := tok.losses(tokenizer, contents if number == 0 else sorted(new))) and not loses:
                         loses = f"does not keep all of {source.name}: {changed}"
                     known |= new
-                for (i, document, val), ids in zip(batch, encoded(tokenizer, [document for _, document, _ in batch]), strict=True):
+                for (i, document, val), (ids, said) in zip(batch, encoded(tokenizer, [document for _, document, _ in batch]), strict=True):
                     tokens = np.array([*ids, end], dtype)
                     if val:
-                        held_out.append((int(selection.order[i]), tokens, len(document.raw)))
+                        said = said + b"\0" if document.messages else bytes([1]) * len(tokens)
+                        held_out.append(HeldOut(int(selection.order[i]), tokens, said, (len(document.raw), len(document.said.encode()), bool(document.messages))))
+                    elif document.messages:
+                        write_talk(talks, tokens, said + b"\0")
                     else:
-                        file.write(tokens.tobytes())
+                        texts.write(tokens.tobytes())
                     chat |= bool(document.messages)
                     bar.update(len(document.raw))
-        held_out.sort(key=lambda document: document[0])
-        stream = np.concatenate([np.array([end], dtype), *(tokens for _, tokens, _ in held_out)]) if held_out else np.zeros(0, dtype)
-        (folder / f"val_{index:02d}.bin").write_bytes(stream.tobytes())
+        held_out.sort(key=lambda document: document.order)
+        begun = bool(held_out)  # with an end of text
+        (folder / f"val_{index:02d}.bin").write_bytes(b"".join([np.array([end] * begun, dtype).tobytes(), *(d.tokens.tobytes() for d in held_out)]))
+        (folder / f"val_said_{index:02d}.bin").write_bytes(b"".join([b"\0" * begun, *(d.said for d in held_out)]))
         table = io.BytesIO()  # numpy's own writing to files reports a full disk without its reason
-        np.save(table, np.array([(len(tokens), size) for _, tokens, size in held_out], np.int64).reshape(-1, 2))
+        np.save(table, np.array([(len(d.tokens), *d.facts) for d in held_out], np.int64).reshape(-1, 4))
         (folder / f"val_{index:02d}.npy").write_bytes(table.getvalue())
     bar.close()
     cache.seal(folder, {"dtype": dtype.name, "chat": chat, "loses": loses})
+
+
+class HeldOut(NamedTuple):
+    order: int
+    tokens: np.ndarray  # with its end-of-text
+    said: bytes  # one a token
+    facts: tuple[int, int, bool]  # bytes, bytes of a text or of what an assistant says, whether it is a conversation
+
+
+Talking = tuple[BinaryIO, BinaryIO, BinaryIO]  # files of tokens, of what of these is said, and of lengths
+
+
+@contextmanager
+def writing(folder: Path, index: int) -> Iterator[tuple[BinaryIO, Talking]]:
+    """Files of the texts and of the conversations of a source, the latter only left there if there are any."""
+    paths = [folder / f"{what}_{index:02d}.bin" for what in ("talks", "said", "lengths")]
+    with open(folder / f"train_{index:02d}.bin", "wb") as texts, ExitStack() as stack:
+        yield texts, tuple(stack.enter_context(open(path, "wb")) for path in paths)
+    for path in paths:
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
+def write_talk(files: Talking, tokens: np.ndarray, said: bytes) -> None:
+    """Add a conversation, to the first an end of text before it."""
+    before = not files[0].tell()
+    for file, added in zip(files, (tokens[-1:].tobytes() * before + tokens.tobytes(), b"\0" * before + said, np.uint32(len(tokens)).tobytes()), strict=True):
+        file.write(added)
 
 
 def batched(documents: Iterator[tuple[int, Document, bool]]) -> Iterator[list[tuple[int, Document, bool]]]:
@@ -121,8 +156,14 @@ def batched(documents: Iterator[tuple[int, Document, bool]]) -> Iterator[list[tu
         yield batch
 
 
-def encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[list[int]]:
-    """Ids of each document: texts together, conversations turn by turn."""
-    plain = iter(tok.encode(tokenizer, [d.text for d in documents if not d.messages]))
+def encoded(tokenizer: Tokenizer, documents: list[Document]) -> Iterator[tuple[list[int], bytes]]:
+    """Ids of each document; and of conversations a byte for each, 1 for what the assistant says and the ends of its turns."""
+    contents = [[content for _, content in d.messages] if d.messages else [d.text] for d in documents]
+    ids = iter(tok.encode(tokenizer, list(chain.from_iterable(contents))))
     for d in documents:
-        yield [i for role, content in d.messages for i in tok.turn(tokenizer, role, content)] if d.messages else next(plain)
+        if not d.messages:
+            yield next(ids), b""
+            continue
+        turns = [tok.turn_of(tokenizer, role, next(ids)) for role, _ in d.messages]
+        said = (b"\0" + bytes([role == "assistant"]) * (len(turn) - 1) for (role, _), turn in zip(d.messages, turns, strict=True))
+        yield list(chain.from_iterable(turns)), b"".join(said)
