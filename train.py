@@ -165,6 +165,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
             print(f"weights    {checkpoint.folder_of(base, step)}")
         runs.write_config(run, config)
         runs.write_text(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
+        runs.write_json(run / "tokenizer_config.json", tok.settings(corpus.tokenizer, chat=corpus.chat))
         runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
         runs.remember(run, event)
     except BaseException:
@@ -183,7 +184,7 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
             "go on with that version; chat.py and bench.py read it"
         )
     if meta["fingerprint"] != corpus.fingerprint:
-        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started: resuming would not be exact; start a new run")
+        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started, or another version of hyperlm prepared it: resuming would not be exact; start a new run")
     runs.write_config(run, config)
     if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
         runs.write_text(path, corpus.tokenizer.to_str(pretty=True))
