@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,7 @@ def test_a_run_writes_everything_it_promises(prose, capsys):
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} >= {"config.json", "env.json", "tokenizer.json", "metrics.jsonl", "training_summary.json", "checkpoints"}
     assert any(p.name.startswith("events") for p in run.iterdir())
+    assert "chat_template" not in json.loads((run / "tokenizer_config.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps, evaluations = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4] and [r["step"] for r in evaluations] == [2, 4]
@@ -121,6 +123,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind, more
     assert call("--resume", "runs/parts") == 0
     assert losses("whole") == losses("parts")
     assert same(final("whole"), final("parts"))
+
+
+@pytest.mark.parametrize(("residence", "loss"), [([], "assistant"), ([], "all"), ([*HOST, "fp32"], "assistant"), ([*HOST, "int8"], "assistant")], ids=str)
+def test_a_run_on_conversations_resumes_bit_for_bit_in_the_middle_of_an_epoch_and_in_the_next(tmp_path, capsys, residence, loss):
+    """Packed anew in each epoch, with texts beside them; what it learns from is counted, and said."""
+    rng, path = random.Random(0), tmp_path / "talks.jsonl"
+    rows = [{"question": f"q{i} " * rng.randint(1, 4), "answer": f"a{i} " * rng.randint(1, 9)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "a text. " * 20}]))
+    common = [*residence, "--data.loss", loss, "--train.steps", "7", "--ckpt.every", "2", "--ckpt.keep", "9", "--eval.every", "4", "--data.val-fraction", "0.3"]
+    for name in ("whole", "parts"):
+        assert start(path, name, *common, "--data.tokenizer", "bytes") == 0
+    said = capsys.readouterr().out
+    for step in ("6", "7"):
+        shutil.rmtree(f"runs/parts/checkpoints/step_0000000{step}")
+    assert call("--resume", "runs/parts") == 0
+    assert losses("whole") == losses("parts") and same(final("whole"), final("parts"))
+
+    config = runs.read_config(Path("runs/whole"))
+    order = data.batches(data.prepare(config, say=lambda line: None), config, say=lambda line: None)
+    learnt = sum(int((order.at(step).targets >= 0).sum()) for step in range(7))
+    assert final("whole").tokens == learnt < 7 * 8 * 32 and 4 < order.steps_per_epoch < 7
+    assert ("loss       on everything; " if loss == "all" else "loss       on what the assistant says, ") in said
+    assert json.loads(Path("runs/whole/tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
 
 
 def test_a_run_goes_on_in_another_residence(prose):
@@ -421,7 +446,7 @@ def test_a_run_is_never_overwritten(prose, capsys):
 
 def test_a_resumed_run_refuses_what_would_make_it_another(prose, capsys):
     assert start(prose, "a", "--train.steps", "2") == 0
-    for flag, value in (("--model.n-layers", "3"), ("--train.seed", "9"), ("--data.seq-len", "16"), ("--optim.state", "int8"), ("--train.grad-accum", "3")):
+    for flag, value in (("--model.n-layers", "3"), ("--train.seed", "9"), ("--data.seq-len", "16"), ("--data.loss", "all"), ("--optim.state", "int8"), ("--train.grad-accum", "3")):
         assert call("--resume", "runs/a", "--train.steps", "4", flag, value) == 2
         assert flag in capsys.readouterr().err
     prose.write_text(prose.read_text() + "\n\nchanged")
