@@ -188,6 +188,9 @@ def test_conversations_become_turns(tmp_path):
     )
     assert corpus.chat
     assert "<|endoftext|><|user|>hi<|end|><|assistant|>ho<|end|><|endoftext|>" in text_of(corpus, corpus.shards[0].talks.tokens)
+    talks = corpus.shards[0].talks
+    assert len(talks.tokens) == len(talks.said) == 1 + talks.lengths.sum() and len(talks.lengths) == 3
+    assert text_of(corpus, talks.tokens[talks.said == 1]) == "ho<|end|>" * 3
     assert "plain<|endoftext|>x" in text_of(corpus, corpus.shards[0].train)
 
 

@@ -17,7 +17,8 @@ def sides(*paths, **options) -> tuple[list[str], list[str], list[str]]:
     """The training and the validation documents of all sources, and what was said."""
     said = []
     corpus = data.prepare(config(*paths, **options), say=said.append)
-    train = [text for s in corpus.shards for text in text_of(corpus, s.train).split("<|endoftext|>")[:-1]]
+    streams = [stream for s in corpus.shards for stream in (s.train, *([s.talks.tokens[1:]] if s.talks else []))]
+    train = [text for stream in streams for text in text_of(corpus, stream).split("<|endoftext|>")[:-1]]
     val = [text for s in corpus.shards for text in text_of(corpus, s.val).split("<|endoftext|>")[1:-1]]
     return train, val, said[:-1]
 

@@ -2,7 +2,7 @@
 
 Documents are separated by an end-of-text token. Of source 00 a folder has train_00.bin, the texts to train on as one stream; where it has
 conversations, talks_00.bin, said_00.bin and lengths_00.bin (see `packing.Talks`); val_00.bin, all documents to validate on as one stream, val_00.npy,
-what is known of each, and val_said_00.bin, which tokens are texts or what an assistant says.
+what is known of each, and where some are conversations val_said_00.bin, which tokens are texts or what an assistant says.
 """
 
 import hashlib
@@ -144,8 +144,9 @@ def load(folder: Path, sources: list[Source]) -> Corpus:
         tokens = meta["dtype"]
         has_talks = f"talks_{index:02d}.bin" in meta["entries"]
         talks = Talks(mapped("talks", tokens), mapped("said", "uint8"), mapped("lengths", "uint32")) if has_talks else None
-        val = mapped("val", tokens), mapped("val_said", "uint8"), np.load(folder / f"val_{index:02d}.npy")
-        return Shard(source.name, source.weight, mapped("train", tokens), talks, *val)
+        val = mapped("val", tokens)
+        said = mapped("val_said", "uint8") if f"val_said_{index:02d}.bin" in meta["entries"] else np.broadcast_to(np.uint8(1), val.shape)
+        return Shard(source.name, source.weight, mapped("train", tokens), talks, val, said, np.load(folder / f"val_{index:02d}.npy"))
 
     shards = [shard(i, source) for i, source in enumerate(sources)]
     return Corpus(shards, tok.load(folder / "tokenizer.json"), folder.name, meta["chat"])

@@ -104,13 +104,7 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
                         texts.write(tokens.tobytes())
                     chat |= bool(document.messages)
                     bar.update(len(document.raw))
-        held_out.sort(key=lambda document: document.order)
-        begun = bool(held_out)  # with an end of text
-        (folder / f"val_{index:02d}.bin").write_bytes(b"".join([np.array([end] * begun, dtype).tobytes(), *(d.tokens.tobytes() for d in held_out)]))
-        (folder / f"val_said_{index:02d}.bin").write_bytes(b"".join([b"\0" * begun, *(d.said for d in held_out)]))
-        table = io.BytesIO()  # numpy's own writing to files reports a full disk without its reason
-        np.save(table, np.array([(len(d.tokens), *d.facts) for d in held_out], np.int64).reshape(-1, 4))
-        (folder / f"val_{index:02d}.npy").write_bytes(table.getvalue())
+        write_held_out(folder, index, sorted(held_out, key=lambda document: document.order))
     bar.close()
     cache.seal(folder, {"dtype": dtype.name, "chat": chat, "loses": loses})
 
@@ -141,6 +135,17 @@ def write_talk(files: Talking, tokens: np.ndarray, said: bytes) -> None:
     before = not files[0].tell()
     for file, added in zip(files, (tokens[-1:].tobytes() * before + tokens.tobytes(), b"\0" * before + said, np.uint32(len(tokens)).tobytes()), strict=True):
         file.write(added)
+
+
+def write_held_out(folder: Path, index: int, documents: list[HeldOut]) -> None:
+    """The validation documents of a source, in this order, with an end of text before the first."""
+    begin = documents[0].tokens[-1:].tobytes() if documents else b""
+    (folder / f"val_{index:02d}.bin").write_bytes(b"".join([begin, *(d.tokens.tobytes() for d in documents)]))
+    if any(is_talk for *_, is_talk in (d.facts for d in documents)):
+        (folder / f"val_said_{index:02d}.bin").write_bytes(b"".join([b"\0", *(d.said for d in documents)]))
+    table = io.BytesIO()  # numpy's own writing to files reports a full disk without its reason
+    np.save(table, np.array([(len(d.tokens), *d.facts) for d in documents], np.int64).reshape(-1, 4))
+    (folder / f"val_{index:02d}.npy").write_bytes(table.getvalue())
 
 
 def batched(documents: Iterator[tuple[int, Document, bool]]) -> Iterator[list[tuple[int, Document, bool]]]:
