@@ -33,9 +33,9 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
-    n, batch = config.data.seq_len, batch or config.train.batch_size
+    batch = batch or config.train.batch_size
     shards = [shard for shard in corpus.shards if len(shard.val)]
-    sets = {shard.name: validation_sequences(shard, n, config.eval.max_tokens, config.data.loss) for shard in shards}
+    sets = {shard.name: validation_sequences(shard, config.data, config.eval.max_tokens) for shard in shards}
     sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
     bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq")
     results: dict[str, float] = {}

@@ -162,7 +162,7 @@ def test_validation_windows_hold_each_token_of_whole_documents_once(prose):
     corpus = prepare(config(prose, val_fraction=0.3))
     shard = corpus.shards[0]
     for limit in (0, 20000, 1):
-        windows, size = data.validation_sequences(shard, 16, limit, "assistant")
+        windows, size = data.validation_sequences(shard, DataConfig(seq_len=16), limit)
         targets = windows.targets[windows.targets != IGNORE]
         text = text_of(corpus, targets).removesuffix("<|endoftext|>")
         assert size == len(text.replace("<|endoftext|>", "").encode())

@@ -32,8 +32,8 @@ def shard_of(name: str, lengths: list[int] = (), texts: int = 0, first: int = 10
     return Shard(name, weight, np.arange(texts, dtype=np.uint32) + 100, talks_of(list(lengths), first) if lengths else None, NONE, NONE, KNOWN)
 
 
-def order_of(*shards: Shard, loss: str = "assistant", seed: int = 0, say=lambda line: None) -> data.Batches:
-    cfg = Config(data=DataConfig(seq_len=N, loss=loss), train=TrainConfig(batch_size=1, grad_accum=1, seed=seed))
+def order_of(*shards: Shard, loss: str = "assistant", isolate: bool = False, seed: int = 0, say=lambda line: None) -> data.Batches:
+    cfg = Config(data=DataConfig(seq_len=N, loss=loss, isolate=isolate), train=TrainConfig(batch_size=1, grad_accum=1, seed=seed))
     return data.batches(Corpus(list(shards), None, "print", True), cfg, say=say)
 
 
@@ -107,6 +107,24 @@ def test_texts_and_conversations_mix_in_one_source_and_in_several(weights):
         assert len({targets[t] // 10 for t in (*texts, *said)}) <= 2  # as often as each other, but for the last epoch
 
 
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_isolated_documents_have_sequences_of_their_own(loss):
+    """Texts as conversations, whole or in pieces, each learnt token once an epoch."""
+    lengths = [7, 1, 40, 16, 17, 5]
+    texts, said = np.arange(100, 100 + sum(lengths), dtype=np.uint32), []
+    texts[np.cumsum(lengths) - 1] = END
+    both = replace(shard_of("a", [9, 30, 4]), train=texts)
+    order = order_of(both, loss=loss, isolate=True, say=said.append)
+    of = {token: number for stream, first in ((texts, 0), (both.talks.tokens[1:], 100)) for number, token in enumerate(stream.tolist(), first * 1000)}
+    ends = np.cumsum([0, *lengths, *(100_000 - sum(lengths), 9, 30, 4)])
+    for epoch in (0, 1):
+        sequences = epoch_of(order, epoch)
+        assert all(len({int(np.searchsorted(ends, of[x], "right")) for x in tokens if x != END}) <= 1 for tokens, _ in sequences)
+        learnt = [*texts[1:], *(t for t, is_said in zip(both.talks.tokens[1:], both.talks.said[1:], strict=True) if loss == "all" or is_said)]
+        assert Counter(y for _, targets in sequences for y in targets if y != IGNORE) == Counter(map(int, learnt))
+    assert said[-1].startswith("sequences  9 documents apart in ") and said[-1].endswith(" padding (--data.isolate)")
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_pieces_fill_sequences_about_as_well_as_one_by_one(seed):
     """Against best fit of one piece after the other, by looking through all sequences."""
@@ -123,9 +141,13 @@ def test_pieces_fill_sequences_about_as_well_as_one_by_one(seed):
 
 def test_what_is_learnt_of_conversations_is_said():
     said = []
-    order_of(replace(shard_of("a", [5, 4, 20]), talks=replace(talks_of([5, 4, 20], 1000), said=np.array([0] + [0, 1, 1, 0, 0] + [0, 0, 1, 0] + [0] * 18 + [1, 0], np.uint8))), say=said.append)
+    which = np.array([0] + [0, 1, 1, 0, 0] + [0, 0, 1, 0] + [0] * 18 + [1, 0], np.uint8)
+    order_of(replace(shard_of("a", [5]), talks=replace(talks_of([5, 4, 20], 1000), said=which)), say=said.append)
     # 16 of the long one's 20 are not learnt and left out; the other 4 and the short ones, 13 in all, share a sequence of 16
-    assert said == ["loss       on what the assistant says, 13.8% of the tokens; 3 conversations packed into 1 sequences, 18.8% padding (--data.loss)"]
+    assert said == [
+        "loss       on what the assistant says, 13.8% of the tokens of conversations (--data.loss)",
+        "sequences  3 conversations packed into 1 sequences, 18.8% padding",
+    ]
     said.clear()
     order_of(shard_of("a", texts=100), say=said.append)
     assert said == []
@@ -135,7 +157,9 @@ def test_conversations_in_which_nothing_is_learnt_are_an_error_and_not_read():
     silent = replace(shard_of("a", [5]), talks=replace(talks_of([5], 1000), said=np.zeros(6, np.uint8)))
     with pytest.raises(data.DataError, match="an assistant says nothing in the training text: .*--data.loss all"):
         order_of(silent)
-    assert order_of(silent, shard_of("b", texts=100)).shares == {"b": 1.0}
+    said = []
+    assert order_of(silent, shard_of("b", texts=100), say=said.append).shares == {"b": 1.0}
+    assert said[0] == "left out   a: an assistant says nothing in its training text"
     with pytest.raises(data.DataError, match="nothing that an assistant says is held out"):
         order_of(replace(shard_of("a", [5, 6]), val_documents=np.array([[5, 3, 0, 1]])))
 
@@ -166,9 +190,10 @@ def test_texts_are_read_as_version_0_2_read_them(weights, digest):
 # -- validation ----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("loss", ["assistant", "all"])
 @pytest.mark.parametrize("limit", [0, 60, 1])
-def test_validation_reads_each_learnt_token_of_its_first_documents_once(loss, limit):
+def test_validation_reads_each_learnt_token_of_its_first_documents_once(loss, limit, isolate):
     """Texts and conversations in any order; with the bytes of what is learnt, here three a token, and five of what is said."""
     lengths, talking = [7, 20, 5, 3, 40, 9], np.array([1, 0, 1, 0, 1, 0])
     talks = talks_of(lengths, 1000)
@@ -177,11 +202,14 @@ def test_validation_reads_each_learnt_token_of_its_first_documents_once(loss, li
         said[at : at + length] = 1 if not talk else said[at : at + length]
     shard = Shard("a", None, NONE, None, talks.tokens, said, np.array([(length, 3 * length, 5, talk) for length, talk in zip(lengths, talking, strict=True)]))
     kept = {0: 6, 60: 4, 1: 1}[limit]
-    batch, size = data.validation_sequences(shard, N, limit, loss)
+    batch, size = data.validation_sequences(shard, DataConfig(seq_len=N, loss=loss, isolate=isolate), limit)
     stream = talks.tokens[1 : begin[kept]].tolist()
     learnt = [token for token, is_said in zip(stream, said[1:], strict=False) if loss == "all" or is_said]
     assert Counter(batch.targets[batch.targets != IGNORE].tolist()) == Counter(learnt)
     assert batch.tokens.shape == batch.targets.shape and batch.tokens.shape[1] == N and batch.tokens.min() >= 0
+    if isolate:  # nothing of another document is in any sequence
+        of = dict(zip(talks.tokens[1:].tolist(), np.repeat(np.arange(6), lengths).tolist(), strict=True))
+        assert all(len({of[x] for x in sequence if x != END}) <= 1 for sequence in batch.tokens.tolist())
     assert size == (3 * sum(lengths[:kept]) if loss == "all" else 5 * kept)
     before = {token: talks.tokens[place - 1] for place, token in enumerate(talks.tokens.tolist()) if token != END}
     assert all(before[y] == x for x, y in zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True) if y > 0)

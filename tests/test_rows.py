@@ -141,7 +141,7 @@ def test_the_assistants_words_and_ends_of_turns_are_said():
     (ids, said), (plain, nothing) = encoded(tokenizer, documents)
     shown = [tokenizer.id_to_token(i) for i in ids]
     assert [name for name, is_said in zip(shown, said, strict=True) if is_said] == ["c", "<|end|>", "<|end|>"]
-    assert shown == "<|user|> a b <|end|> <|assistant|> c <|end|> <|tool|> d <|end|> <|assistant|> <|end|>".split()
+    assert shown == ["<|user|>", "a", "b", "<|end|>", "<|assistant|>", "c", "<|end|>", "<|tool|>", "d", "<|end|>", "<|assistant|>", "<|end|>"]
     assert (plain, nothing) == (tok.encode(tokenizer, ["text"])[0], b"")
 
 

@@ -132,8 +132,7 @@ def test_what_is_not_learnt_changes_nothing_to_the_bit_and_what_is_learnt_does(r
 
 def test_a_micro_batch_without_a_learnt_token_adds_nothing(residing):
     batch, settings = batch_of(3, 2, 17), residing(CASES["phase8"])
-    without, (state, found) = batch.map(lambda x: x[[0, 2]]), after(settings, [masked(batch, (1,))])
-    expected = after(settings, [without])[1]
+    (_, found), (_, expected) = (after(settings, [x]) for x in (masked(batch, (1,)), batch.map(lambda x: x[[0, 2]])))
     assert found["tokens"] == expected["tokens"] == 64 and not found["skipped"]
     for name in ("loss", "grad_norm"):
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-6)

@@ -242,5 +242,5 @@ def test_a_corpus_of_any_shape_trains_and_validates(tmp_path, write, tokenizer):
     cfg = config(write(tmp_path))
     corpus = prepare(replace(cfg, data=replace(cfg.data, tokenizer=tokenizer)))
     order = data.batches(corpus, cfg, say=lambda line: None)
-    windows, size = data.validation_sequences(corpus.shards[0], 16, 0, "assistant")
+    windows, size = data.validation_sequences(corpus.shards[0], cfg.data, 0)
     assert order.at(0).tokens.shape == (2, 4, 16) and len(windows.tokens) > 0 and size > 0

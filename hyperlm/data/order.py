@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from hyperlm.batch import Batch
-from hyperlm.config import Config
+from hyperlm.config import Config, DataConfig
 from hyperlm.data.corpus import Corpus, Shard
 from hyperlm.data.documents import DataError
-from hyperlm.data.packing import Packing, Talks, packing_of
+from hyperlm.data.packing import Packing, Talks, of_texts, packing_of
 from hyperlm.loss import IGNORE
 
 BLOCK = 1024  # sequences in which a weighted mixture has exactly its proportions
@@ -49,7 +49,7 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
     """Order the training sequences of a corpus.
 
     Texts are read in windows of N+1 tokens at stride N, so that every token is a target once; conversations are packed (see `packing`), so that
-    every token that is learnt is a target once. Without weights each epoch is a permutation of all sequences. With weights each source is its
+    every token that is learnt is a target once; where documents are isolated, each has sequences of its own. Without weights each epoch is a permutation of all sequences. With weights each source is its
     own permutation, and each BLOCK of sequences has the exact proportions, but for sources whose weight asks for less than one sequence of a
     block: they get one.
 
@@ -64,30 +64,36 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
     everything = config.data.loss == "all"
     if not everything and not any(int(first_documents(shard, config.eval.max_tokens)[:, 2].sum()) for shard in corpus.shards):
         raise DataError("nothing that an assistant says is held out to validate on: add conversations, or set --data.loss all")
-    shards, packings = [], []
-    for shard in join_short([s for s in corpus.shards if len(s.train) or s.talks], n, say):
-        packing = packing_of(shard.talks, n, everything=everything) if shard.talks else None
-        if len(shard.train) > n or packing:
-            shards.append(shard)
-            packings.append(packing)
-    if not shards:
-        raise DataError("an assistant says nothing in the training text: add conversations, or set --data.loss all")
-    told([packing for packing in packings if packing], n, everything, say)
+    alone = config.data.isolate
+    packings: list[Packing] = []
 
-    def windows_of(shard: Shard) -> Part:
+    def windows(shard: Shard) -> Part:
         def sequence(_: int, number: int) -> tuple[np.ndarray, np.ndarray]:
             window = shard.train[number * n : (number + 1) * n + 1].astype(np.int64)
             return window[:-1], window[1:]
 
-        return Part(max(0, (len(shard.train) - 1) // n), sequence)
+        return Part((len(shard.train) - 1) // n, sequence)
 
-    def talks_of(index: int, packing: Packing) -> Part:
-        drawn = lru_cache(maxsize=2)(lambda epoch: packing.draw(stream_seed(seed, corpus.fingerprint, "talks", index, epoch)))
+    def packed(talks: Talks, *name: object) -> Part:
+        packing = packing_of(talks, n, everything=everything, alone=alone)
+        if len(packing):
+            packings.append(packing)
+        drawn = lru_cache(maxsize=2)(lambda epoch: packing.draw(stream_seed(seed, corpus.fingerprint, *name, epoch)))
         return Part(len(packing), lambda epoch, number: packing.sequence(number, drawn(epoch)))
 
-    parts = [
-        [windows_of(shard), *([talks_of(i, packing)] if packing else [])] for i, (shard, packing) in enumerate(zip(shards, packings, strict=True))
-    ]
+    shards, parts = [], []
+    there = [s for s in corpus.shards if len(s.train) or s.talks]
+    for shard in there if alone else join_short(there, n, say):
+        texts = [packed(of_texts(shard.train), "texts", len(parts)) if alone else windows(shard)] if len(shard.train) else []
+        talks = [packed(shard.talks, "talks", len(parts))] if shard.talks else []
+        if not any(part.count for part in texts + talks):
+            say(f"left out   {shard.name}: an assistant says nothing in its training text")
+            continue
+        shards.append(shard)
+        parts.append(texts + talks)
+    if not shards:
+        raise DataError("an assistant says nothing in the training text: add conversations, or set --data.loss all")
+    told(packings, n, alone, say)
     counts = np.array([sum(part.count for part in own) for own in parts])
     weighted = any(s.weight is not None for s in shards)
     groups = parts if weighted else [list(chain.from_iterable(parts))]
@@ -129,15 +135,18 @@ def stacked(sequences: list[tuple[np.ndarray, np.ndarray]], n: int) -> Batch:
     return Batch(*(x.contiguous() for x in both.unbind(1)))
 
 
-def told(packings: list[Packing], n: int, everything: bool, say: Callable[[str], None]) -> None:
-    """Say what is learnt of conversations."""
+def told(packings: list[Packing], n: int, alone: bool, say: Callable[[str], None]) -> None:
+    """Say what is learnt of conversations, and what padding costs."""
     if not packings:
         return
-    talks, sequences = sum(len(p.talks.lengths) for p in packings), sum(map(len, packings))
-    tokens, said = sum(len(p.talks.tokens) - 1 for p in packings), sum(int(p.talks.said.sum(dtype=np.int64)) for p in packings)
+    documents, sequences = sum(len(p.talks.lengths) for p in packings), sum(map(len, packings))
     padding = 1 - sum(int(p.length.sum()) for p in packings) / (sequences * n)
-    what = "everything" if everything else f"what the assistant says, {said / tokens:.1%} of the tokens"
-    say(f"loss       on {what}; {talks:,} conversations packed into {sequences:,} sequences, {padding:.1%} padding (--data.loss)")
+    kept = f"{documents:,} documents apart in" if alone else f"{documents:,} conversations packed into"
+    talks = [p.talks for p in packings if p.learnt is not None]
+    if talks:
+        share = sum(int(t.said.sum(dtype=np.int64)) for t in talks) / sum(len(t.tokens) - 1 for t in talks)
+        say(f"loss       on what the assistant says, {share:.1%} of the tokens of conversations (--data.loss)")
+    say(f"sequences  {kept} {sequences:,} sequences, {padding:.1%} padding{' (--data.isolate)' if alone else ''}")
 
 
 def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
@@ -200,26 +209,33 @@ def first_documents(shard: Shard, max_tokens: int) -> np.ndarray:
     return shard.val_documents[: validation_documents(shard, max_tokens)] if len(shard.val_documents) else shard.val_documents
 
 
-def validation_sequences(shard: Shard, n: int, max_tokens: int, loss: str) -> tuple[Batch, int]:
-    """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N): texts in windows one after the other, conversations
-    packed; and the bytes of text that is learnt (`loss` as --data.loss has it).
+def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int) -> tuple[Batch, int]:
+    """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N) like those that are trained on: texts in windows one
+    after the other, conversations packed, or each apart; and the bytes of what is learnt.
 
     Each token that is learnt is a target once.
     """
+    n, everything = cfg.seq_len, cfg.loss == "all"
     size, raw, said, talk = first_documents(shard, max_tokens).T
     end, ends = int(shard.val[0]), 1 + np.cumsum(size)
 
-    def together(those: np.ndarray, stream: np.ndarray) -> np.ndarray:
-        """What `stream` has of these documents, with the place before them."""
-        return np.concatenate([stream[:1], *(stream[to - count : to] for to, count in zip(ends[those].tolist(), size[those].tolist(), strict=True))])
+    def together(those: np.ndarray) -> Talks:
+        """These documents alone."""
+        places = [slice(0, 1), *(slice(to - count, to) for to, count in zip(ends[those].tolist(), size[those].tolist(), strict=True))]
+        return Talks(*(np.concatenate([x[place] for place in places]) for x in (shard.val, shard.val_said)), size[those])
 
-    texts = together(talk == 0, shard.val).astype(np.int64)
-    count = -(-(len(texts) - 1) // n)
-    inputs, targets = np.full(count * n, end), np.full(count * n, IGNORE)
-    inputs[: len(texts) - 1], targets[: len(texts) - 1] = texts[:-1], texts[1:]
-    talks = Talks(together(talk == 1, shard.val), together(talk == 1, shard.val_said), size[talk == 1])
-    packing = packing_of(talks, n, everything=loss == "all")
-    drawn = packing.draw(None)
-    packed = [packing.sequence(number, drawn) for number in range(len(packing))]
-    windows = zip(inputs.reshape(count, n), targets.reshape(count, n), strict=True)
-    return stacked([*windows, *packed], n), int((raw if loss == "all" else said).sum())
+    def packed(talks: Talks) -> list[tuple[np.ndarray, np.ndarray]]:
+        packing = packing_of(talks, n, everything=everything, alone=cfg.isolate)
+        drawn = packing.draw(None)
+        return [packing.sequence(number, drawn) for number in range(len(packing))]
+
+    texts = together(talk == 0)
+    if cfg.isolate:
+        sequences = packed(texts)
+    else:
+        stream = texts.tokens.astype(np.int64)
+        count = -(-(len(stream) - 1) // n)
+        inputs, targets = np.full(count * n, end), np.full(count * n, IGNORE)
+        inputs[: len(stream) - 1], targets[: len(stream) - 1] = stream[:-1], stream[1:]
+        sequences = list(zip(inputs.reshape(count, n), targets.reshape(count, n), strict=True))
+    return stacked(sequences + packed(together(talk == 1)), n), int((raw if everything else said).sum())

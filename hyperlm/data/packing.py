@@ -3,8 +3,9 @@
 A conversation is learnt with the end-of-text before it as its first input and the one after it as its last target. One that is longer than a
 sequence is cut into several, and its last piece is packed like a whole one. Pieces of which nothing is learnt are left out. Which lengths make up
 a sequence is decided once (best fit, the longest first); which of the pieces of a length it gets, and in which order, differs by epoch.
+Where documents are isolated, each piece is a sequence, of texts as well.
 
-Axes: T tokens, C conversations, P pieces, S sequences, N tokens of a sequence.
+Axes: T tokens, C documents, P pieces, S sequences, N tokens of a sequence.
 """
 
 from dataclasses import dataclass
@@ -13,23 +14,32 @@ import numpy as np
 
 from hyperlm.loss import IGNORE
 
+AT_ONCE = 1 << 24  # tokens that are searched for ends of texts at a time
+
 
 @dataclass(frozen=True)
 class Talks:
-    """Conversations as they lie on disk."""
+    """Conversations as they lie on disk, or texts like them."""
 
-    tokens: np.ndarray  # (T,): end-of-text, and then each conversation with one after it
-    said: np.ndarray  # (T,) uint8: 1 for what the assistant says and the ends of its turns
+    tokens: np.ndarray  # (T,): one that nothing predicts, end-of-text, and then each document with one after it
+    said: np.ndarray | None  # (T,) uint8: 1 for what the assistant says and the ends of its turns; None for texts, of which all is learnt
     lengths: np.ndarray  # (C,): tokens of each, with the end-of-text after it
+
+
+def of_texts(tokens: np.ndarray) -> Talks:
+    """A stream of texts, each with end-of-text after it; the first token of all is not learnt, as in windows."""
+    starts = range(0, len(tokens), AT_ONCE)
+    ends = np.concatenate([start + np.flatnonzero(tokens[start : start + AT_ONCE] == tokens[-1]) for start in starts])
+    return Talks(tokens, None, np.diff(ends, prepend=0))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Sequences of N tokens of conversations, of which what the assistant says is learnt, or everything."""
+    """Sequences of N tokens."""
 
     talks: Talks
+    learnt: np.ndarray | None  # (T,) which tokens; None for all
     n: int
-    everything: bool
     start: np.ndarray  # (P,) of a piece's first target among the tokens; its first input is the token before
     length: np.ndarray  # (P,)
     members: np.ndarray  # (P,) ranks of pieces, the longest first, of one sequence after the other
@@ -47,27 +57,30 @@ class Packing:
         """Tokens and targets, (N,) int64 each."""
         pieces, keys = drawn
         own = pieces[self.members[self.bounds[number] : self.bounds[number + 1]]]
-        tokens, targets = np.full(self.n, self.talks.tokens[0], np.int64), np.full(self.n, IGNORE, np.int64)
+        own = own[np.argsort(keys[own])]
+        stream = self.talks.tokens  # which ends with an end of text
+        tokens, targets = np.full(self.n, stream[-1], np.int64), np.full(self.n, IGNORE, np.int64)
         at = 0
-        for start, length in zip(*(x[own[np.argsort(keys[own])]].tolist() for x in (self.start, self.length)), strict=True):
+        for start, length in zip(self.start[own].tolist(), self.length[own].tolist(), strict=True):
             here, there = slice(at, at + length), slice(start, start + length)
-            tokens[here] = self.talks.tokens[start - 1 : start + length - 1]
-            targets[here] = self.talks.tokens[there] if self.everything else np.where(self.talks.said[there], self.talks.tokens[there].astype(np.int64), IGNORE)
+            tokens[here] = stream[start - 1 : start + length - 1]
+            targets[here] = stream[there] if self.learnt is None else np.where(self.learnt[there], stream[there].astype(np.int64), IGNORE)
             at += length
         return tokens, targets
 
 
-def packing_of(talks: Talks, n: int, *, everything: bool) -> Packing:
-    """Conversations in sequences of `n` tokens."""
+def packing_of(talks: Talks, n: int, *, everything: bool, alone: bool) -> Packing:
+    """Documents in sequences of `n` tokens, of which everything is learnt, or what is said; each `alone`, or as many together as fit."""
     start, length = pieces_of(talks.lengths.astype(np.int64), n)
-    if not everything and len(start):
-        learnt = np.maximum.reduceat(talks.said, start) > 0
-        start, length = start[learnt], length[learnt]
+    learnt = None if everything else talks.said
+    if learnt is not None and len(start):
+        some = np.maximum.reduceat(learnt, start) > 0
+        start, length = start[some], length[some]
     longest_first = -np.sort(-length)
-    sequence = best_fit(longest_first, n)
+    sequence = np.arange(len(start)) if alone else best_fit(longest_first, n)
     members = np.argsort(sequence, kind="stable")
     bounds = np.searchsorted(sequence[members], np.arange(sequence.max(initial=-1) + 2))
-    return Packing(talks, n, everything, start, length, members, bounds)
+    return Packing(talks, learnt, n, start, length, members, bounds)
 
 
 def pieces_of(lengths: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
