@@ -21,7 +21,7 @@ AT_ONCE = 1 << 24  # tokens that are searched for ends of texts at a time
 class Talks:
     """Conversations as they lie on disk, or texts like them."""
 
-    tokens: np.ndarray  # (T,): one that nothing predicts, end-of-text, and then each document with one after it
+    tokens: np.ndarray  # (T,): one that is no target, before conversations an end-of-text; and each document with an end-of-text after it
     said: np.ndarray | None  # (T,) uint8: 1 for what the assistant says and the ends of its turns; None for texts, of which all is learnt
     lengths: np.ndarray  # (C,): tokens of each, with the end-of-text after it
 
