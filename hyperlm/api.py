@@ -19,6 +19,7 @@ from hyperlm import checkpoint as checkpoints
 from hyperlm import data, env, runs, sample, trained
 from hyperlm import model as decoder
 from hyperlm import tokenizer as tok
+from hyperlm.batch import Batch
 from hyperlm.config import Config, resolve
 from hyperlm.optim import new_schedule
 from hyperlm.state import State
@@ -132,8 +133,8 @@ class Training:
     corpus: data.Corpus
     device: torch.device
     state: State  # before the first step
-    batch: Callable[[int], Tensor]  # of step 0, 1, ...: a pure function
-    step: Callable[[State, Tensor], tuple[State, Metrics]]
+    batch: Callable[[int], Batch]  # tokens and targets of step 0, 1, ...: a pure function
+    step: Callable[[State, Batch], tuple[State, Metrics]]
     settle: Callable[[State], State]  # before anything but a step reads a state of the host residence; elsewhere it changes nothing
 
 
@@ -146,7 +147,7 @@ def prepare(config: Config) -> Training:
         for i in range(10):
             state, metrics = training.step(state, training.batch(i))
 
-    A step updates its state in place: go on with the one that it returns. Metrics are loss (nats a token), grad_norm, lr, tokens and skipped. The learning
+    A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token), grad_norm and others. The learning
     rate follows config.train.steps or epochs, as in a run of that length. What is trained is on config.train.device, unless config.train.residence is "host".
 
     Raises:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+ROLES = ("system", "user", "assistant", "tool")
 END_OF_TURN = "<|end|>"
 TOOL = "<|tool|>"
 SPECIALS = [END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN, TOOL]  # in this order: ids of the tokenizers that there are

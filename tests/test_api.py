@@ -20,6 +20,7 @@ import train
 from hyperlm import checkpoint, cli, evals, runs, sample
 from hyperlm import model as decoder
 from hyperlm import tokenizer as tok
+from hyperlm.batch import next_tokens
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.runs import RunError
 from hyperlm.state import StaleState
@@ -85,7 +86,7 @@ def test_the_most_probable_text_is_found_by_logits_alone(model):
             break
         ids.append(token)
     expected = model.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(text)
-    assert hyperlm.generate(model, text, max_tokens=8, temperature=0) == expected
+    assert hyperlm.generate(model, text, max_tokens=8, temperature=0) == expected.rstrip("\ufffd")  # bytes of an unfinished character wait for the rest
 
 
 def test_text_is_a_function_of_the_seed(model):
@@ -168,7 +169,7 @@ def test_nats_of_a_text_are_the_evaluation_s(model):
     """A cross entropy as the README has it, against the evaluation's own function."""
     text = "Some more words, and some more."
     ids = hyperlm.encode(model, text)
-    nats, tokens, _ = evals.nats_of(model.params, ids[None], model.config, model.device, 1)
+    nats, tokens, _ = evals.nats_of(model.params, next_tokens(ids[None]), model.config, model.device, 1)
     loss = F.cross_entropy(hyperlm.logits(model, text)[:-1], ids[1:])
     assert tokens == len(ids) - 1 and float(loss) == pytest.approx(nats / tokens, rel=1e-5)
 

@@ -17,7 +17,7 @@ from typing import Any
 from hyperlm.data.documents import Document
 from hyperlm.tokenizer import clean
 
-ROLES = {  # what they are called, and what they are here
+ROLE_OF = {  # what roles are called, and what they are here
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
@@ -84,7 +84,7 @@ def message_of(message: Any, where: str) -> Message:
     role, content = ("from", "value") if "from" in message else ("role", "content")
     if role not in message:
         raise ValueError(f"no {role!r} field in {where}; {NEEDS}")
-    name = ROLES.get(message[role]) if isinstance(message[role], str) else None
+    name = ROLE_OF.get(message[role]) if isinstance(message[role], str) else None
     if name is None:
         raise ValueError(f"role {message[role]!r:.80} is none of system, developer, user, assistant, tool")
     called = message.get("tool_calls") or []
