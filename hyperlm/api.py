@@ -147,8 +147,8 @@ def prepare(config: Config) -> Training:
         for i in range(10):
             state, metrics = training.step(state, training.batch(i))
 
-    A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token), grad_norm and others. The learning
-    rate follows config.train.steps or epochs, as in a run of that length. What is trained is on config.train.device, unless config.train.residence is "host".
+    A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token), grad_norm
+    and others. The learning rate follows config.train.steps or epochs, as in a run of that length. What is trained is on config.train.device, unless config.train.residence is "host".
 
     Raises:
         ConfigError: on a setting that cannot work.

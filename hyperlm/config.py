@@ -78,10 +78,10 @@ class DataConfig:
     seq_len: int = 512
     """Tokens N in a training sequence."""
     loss: Literal["all", "assistant"] = "assistant"
-    """What is learnt of conversations: every token, or only what the assistant says and the ends of its turns. Of texts, every token always."""
+    """What is learnt of conversations: all tokens, or what the assistant says and the ends of its turns. Of texts, all are learnt."""
     isolate: bool = False
-    """Read no document after another: each has sequences of its own, padded, so that attention, convolution and state start afresh with it. Exact for
-    every model and kernel, and slower by the share of padding that is said at start."""
+    """Read no document after another: each has sequences of its own, padded, so that attention, convolution and state start afresh with it.
+    Exact for every model and kernel, and slower by the share of padding that is said at start."""
     max_mib: float = 0.0
     """Use at most this much text of each source: as many documents as fit, in the order of their hashes; 0 for all of it."""
     text_field: str = "text"

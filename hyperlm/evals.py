@@ -29,8 +29,8 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
 
     Returns:
         val_loss (nats a learnt token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
-        sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text that is learnt, of conversations
-        that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
+        sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text that is learnt, of
+        conversations that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     batch = batch or config.train.batch_size

@@ -71,9 +71,10 @@ def make_step(cfg: Config, schedule: Schedule, device: torch.device) -> Callable
     """Build the step of a run whose learning rate follows `schedule`.
 
     The step takes a batch of (A, B, N) tokens and targets and consumes its state: parameters and moments are updated in place, in the host
-    residence when they are next used or `settle`d. Metrics: loss (nats a learnt token over all micro-batches; 0 where there is none), grad_norm
-    (before clipping), lr, tokens (targets that are learnt), positions (tokens read, by which speed is told), skipped (True if loss or gradient was not finite: nothing was updated; but clipped by layer
-    in the host residence, where stages are updated before the others are known, only those without a finite gradient learn nothing from it).
+    residence when they are next used or `settle`d. Metrics: loss (nats a learnt token over all micro-batches; 0 where there is none),
+    grad_norm (before clipping), lr, tokens (targets that are learnt), positions (tokens that are read, by which speed is told), skipped
+    (True if loss or gradient was not finite: nothing was updated; but clipped by layer in the host residence, where stages are updated before
+    the others are known, only those without a finite gradient learn nothing from it).
     It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState.
     """
     lr = learning_rate(schedule, cfg.optim)
@@ -85,7 +86,8 @@ def make_step(cfg: Config, schedule: Schedule, device: torch.device) -> Callable
         keys = step_keys(state, len(batch.tokens), device)
         rate = lr(state.updates)
         state, nats, norm, finite = advance(state, batch.to(device), keys, max(1, count))
-        metrics = {"loss": nats / max(1, count), "grad_norm": norm, "lr": rate, "tokens": count, "positions": batch.tokens.numel(), "skipped": not finite}
+        counts = {"tokens": count, "positions": batch.tokens.numel()}
+        metrics = {"loss": nats / max(1, count), "grad_norm": norm, "lr": rate, **counts, "skipped": not finite}
         return replace(state, step=state.step + 1, updates=state.updates + finite, tokens=state.tokens + count), metrics
 
     return step

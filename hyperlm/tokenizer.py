@@ -17,8 +17,9 @@ END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant", "tool")
 END_OF_TURN = "<|end|>"
 TOOL = "<|tool|>"
-SPECIALS = [END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN, TOOL]  # in this order: ids of the tokenizers that there are
-TEMPLATE = (  # of conversations, for transformers: the ids that `turn` gives, and what of them the assistant says; calls of tools as data/rows.py has them
+SPECIALS = [END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END_OF_TURN, TOOL]  # the order of ids in tokenizers that there are
+# Of conversations, for transformers: the ids that `turn` gives, and which of them the assistant says; tool calls as in data/rows.py.
+TEMPLATE = (
     "{% macro text_of(message) %}"
     "{% set said %}{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content or [] %}{{ part.text }}{% endfor %}{% endif %}{% endset %}{{ said }}"
@@ -51,7 +52,7 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
 def ready(tokenizer: Tokenizer) -> Tokenizer:
     """Add what is missing of our special tokens, keep text from being read as any, and cut or pad no text whatever the file says.
 
-    One that has turns of conversations stays without TOOL: it may be that of a run of an earlier version, whose model has no row for another id.
+    One that has ends of turns stays without TOOL: it may be that of a run of an earlier version, whose model has no row for another id.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -222,7 +223,7 @@ def opening(tokenizer: Tokenizer, role: str) -> list[int]:
         TokenizerError: if the tokenizer has none for it.
     """
     if (token := tokenizer.token_to_id(f"<|{role}|>")) is None:
-        raise TokenizerError(f"the tokenizer is of a version without <|{role}|>: leave out messages of the role {role}, or train a tokenizer anew")
+        raise TokenizerError(f"the tokenizer has no <|{role}|>, being of an earlier version: leave out such messages, or train it anew")
     return [token]
 
 

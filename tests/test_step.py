@@ -68,7 +68,10 @@ def test_micro_batches_equal_one_large_batch(cfg):
         torch.testing.assert_close(m, tree.by_path(together.opt_state["m"])[path], rtol=1e-3, atol=1e-7)
 
 
-@pytest.fixture(params=[("device", "fp32", "global"), ("device", "int8", "layer"), ("host", "fp32", "global"), ("host", "fp32", "layer"), ("host", "int8", "global")], ids="-".join)
+RESIDENCES = ("device", "fp32", "global"), ("device", "int8", "layer"), ("host", "fp32", "global"), ("host", "fp32", "layer"), ("host", "int8", "global")
+
+
+@pytest.fixture(params=RESIDENCES, ids="-".join)
 def residing(request) -> Callable[[ModelConfig], Config]:
     """Settings of a model in each residence, kind of state and scope of clipping, without decay: what has no gradient does not move."""
     residence, state, scope = request.param

@@ -1,8 +1,8 @@
 """Documents to tokens: tokenised once into memory-mapped shards, in a folder of the cache that is named by what is read and how it is used.
 
 Documents are separated by an end-of-text token. Of source 00 a folder has train_00.bin, the texts to train on as one stream; where it has
-conversations, talks_00.bin, said_00.bin and lengths_00.bin (see `packing.Talks`); val_00.bin, all documents to validate on as one stream, val_00.npy,
-what is known of each, and where some are conversations val_said_00.bin, which tokens are texts or what an assistant says.
+conversations, talks_00.bin, said_00.bin and lengths_00.bin (see `packing.Talks`); val_00.bin, all documents to validate on as one stream,
+val_00.npy, what is known of each, and where some are conversations val_said_00.bin, which tokens are texts or what an assistant says.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Shard:
     talks: Talks | None  # conversations, if there are any
     val: np.ndarray
     val_said: np.ndarray  # like `val`, uint8: 0 for what of a conversation the assistant does not say
-    val_documents: np.ndarray  # (documents, 4): tokens with their end-of-text, bytes, bytes of a text or of what an assistant says, whether a conversation
+    val_documents: np.ndarray  # (documents, 4): tokens with their end-of-text, bytes, bytes of those in `val_said`, whether a conversation
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ class Part(NamedTuple):
 def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) -> Batches:
     """Order the training sequences of a corpus.
 
-    Texts are read in windows of N+1 tokens at stride N, so that every token is a target once; conversations are packed (see `packing`), so that
-    every token that is learnt is a target once; where documents are isolated, each has sequences of its own. Without weights each epoch is a permutation of all sequences. With weights each source is its
-    own permutation, and each BLOCK of sequences has the exact proportions, but for sources whose weight asks for less than one sequence of a
-    block: they get one.
+    Texts are read in windows of N+1 tokens at stride N, so that every token is a target once; conversations are packed (see `packing`), so
+    that every token that is learnt is a target once; where documents are isolated, each has sequences of its own. Without weights each epoch
+    is a permutation of all sequences. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions,
+    but for sources whose weight asks for less than one sequence of a block: they get one.
 
     Args:
         say: is told in one line each of sources that are too short for a sequence, of weights too small for a block, and what is learnt of
@@ -150,7 +150,7 @@ def told(packings: list[Packing], n: int, alone: bool, say: Callable[[str], None
 
 
 def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
-    """Sources whose texts are shorter than a sequence of N+1 tokens become one, in place of the first; if that is too short as well, they go.
+    """Sources whose texts are shorter than a sequence of N+1 tokens become one, in place of the first; if it is too short as well, they go.
 
     Of those with conversations, which can always be packed, the texts go alone.
 
@@ -210,8 +210,8 @@ def first_documents(shard: Shard, max_tokens: int) -> np.ndarray:
 
 
 def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int) -> tuple[Batch, int]:
-    """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N) like those that are trained on: texts in windows one
-    after the other, conversations packed, or each apart; and the bytes of what is learnt.
+    """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N) like those that are trained on: texts in
+    windows one after the other, conversations packed, or each apart; and the bytes of what is learnt.
 
     Each token that is learnt is a target once.
     """

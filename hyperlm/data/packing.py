@@ -1,9 +1,9 @@
 """Conversations to sequences: whole where they fit, several to a sequence, and the rest of it padded.
 
-A conversation is learnt with the end-of-text before it as its first input and the one after it as its last target. One that is longer than a
-sequence is cut into several, and its last piece is packed like a whole one. Pieces of which nothing is learnt are left out. Which lengths make up
-a sequence is decided once (best fit, the longest first); which of the pieces of a length it gets, and in which order, differs by epoch.
-Where documents are isolated, each piece is a sequence, of texts as well.
+A conversation is learnt with the end-of-text before it as its first input and the one after it as its last target. One that is longer than
+a sequence is cut into several, and its last piece is packed like a whole one. Pieces of which nothing is learnt are left out. Which lengths
+make up a sequence is decided once (best fit, the longest first); which of the pieces of a length it gets, and in which order, differs by
+epoch. Where documents are isolated, each piece is a sequence, of texts as well.
 
 Axes: T tokens, C documents, P pieces, S sequences, N tokens of a sequence.
 """

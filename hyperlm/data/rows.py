@@ -7,8 +7,8 @@
     {"question": ..., "answer": ...}
     {"instruction": ..., "input": ..., "output": ...}      Alpaca; the input may be absent
 
-Of a row with several, the field that --data.text-field names comes first, then conversations in this order, and `text` last. Where the assistant
-calls tools, each call is a line of its turn after what it says: {"name": "add", "arguments": {"a": 1}}.
+Of a row with several, the field that --data.text-field names comes first, then conversations in this order, and `text` last. Where the
+assistant calls tools, each call is a line of its turn after what it says: {"name": "add", "arguments": {"a": 1}}.
 """
 
 import json

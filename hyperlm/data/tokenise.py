@@ -97,7 +97,8 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
                     tokens = np.array([*ids, end], dtype)
                     if val:
                         said = said + b"\0" if document.messages else bytes([1]) * len(tokens)
-                        held_out.append(HeldOut(int(selection.order[i]), tokens, said, (len(document.raw), len(document.said.encode()), bool(document.messages))))
+                        facts = len(document.raw), len(document.said.encode()), bool(document.messages)
+                        held_out.append(HeldOut(int(selection.order[i]), tokens, said, facts))
                     elif document.messages:
                         write_talk(talks, tokens, said + b"\0")
                     else:
@@ -132,9 +133,10 @@ def writing(folder: Path, index: int) -> Iterator[tuple[BinaryIO, Talking]]:
 
 def write_talk(files: Talking, tokens: np.ndarray, said: bytes) -> None:
     """Add a conversation, to the first an end of text before it."""
-    before = not files[0].tell()
-    for file, added in zip(files, (tokens[-1:].tobytes() * before + tokens.tobytes(), b"\0" * before + said, np.uint32(len(tokens)).tobytes()), strict=True):
-        file.write(added)
+    first = not files[0].tell()
+    added = tokens[-1:].tobytes() * first + tokens.tobytes(), b"\0" * first + said, np.uint32(len(tokens)).tobytes()
+    for file, some in zip(files, added, strict=True):
+        file.write(some)
 
 
 def write_held_out(folder: Path, index: int, documents: list[HeldOut]) -> None:
