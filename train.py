@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from configs import PRESETS
-from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, health, log, model, plan, runs, sample, startup, tree
+from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, flops, health, log, model, plan, runs, sample, startup, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, peak_rate, resolve
 from hyperlm.env import say
 from hyperlm.files import file_digest
-from hyperlm.kernels import division, select
+from hyperlm.kernels import Choice, division, select
 from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, place, weights
@@ -106,27 +106,29 @@ def with_own_tokenizer(run: Path, config: Config) -> Config:
 
 
 def choose_residence(config: Config, device: torch.device) -> Config:
-    """The configuration with its residence decided: the device if the memory plan fits it, else the host.
+    """The configuration with its residence and the optimizer's state decided: see `plan.decided`.
 
     Raises:
-        TrainingError: if neither has the memory.
+        TrainingError: if nothing that the settings leave open has the memory.
     """
-    dtype, chosen = env.compute_dtype(device), config.train.residence
-    allowed = env.allowed_memory(device, config.train.device_memory)
-    here = plan.everything(config, dtype)
-    if chosen == "auto":
-        chosen = "device" if here.device <= allowed or device.type == "cpu" else "host"
-        config = replace(config, train=replace(config.train, residence=chosen))
-        if device.type == "cpu" and here.device > allowed:
-            raise too_little(f"this run needs {here.device / env.GIB:.1f} GiB and {device} has {allowed / env.GIB:.1f}")
-    if chosen == "host":
-        there, have = plan.visits(config, dtype, allowed), env.available_memory(torch.device("cpu"))
+    dtype, asked = env.compute_dtype(device), config
+    allowed, have = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
+    config = plan.decided(config, dtype, allowed, have, gpu=device.type == "cuda")
+    if config.train.residence == "host":
+        there = plan.visits(config, dtype, allowed)
         if there.device > allowed:
             raise too_little(f"on its visits to {device} this model needs {there.device / env.GIB:.1f} GiB, and {allowed / env.GIB:.1f} may be used")
         if there.host > have:
             small = plan.visits(replace(config, optim=replace(config.optim, state="int8")), dtype, allowed).host
             fits = f"--optim.state int8 needs {small / env.GIB:.1f}" if small <= have and small < there.host else "lower --model.d-model or --model.n-layers"
             raise cli.TrainingError(f"this run needs {there.host / env.GIB:.1f} GiB of host memory, and {have / env.GIB:.1f} are free: {fits}")
+    elif asked.train.residence == "auto" and device.type == "cpu" and (need := plan.everything(config, dtype).device) > allowed:
+        raise too_little(f"this run needs {need / env.GIB:.1f} GiB and {device} has {allowed / env.GIB:.1f}")
+    if asked.optim.state == "auto" and config.optim.state == "int8":
+        wide = replace(config, optim=replace(config.optim, state="fp32"))
+        on_device = [f"{plan.everything(wide, dtype).device / env.GIB:.1f} GiB on {device}"] if asked.train.residence != "host" else []
+        in_host = [f"{plan.visits(wide, dtype, allowed).host / env.GIB:.1f} GiB of host memory"] if config.train.residence == "host" else []
+        print(log.labelled("state", f"int8: fp32 needs {' or '.join(on_device + in_host)}"))
     if config.train.device_memory and device.type == "cuda":
         env.limit_memory(device, allowed)
     return config
@@ -138,16 +140,30 @@ def too_little(what: str) -> cli.TrainingError:
 
 def announce(config: Config, device: torch.device) -> None:
     """Say what will be trained, where, and with which kernels."""
-    cfg = config.model
-    print(f"model      {cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
-    print(f"device     {device}, {str(env.compute_dtype(device)).removeprefix('torch.')}")
+    cfg, dtype = config.model, env.compute_dtype(device)
+    allowed = env.allowed_memory(device, config.train.device_memory)
+    print(log.labelled("model", f"{cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers"))
+    print(log.labelled("device", f"{device}, {str(dtype).removeprefix('torch.')}"))
     if config.train.residence == "host":
-        p = plan.visits(config, env.compute_dtype(device), env.allowed_memory(device, config.train.device_memory))
-        print(f"residence  host: {p.host / env.GIB:.1f} GiB there, {config.optim.state} state; {p.device / env.GIB:.1f} GiB planned on {device},")
-        print(f"           {p.group} of {config.train.grad_accum} micro-batches at a time, {plan.resident(config, p)}")
-    for choice in (select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)):
-        divided = division(choice, config.train.batch_size * cfg.n_heads, config.data.seq_len, device)
-        print(f"kernel     {choice.op}: {choice.backend} ({choice.reason})" + (f", {divided}" if divided else ""))
+        p = plan.visits(config, dtype, allowed)
+        where = f"{p.host / env.GIB:.1f} GiB there, {p.device / env.GIB:.1f} of {allowed / env.GIB:.1f} planned on {device}: "
+        where += f"{p.group} of {config.train.grad_accum} micro-batches at a time; {plan.resident(config, p)}"
+    else:
+        where = f"{plan.everything(config, dtype).device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB planned"
+    print(log.labelled("residence", f"{config.train.residence}, {config.optim.state} state: {where}"))
+    print(log.labelled("kernels", doctor.kernels_line(kernels_of(config, device))))
+
+
+def kernels_of(config: Config, device: torch.device) -> list[Choice]:
+    """What runs the operations of the model."""
+    cfg = config.model
+    return [select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)]
+
+
+def kernel_facts(config: Config, device: torch.device) -> dict[str, str]:
+    """Of each operation, for env.json: what runs it, and why."""
+    heads = config.train.batch_size * config.model.n_heads
+    return {c.op: ", ".join(filter(None, (f"{c.backend} ({c.reason})", division(c, heads, config.data.seq_len, device)))) for c in kernels_of(config, device)}
 
 
 def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], command: Command) -> tuple[Path, State]:
@@ -166,7 +182,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
         runs.write_config(run, config)
         runs.write_text(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
         runs.write_json(run / "tokenizer_config.json", tok.settings(corpus.tokenizer, chat=corpus.chat))
-        runs.write_json(run / "env.json", {**env.describe(device), "command": command_line(argv)})
+        runs.write_json(run / "env.json", {**env.describe(device), "kernels": kernel_facts(config, device), "command": command_line(argv)})
         runs.remember(run, event)
     except BaseException:
         runs.remove(run)
@@ -177,7 +193,8 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
 def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[State, Schedule, float]:
     """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate. Small files are put back where they are damaged."""
     step = checkpoint.latest(run)
-    state, meta = checkpoint.restore(run, step, config, place(config, device))
+    with env.live("restoring"):
+        state, meta = checkpoint.restore(run, step, config, place(config, device))
     if meta["schedule"] is None:
         raise checkpoint.CheckpointError(
             f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, whose data order this version does not have: "
@@ -284,7 +301,14 @@ def train(
     """
     in_place = config.train.residence == "host"  # where a second copy would not fit
     facts = checkpoint.Facts(config, schedule, corpus.fingerprint, file_digest(run / "tokenizer.json"), corpus.chat)
-    with env.stop_signals() as stop_signal, checkpoint.writing(run, config.ckpt.keep) as writer, log.recording(run, state.step) as records:
+    fastest = flops.seconds_a_token(config, device)
+    with (
+        env.live("the first step", total=total, initial=state.step, unit="step") as bar,
+        env.stop_signals() as stop_signal,
+        checkpoint.writing(run, config.ckpt.keep) as writer,
+        log.recording(run, state.step) as records,
+    ):
+        log.tell_settings(records, config, state.step)
         step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
         yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None
 
@@ -297,6 +321,7 @@ def train(
 
         def measure(state: State) -> float | None:
             """Evaluate `state`, record and say it: the validation loss, None where it is not finite."""
+            bar.set_description("evaluating", refresh=False)
             try:
                 val, more = evaluate(state, corpus, order, config, device)
             except Exception:
@@ -306,21 +331,24 @@ def train(
                     print(f"the evaluation failed; step {state.step} is saved: go on with {startup.command('train')} --resume {run}", file=sys.stderr)
                 raise
             log.record(records, state.step, val | more)
-            say(log.eval_line(state.step, total, val))
+            say(log.eval_line(state.step, total, val, state.tokens))
             if "sample" in more:
                 say("  | " + sample.printable(more["sample"]).rstrip().replace("\n", "\n  | "))
             return val["val_loss"] if math.isfinite(val["val_loss"]) else None
 
         if evaluate_first:
             measure(state)
+            bar.set_description("the first step", refresh=False)
         env.reset_peak_memory(device)
         timed_from, timed_step = time.monotonic(), state.step
         while state.step < total and not stop_signal():
             state, metrics = step(state, order.at(state.step))
             now, last, val_loss = state.step, state.step == total, None
+            bar.update()
+            bar.set_description("training", refresh=False)
 
             if now % config.log.every == 0 or last or metrics["skipped"]:
-                record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device))
+                record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device), fastest)
                 log.record(records, now, record)
                 say(log.step_line(now, total, record))
                 timed_from, timed_step = time.monotonic(), now
@@ -335,6 +363,7 @@ def train(
             if now % config.eval.every == 0 or last:
                 val_loss = measure(state)
             if now % config.ckpt.every == 0 or last:
+                bar.set_description("saving", refresh=False)
                 if not (flaw := save(state, val_loss)):
                     saved = now
                 elif last:
@@ -352,11 +381,11 @@ def carry_out(
     *, evaluate_first: bool,
 ) -> int:  # fmt: skip
     """Train, and tell how it went: the exit code."""
-    print(f"run        {run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)")
+    print(log.labelled("run", f"{run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)"))
     if len(order.shares) > 1:
-        print("mixture    " + ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items()))
+        print(log.labelled("mixture", ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items())))
     if config.train.compile:
-        print("compiling  the first step may take a minute", flush=True)
+        print(log.labelled("compiling", "the first step may take a minute"), flush=True)
 
     started = time.monotonic()
     try:
@@ -369,7 +398,7 @@ def carry_out(
             print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: {startup.command('train')} --resume {run}", file=out, flush=True)
         return 128 + stopped
     summary = summarise(run, state, device, time.monotonic() - started)
-    say(f"done       {run}: {log.summary_line(summary)}")
+    say(log.summary_lines(run, summary))
     say(f"talk to it with: {startup.command('chat')} {run}")
     return 0
 

@@ -135,8 +135,9 @@ class OptimConfig:
     """Largest norm of a step's gradient; 0 to leave it alone."""
     clip_scope: Literal["global", "layer"] = "global"
     """Clip by the norm of the whole gradient, or each layer by its own."""
-    state: Literal["fp32", "int8"] = "fp32"
-    """Weights and moments in fp32, or weights in bf16 with moments of 8 bits: a third of the memory."""
+    state: Literal["auto", "fp32", "int8"] = "auto"
+    """Weights and moments in fp32, or weights in bf16 with moments of 8 bits: a third of the memory. auto takes fp32 where that fits the device or
+    host memory (and where nobody decides, in code that calls a step itself)."""
 
 
 @dataclass(frozen=True)

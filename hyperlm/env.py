@@ -9,6 +9,8 @@ import platform
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,8 @@ if sys.platform == "linux":  # torch has it nowhere else
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
 GIB = 1 << 30
 CONTEXT = 920 << 20  # bytes of GPU memory that the driver, libraries and kernels of a process take beside what it allocates
+
+DELAY = 2.0  # seconds before a progress bar shows
 
 
 class DeviceError(ValueError):
@@ -133,8 +137,27 @@ def readable(size: float) -> str:
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A progress bar for work that may take longer than two seconds; silent where nobody watches."""
-    return tqdm(*args, delay=2, leave=False, disable=None, **options)
+    """A progress bar for work that may take longer than DELAY; silent where nobody watches."""
+    return tqdm(*args, delay=DELAY, leave=False, disable=None, **options)
+
+
+@contextmanager
+def live(desc: str, **options: Any) -> Iterator[tqdm]:
+    """A `progress` bar that moves every second, whether or not what goes on inside tells it anything."""
+    with progress(desc=desc, **options) as bar:
+        done, shown_from = threading.Event(), time.monotonic() + DELAY
+
+        def move() -> None:
+            while not done.wait(1.0):
+                if time.monotonic() >= shown_from:
+                    bar.refresh()
+
+        if not bar.disable:
+            threading.Thread(target=move, daemon=True).start()
+        try:
+            yield bar
+        finally:
+            done.set()
 
 
 def version_of(package: str) -> str:
@@ -210,7 +233,8 @@ def say(text: str) -> None:
     """Print a line of a run that is worth more than its output. Where nobody reads that any more (a closed pipe or terminal) it is as if the
     terminal had been closed; a full disk under redirected output is met where it matters."""
     try:
-        print(text, flush=True)
+        with tqdm.external_write_mode(file=sys.stdout):  # above bars, not into them
+            print(text, flush=True)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if HANGUP and e.errno in (errno.EPIPE, errno.EIO):

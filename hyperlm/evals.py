@@ -13,10 +13,12 @@ from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.data import Corpus, validation_documents, validation_sequences
 from hyperlm.env import progress
+from hyperlm.geometry import R_MAX
 from hyperlm.loss import head_nats
 from hyperlm.tree import Tree
 
 APART = 4096  # tokens
+BINS = 80  # of radii
 
 
 @torch.no_grad()
@@ -92,8 +94,9 @@ def nats_of(
 
 
 @torch.no_grad()
-def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, float]:
-    """Mean, 5th and 95th percentile of the radii of queries and keys on tokens (B, N): {"radius/layer_00/q_mean": ...}."""
+def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, Any]:
+    """Radii of queries and keys on tokens (B, N): mean, 5th and 95th percentile of each layer, {"radius/layer_00/q_mean": ...}, and how many of all
+    layers lie in each of BINS equal bins from 0 to R_MAX, "radius/q_counts"."""
     gauges: dict[str, Any] = {}
     layers = model.radii(params, tokens, config.model, kernels=config.kernels)
     hyperbolic = [i for i in range(config.model.n_layers) if config.model.layer_kind(i) != "softmax"]
@@ -101,4 +104,6 @@ def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, flo
         for name, r in radii.items():
             low, high = torch.quantile(r.flatten()[: 1 << 20].float(), torch.tensor([0.05, 0.95], device=r.device)).tolist()
             gauges |= {f"radius/layer_{layer:02d}/{name}_{what}": x for what, x in (("mean", r.mean().item()), ("p05", low), ("p95", high))}
+    for name in layers[0] if layers else ():
+        gauges[f"radius/{name}_counts"] = sum(torch.histc(radii[name].float(), BINS, 0, R_MAX) for radii in layers).int().tolist()
     return gauges

@@ -199,7 +199,7 @@ def converts(config: Config, dtype: torch.dtype) -> bool:
 
 def free_once_copied(config: Config, dtype: torch.dtype) -> bool:
     """Whether a stage in the host residence is not needed on the device beside its copy."""
-    return converts(config, dtype) and config.optim.state == "fp32" and config.optim.clip_scope == "global"
+    return converts(config, dtype) and config.optim.state != "int8" and config.optim.clip_scope == "global"
 
 
 def slot_count(config: Config, dtype: torch.dtype) -> int:
@@ -362,7 +362,32 @@ def traffic(config: Config, dtype: torch.dtype, planned: Plan, *, clipped: bool)
 def resident(config: Config, planned: Plan) -> str:
     """What of a step stays on the device in the host residence, in words."""
     products = "products" if planned.remembers else "narrow products"
-    return f"inputs and {products} of {planned.kept} of {config.model.n_layers} blocks and gradients of {planned.staying} stages stay on the GPU"
+    return f"inputs and {products} of {planned.kept} of {config.model.n_layers} blocks and gradients of {planned.staying} stages stay on it"
+
+
+def fits(config: Config, dtype: torch.dtype, device: int, host: int) -> bool:
+    """Whether a run whose residence and state are decided needs no more than `device` and `host` bytes."""
+    planned = visits(config, dtype, device) if config.train.residence == "host" else everything(config, dtype)
+    return planned.device <= device and planned.host <= host
+
+
+def decided(config: Config, dtype: torch.dtype, device: int, host: int, *, gpu: bool) -> Config:
+    """The configuration with residence and optimizer state decided where they are auto.
+
+    Of what the settings leave open it is the first that fits: fp32 on the device, fp32 in host memory, int8 on the device, int8 in host memory; the last
+    where nothing fits. A CPU is its own host: there all is on the device.
+
+    Args:
+        device, host: bytes that may be used of either.
+    """
+    residences = (("device", "host") if gpu else ("device",)) if config.train.residence == "auto" else (config.train.residence,)
+    states = ("fp32", "int8") if config.optim.state == "auto" else (config.optim.state,)
+    ways = [
+        replace(config, train=replace(config.train, residence=residence), optim=replace(config.optim, state=state))
+        for state in states
+        for residence in residences
+    ]
+    return next((way for way in ways[:-1] if fits(way, dtype, device, host)), ways[-1])
 
 
 def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
