@@ -1,9 +1,10 @@
 """Train a hyperbolic language model: parse, resume or init, then a loop of { batch, step, log, evaluate, save }.
 
-    python train.py --preset small            a whole run in about two minutes, on a CPU too
-    python train.py --resume runs/x           go on exactly where runs/x stopped
-    python train.py --init runs/x --data.sources talks.jsonl    a new run from its weights: fine-tuning
-    python train.py --preset max --plan       what a run would need, without starting it
+    python train.py --preset small         a whole run in two minutes
+    python train.py --resume runs/x        go on exactly where runs/x stopped
+    python train.py --init runs/x --data.sources talks.jsonl
+                                           a new run from its weights: fine-tuning
+    python train.py --preset max --plan    what a run needs here, and how long it takes
 """
 
 if __name__ == "__main__":
@@ -23,12 +24,13 @@ from typing import Any
 import torch
 
 from configs import PRESETS
-from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, flops, health, log, model, plan, runs, sample, startup, tree
+from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, flops, forecast, health, log, model, plan, runs, sample, startup, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, peak_rate, resolve
 from hyperlm.env import say
 from hyperlm.files import file_digest
 from hyperlm.kernels import Choice, division, select
+from hyperlm.kernels import summary as kernel_summary
 from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
 from hyperlm.state import State
 from hyperlm.step import init_state, make_settle, make_step, place, weights
@@ -39,20 +41,27 @@ BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
 
 
 @dataclass(frozen=True)
-class Command(Config):
+class Asked:
+    """What a command is to do."""
+
     preset: str = "standard"
     """small, standard, max or max-ssm: the settings that the rest of the command line starts from."""
     resume: str = ""
     """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
     init: str = ""
-    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. Settings are those of that run, or of
-    --preset; three epochs, by a new schedule."""
+    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. It has that run's settings, or those of
+    --preset, a schedule of its own, and three epochs."""
     init_checkpoint: finetune.Which = "latest"
     """Which of its checkpoints: the newest, or the one with the lowest validation loss."""
     plan: bool = False
-    """Print the parameter count and the memory plan, and stop."""
+    """Print the parameter count, the memory plan, whether it fits this machine and how long it takes, and stop."""
     doctor: bool = False
     """Check this machine, and stop; exit code 0 only if training can run."""
+
+
+@dataclass(frozen=True)
+class Command(Config, Asked):
+    """A command line: what is asked for, then the settings."""
 
 
 def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]:
@@ -134,8 +143,23 @@ def choose_residence(config: Config, device: torch.device) -> Config:
     return config
 
 
+def show_plan(config: Config, device: torch.device) -> None:
+    """What the run would need and take."""
+    print(*forecast.needs(config), forecast.machine(config, device), sep="\n", flush=True)
+    try:
+        config = choose_residence(config, device)
+    except cli.TrainingError as e:
+        print(log.labelled("fits", f"no: {str(e).removesuffix(SHOWN)}"))
+        return
+    for line in forecast.here(config, device):
+        print(line, flush=True)
+
+
+SHOWN = "; --plan shows the parts"
+
+
 def too_little(what: str) -> cli.TrainingError:
-    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute; --plan shows the parts")
+    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute{SHOWN}")
 
 
 def announce(config: Config, device: torch.device) -> None:
@@ -151,7 +175,7 @@ def announce(config: Config, device: torch.device) -> None:
     else:
         where = f"{plan.everything(config, dtype).device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB planned"
     print(log.labelled("residence", f"{config.train.residence}, {config.optim.state} state: {where}"))
-    print(log.labelled("kernels", doctor.kernels_line(kernels_of(config, device))))
+    print(log.labelled("kernels", kernel_summary(kernels_of(config, device))))
 
 
 def kernels_of(config: Config, device: torch.device) -> list[Choice]:
@@ -416,11 +440,11 @@ def summarise(run: Path, state: State, device: torch.device, seconds: float | No
 
 def main(argv: list[str]) -> int:
     command, config, changes = parse(argv)
-    if command.plan:
-        print(plan.table(config))
-        return 0
     device = env.pick_device(config.train.device)
     env.prepare(device)
+    if command.plan:
+        show_plan(config, device)
+        return 0
     if command.doctor:
         return doctor.check(device, data.cache_folder(config.data))
     with ExitStack() as stack:

@@ -1,13 +1,16 @@
 """The command line: two-stage parsing (a preset or a run first, then everything else on top), and errors in one line."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import torch
 import tyro
@@ -60,7 +63,7 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
     except SystemExit as e:
         if e.code in (0, None):  # --help
             raise
-        raise UsageError(one_line(report.getvalue())) from None
+        raise UsageError(one_line(report.getvalue(), cls)) from None
 
 
 def peek(flag: str, argv: list[str]) -> str | None:
@@ -80,8 +83,8 @@ def peek(flag: str, argv: list[str]) -> str | None:
     return None
 
 
-def one_line(report: str) -> str:
-    """The message of tyro's error report, and the nearest flag that it suggests.
+def one_line(report: str, cls: type) -> str:
+    """The message of tyro's error report, and flags of `cls` that an unknown one may have meant.
 
     A report is a title, the message and help, with rules between them; framed on a UTF-8 terminal, and plain elsewhere.
     """
@@ -93,11 +96,35 @@ def one_line(report: str) -> str:
         elif text and not text.startswith("╰"):
             parts[-1].append(text)
     message = " ".join(parts[1]).rstrip(".") if len(parts) > 1 else "bad command line"
-    rest = [line for part in parts[2:] for line in part]
-    flags = [line.split()[0].rstrip(",") for line in rest if line.startswith("--")]
-    if "Perhaps you meant:" in rest and flags:
-        return f"{message}; did you mean {flags[0]}?"
+    unknown = re.search(r"Unrecognized options: (?:.*?, )??(--[^\s,=]+)", message)
+    if unknown and (near := nearest(unknown[1], flags_of(cls))):
+        return f"{message}; did you mean {' or '.join(near)}?"
     return f"{message}; --help lists all settings"
+
+
+def flags_of(cls: type, prefix: str = "--") -> list[str]:
+    """Every flag of a dataclass of settings, in order."""
+    flags = []
+    for name, hint in get_type_hints(cls).items():
+        flag = prefix + name.replace("_", "-")
+        flags += flags_of(hint, f"{flag}.") if dataclasses.is_dataclass(hint) else [flag]
+    return flags
+
+
+def nearest(flag: str, flags: list[str]) -> list[str]:
+    """Those that `flag` may have meant, at most three: of its name in another group, else of one that begins so, else of one that is spelled much like
+    it, with or without its group."""
+    wanted = flag.lstrip("-").lower().replace("_", "-")
+    by_name: dict[str, list[str]] = {}
+    for known in flags:
+        by_name.setdefault(known.lstrip("-"), []).append(known)
+        if "." in known:
+            by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    last = wanted.rpartition(".")[2]
+    begins = [name for name in by_name if name.startswith((f"{last}-", last)) and len(last) > 2]
+    close = difflib.get_close_matches(wanted, by_name, 1) or difflib.get_close_matches(last, by_name, 1)
+    found = next((names for names in ([wanted], [last], begins, close) if any(name in by_name for name in names)), [])
+    return list(dict.fromkeys(known for name in found for known in by_name.get(name, [])))[:3]
 
 
 def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:

@@ -107,8 +107,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
     residence: Literal["auto", "device", "host"] = "auto"
-    """Where parameters and optimizer state live: on the device, or in host memory, from where layers visit the device; auto takes the device
-    if the memory plan fits it."""
+    """Where parameters and optimizer state live: on the device, or in host memory, from where layers visit it; auto takes the device if all fits."""
     device_memory: float = 0.0
     """GiB of GPU memory that the whole process may use; 0 for all that is free."""
     compile: bool = False
@@ -136,8 +135,7 @@ class OptimConfig:
     clip_scope: Literal["global", "layer"] = "global"
     """Clip by the norm of the whole gradient, or each layer by its own."""
     state: Literal["auto", "fp32", "int8"] = "auto"
-    """Weights and moments in fp32, or weights in bf16 with moments of 8 bits: a third of the memory. auto takes fp32 where that fits the device or
-    host memory (and where nobody decides, in code that calls a step itself)."""
+    """Weights and moments in fp32, or weights in bf16 with moments of 8 bits: a third of the memory; auto takes fp32 where it fits."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from hyperlm import env, kernels
 from hyperlm.data import verify_cache
 from hyperlm.geometry import direction, lift
-from hyperlm.kernels import OPS, Choice, reference
+from hyperlm.kernels import OPS, reference
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -40,19 +40,6 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
         truth, found = results
         errors[name] = max(relative_error(x, y.detach()) for x, y in zip(found, truth, strict=True))
     return errors
-
-
-def kernels_line(choices: list[Choice]) -> str:
-    """Which kernels run, in a line: how many are in Triton, and which are not, and why."""
-    reasons: dict[str, list[str]] = {}
-    for c in choices:
-        if c.backend == "torch":
-            reasons.setdefault(c.reason, []).append(c.op)
-    fast = sum(c.backend == "triton" for c in choices)
-    parts = [f"triton: {fast} of {len(choices)}"] if fast else []
-    for reason, ops in reasons.items():
-        parts.append(f"torch: {'all' if len(ops) == len(choices) else ', '.join(ops)} ({reason})")
-    return "; ".join(parts)
 
 
 def check(device: torch.device, cache: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from hyperlm.config import Config, flat, flag_of, to_dict
+from hyperlm.config import Config, flag_of, flat, to_dict
 from hyperlm.env import GIB
 from hyperlm.files import finite
 from hyperlm.geometry import R_MAX
@@ -38,9 +38,9 @@ COLUMNS = 80  # that a line fits
 # is measured on validation text is a run of its own beside what a step tells, so that both losses are in one chart.
 TRAINING = {
     "loss": "loss/nats a token",
-    "mfu": "memory and speed/model FLOPs utilisation",
-    "peak_memory_gib": "memory and speed/GiB at the peak",
-    "tokens_per_second": "memory and speed/tokens a second",
+    "mfu": "machine/model FLOPs utilisation",
+    "peak_memory_gib": "machine/GiB at the peak",
+    "tokens_per_second": "machine/tokens a second",
     "grad_norm": "optimizer/gradient norm",
     "lr": "optimizer/learning rate",
     "skipped": "optimizer/steps skipped",
@@ -137,8 +137,9 @@ def verbatim(text: str) -> str:
 
 def tell_settings(log: Log, config: Config, step: int) -> None:
     """Show the settings of a run from `step` on in TensorBoard, as flags."""
-    rows = "".join(f"| --{flag_of(name)} | {clean(str(value)) or ' '} |\n" for name, value in flat(to_dict(config)).items())
-    log.board.training.add_text("settings", "| | |\n|---|---|\n" + rows, step)
+    flags = {flag_of(name): " ".join(value) if isinstance(value, tuple) else str(value) for name, value in flat(to_dict(config)).items()}
+    rows = "".join(f"| `--{flag}` | {clean(value).replace('|', '&#124;')} |\n" for flag, value in flags.items())
+    log.board.training.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", step)
 
 
 def newest(run: Path) -> dict[str, Any]:

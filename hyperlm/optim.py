@@ -165,6 +165,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 def optimizer(cfg: OptimConfig, schedule: Schedule, backend: str = "auto") -> Optimizer:
     """The optimizer of a run whose learning rate follows `schedule`."""
     lr = learning_rate(schedule, cfg)
+    # "auto", where nobody decided, is what it takes where memory suffices.
     return adamw8(cfg, lr, backend) if cfg.state == "int8" else adamw(cfg, lr)
 
 

@@ -394,26 +394,3 @@ def plans(config: Config, dtype: torch.dtype) -> list[Plan]:
     """The memory plan of each residence, computing in `dtype`."""
     budget = round((config.train.device_memory or EXAMPLE) * GIB) - CONTEXT
     return [everything(config, dtype), visits(config, dtype, budget)]
-
-
-def table(config: Config) -> str:
-    """The parameter count and the plans, as lines to print."""
-    count, t = parameters(config), config.train
-    lines = [
-        f"parameters {sum(count.values()):,} (embedding {count['embed']:,}, {config.model.n_layers} blocks {count['blocks']:,}, head {count['head']:,})",
-        f"a step     {t.batch_size} x {t.grad_accum} sequences of {config.data.seq_len} tokens",
-        f"{'GiB':<17}" + "".join(f"{name:>12}" for name in ("weights", "gradients", "optimizer", "activations", "device", "host")),
-    ]
-    for dtype, where in ((torch.bfloat16, "gpu, bf16"), (torch.float32, "cpu, fp32")):
-        for p in plans(config, dtype):
-            cells = (p.weights, p.gradients, p.optimizer, p.activations, p.device, p.host)
-            lines.append(f"{p.residence:<7}{where:<10}" + "".join(f"{c / GIB:>12.2f}" for c in cells))
-    p = plans(config, torch.bfloat16)[1]
-    budget = t.device_memory or EXAMPLE
-    within = "within" if p.device + CONTEXT <= round(budget * GIB) else "which does not fit"
-    lines += [
-        f"device: everything on the device that computes; the driver takes {CONTEXT / GIB:.2f} GiB more",
-        f"host:   parameters and optimizer in host memory (--train.residence host), {within} {budget} GiB of the GPU with all that the driver "
-        f"takes: {p.group} of {t.grad_accum} micro-batches at a time, {resident(config, p)}",
-    ]
-    return "\n".join(lines)

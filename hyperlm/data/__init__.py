@@ -5,7 +5,7 @@ side), tokenise.py and corpus.py (tokens on disk), cache.py (folders that are ch
 """
 
 from hyperlm.data.cache import verify as verify_cache
-from hyperlm.data.corpus import Corpus, Shard, cache_folder, prepare
+from hyperlm.data.corpus import Corpus, NotTokenised, Shard, cache_folder, prepare
 from hyperlm.data.documents import DataError
 from hyperlm.data.order import Batches, batches, validation_documents, validation_sequences
 from hyperlm.data.tokenise import with_vocabulary
@@ -14,6 +14,7 @@ __all__ = [
     "Batches",
     "Corpus",
     "DataError",
+    "NotTokenised",
     "Shard",
     "batches",
     "cache_folder",

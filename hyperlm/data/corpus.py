@@ -47,13 +47,22 @@ class Corpus:
     chat: bool  # some documents were conversations
 
 
-def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
+class NotTokenised(Exception):
+    """What was to be found in the cache is not there; `size` is the bytes of text to train on."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: bool = False) -> Corpus:
     """Tokenise the sources, or find them in the cache.
 
     Args:
         say: is told in one line each what was found, assumed, left out or mended.
+        only_cached: write nothing.
 
     Raises:
+        NotTokenised: if nothing is to be written and there is nothing in the cache.
         DataError: on unusable text; TokenizerError on an unusable tokenizer.
     """
     cfg, readings = config.data, Readings(config.data.text_field, config.data.on_bad)
@@ -75,6 +84,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
     sources, selections = training + validation, selections + held_out
 
     folder = cache_folder(cfg) / fingerprint(config, sources, selections)
+    if only_cached and cache.damage(folder):
+        raise NotTokenised(sum(int(s.size[s.train].sum()) for s in selections))
     cache.sweep(folder.parent)
     cached = os.path.lexists(folder)
     if cached and cache.damage(folder):

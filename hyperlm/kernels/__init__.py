@@ -129,6 +129,19 @@ def select(op: str, device: torch.device, kernels: str = "auto", head_dim: int =
     return Choice(op, kernels, "asked for")
 
 
+def summary(choices: list[Choice]) -> str:
+    """Which kernels run, in a line: how many are in Triton, and which are not, and why."""
+    reasons: dict[str, list[str]] = {}
+    for c in choices:
+        if c.backend == "torch":
+            reasons.setdefault(c.reason, []).append(c.op)
+    fast = sum(c.backend == "triton" for c in choices)
+    parts = [f"triton: {fast} of {len(choices)}"] if fast else []
+    for reason, ops in reasons.items():
+        parts.append(f"torch: {'all' if len(ops) == len(choices) else ', '.join(ops)} ({reason})")
+    return "; ".join(parts)
+
+
 def division(choice: Choice, heads: int, n: int, device: torch.device) -> str:
     """How `heads` (heads x batch) sequences of length n are divided among programs, where that depends on them; else empty."""
     if (choice.op, choice.backend) == ("linear_attention", "triton"):
