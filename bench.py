@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from configs import PRESETS
-from hyperlm import cli, env, runs, startup
+from hyperlm import cli, env, plan, runs, startup
 from hyperlm.bench import decode, memory, quality, report, speed
 from hyperlm.bench import kernels as kernel_suites
 from hyperlm.config import Config, ConfigError, Kind, ModelConfig, OptimConfig, TrainConfig, resolve
@@ -73,10 +73,14 @@ def folders_of(command: Command) -> list[str]:
     return [subject for subject in command.subjects if subject not in get_args(Kind)]
 
 
-def shape(command: Command) -> Config:
-    """The model to measure, but for its kind."""
+def shape(command: Command, device: torch.device, residence: Literal["device", "host"] = "device") -> Config:
+    """The model to measure, but for its kind; `residence` where the command leaves it open, and the optimizer's state decided as for a run."""
     own = {name: getattr(command, name) for name in ("kernels", "model", "train", "optim")}
-    return resolve(replace(PRESETS[command.preset](), **own))
+    config = resolve(replace(PRESETS[command.preset](), **own))
+    if config.train.residence == "auto":
+        config = replace(config, train=replace(config.train, residence=residence))
+    memory = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
+    return plan.decided(config, env.compute_dtype(device), *memory, gpu=device.type == "cuda")
 
 
 # A suite checks first what would otherwise be found out late, and returns what measures: results that grow.
@@ -85,7 +89,7 @@ Measuring = Iterator[report.Result]
 
 def speed_suite(command: Command, device: torch.device) -> Measuring:
     lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if device.type == "cuda" else range(6, 11))]
-    what = kinds_of(command), shape(command), device, lengths, command.tokens or max(lengths)
+    what = kinds_of(command), shape(command, device), device, lengths, command.tokens or max(lengths)
     speed.check(*what)
     return speed.run(*what)
 
@@ -93,15 +97,13 @@ def speed_suite(command: Command, device: torch.device) -> Measuring:
 def decode_suite(command: Command, device: torch.device) -> Measuring:
     gpu = device.type == "cuda"
     contexts = list(command.lengths) or ([1024, 16384, 131072] if gpu else [64, 1024])
-    what = kinds_of(command), shape(command), device, contexts, [1, 16, 256] if gpu else [1, 4]
+    what = kinds_of(command), shape(command, device), device, contexts, [1, 16, 256] if gpu else [1, 4]
     decode.check(*what)
     return decode.run(*what)
 
 
 def memory_suite(command: Command, device: torch.device) -> Measuring:
-    config = shape(command)
-    if config.train.residence == "auto":
-        config = replace(config, train=replace(config.train, residence="host"))
+    config = shape(command, device, "host")
     memory.check(kinds_of(command), config, device)
     return memory.run(kinds_of(command), config, device)
 

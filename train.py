@@ -1,10 +1,10 @@
-"""Train a hyperbolic language model: parse, resume or init, then a loop of { batch, step, log, evaluate, save }.
+"""Train a hyperbolic language model: parse, resume or init; then the loop.
 
     python train.py --preset small         a whole run in two minutes
     python train.py --resume runs/x        go on exactly where runs/x stopped
     python train.py --init runs/x --data.sources talks.jsonl
                                            a new run from its weights: fine-tuning
-    python train.py --preset max --plan    what a run needs here, and how long it takes
+    python train.py --preset max --plan    what a run takes on this machine
 """
 
 if __name__ == "__main__":

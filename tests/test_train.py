@@ -388,6 +388,13 @@ def test_the_doctor_reports_what_is_wrong(monkeypatch, capsys):
 
 MISTAKES = {
     "unknown flag": (["--model.dmodel", "4"], "did you mean --model.d-model"),
+    "flag without its group": (["--steps", "4"], "did you mean --train.steps?"),
+    "short flag without its group": (["--lr", "4"], "did you mean --optim.lr?"),
+    "flag of one letter less": (["--source", "a.txt"], "did you mean --data.sources?"),
+    "flag as it is in Python": (["--d_model", "4"], "did you mean --model.d-model?"),
+    "flag of several groups": (["--every=4"], "did you mean --ckpt.every or --eval.every or --log.every?"),
+    "beginning of a flag": (["--batch", "4"], "did you mean --train.batch-size?"),
+    "flag like no other": (["--zzz", "4"], "--help lists all settings"),
     "not a number": (["--model.d-model", "x"], "--model.d-model"),
     "no value": (["--optim.lr"], "Missing value"),
     "stray word": (["stray"], "stray"),

@@ -1,0 +1,174 @@
+"""What --plan says of a run: operations a token, whether it fits, how many steps and how long; and what auto takes."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CASES, SMALLEST, TINY
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from configs import PRESETS
+from hyperlm import cli, env, flops, forecast, model, plan
+from hyperlm.config import Config, DataConfig, ModelConfig, TrainConfig
+from hyperlm.env import GIB
+
+N = 48
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operations_of_a_token_are_six_for_each_number_that_multiplies_it_and_those_of_its_attention(case):
+    cfg = CASES[case]
+    declared = model.declaration(cfg)
+    matrices = [spec.shape for stage in (declared["embed"], *declared["blocks"], declared["head"]) for name, spec in stage.items()
+                if len(spec.shape) == 2 and name not in ("low", "mixer.conv", "mixer.norm", "ssm.conv")]  # fmt: skip
+    of_matrices = 2 * sum(rows * columns for rows, columns in matrices)
+    of_cores = 0
+    for layer in range(cfg.n_layers):
+        scores_or_state = cfg.head_dim if cfg.layer_kind(layer) == "phase8" else N
+        of_cores += 2 * 2 * cfg.n_heads * cfg.head_dim * scores_or_state
+    assert flops.a_token(cfg, N) == 3 * (of_matrices + of_cores)
+
+
+def test_what_attention_is_counted_as_is_what_its_products_take():
+    """Written down naively: scores and values over all positions; a state that every token is added to and read from."""
+    h, n, k = TINY.n_heads, N, TINY.head_dim
+    q, key, v = (torch.zeros(h, n, k) for _ in range(3))
+    with FlopCounterMode(display=False) as quadratic:
+        (q @ key.mT) @ v
+    with FlopCounterMode(display=False) as linear:
+        for i in range(n):
+            state = key[:, i, :, None] @ v[:, i, None]
+            q[:, i, None] @ state
+    assert quadratic.get_total_flops() == n * flops.core("hyperbolic_attention", TINY, n) == n * flops.core("softmax_attention", TINY, n)
+    assert linear.get_total_flops() == n * flops.core("linear_attention", TINY, n)
+
+
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("a card of next year", None)])
+def test_a_card_that_nobody_stated_has_no_utilisation(name, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak(torch.device("cuda", 0)) == known and flops.peak(torch.device("cpu")) is None
+
+
+def machine(monkeypatch, card: float, host: float) -> torch.device:
+    """A pretended one: GiB of a GPU that may be used (0 for none) and of host memory."""
+    device = torch.device("cuda", 0) if card else torch.device("cpu")
+    monkeypatch.setattr(env, "allowed_memory", lambda device, budget: round(((card - 0.8) if card else host) * GIB))
+    monkeypatch.setattr(env, "available_memory", lambda device: round(host * GIB))
+    monkeypatch.setattr(env, "compute_dtype", lambda device: torch.bfloat16 if card else torch.float32)
+    return device
+
+
+BILLIONS = ["--model.d-model", "4096", "--model.n-layers", "32"]
+DECISIONS = [
+    (BILLIONS, 8, 24, "host", "int8"),
+    (BILLIONS, 8, 64, "host", "fp32"),
+    (BILLIONS, 24, 24, "host", "int8"),
+    (BILLIONS, 24, 64, "host", "fp32"),
+    (BILLIONS, 80, 24, "device", "int8"),
+    (["--preset", "max"], 80, 24, "device", "fp32"),
+    (["--preset", "max"], 8, 24, "host", "int8"),
+    ([], 8, 24, "device", "fp32"),
+    ([], 0, 24, "device", "fp32"),
+    (["--preset", "max"], 0, 64, "device", "int8"),
+    (["--preset", "max"], 0, 96, "device", "fp32"),
+    (["--train.residence", "host"], 8, 24, "host", "fp32"),
+    ([*BILLIONS, "--optim.state", "int8"], 8, 64, "host", "int8"),
+    ([*BILLIONS, "--train.residence", "device"], 24, 64, "device", "int8"),
+]
+
+
+@pytest.mark.parametrize(("flags", "card", "host", "residence", "state"), DECISIONS)
+def test_auto_takes_fp32_where_memory_suffices_and_else_int8(flags, card, host, residence, state, monkeypatch, capsys):
+    device = machine(monkeypatch, card, host)
+    _, config, _ = train.parse(flags)
+    config = train.choose_residence(config, device)
+    assert (config.train.residence, config.optim.state) == (residence, state)
+    said = capsys.readouterr().out
+    assert ("int8: fp32 needs" in said) == (state == "int8" and "--optim.state" not in flags)
+    assert all(len(line) <= 80 for line in said.splitlines())
+
+
+@pytest.mark.parametrize(("card", "host", "message"), [(8, 12, "of host memory"), (2, 64, "on its visits to cuda:0"), (0, 24, "cpu has 24.0")])
+def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypatch):
+    device = machine(monkeypatch, card, host)
+    _, config, _ = train.parse(BILLIONS)
+    with pytest.raises(cli.TrainingError, match=message) as error:
+        train.choose_residence(config, device)
+    assert "lower --model.d-model" in str(error.value)
+
+
+def test_a_state_that_nobody_decided_is_planned_as_fp32():
+    for state in ("auto", "fp32"):
+        config = PRESETS["small"]()
+        config = replace(config, optim=replace(config.optim, state=state))
+        assert plan.plans(config, torch.bfloat16) == plan.plans(PRESETS["small"](), torch.bfloat16)
+
+
+@pytest.fixture
+def quick(monkeypatch) -> list[Config]:
+    """What is measured, which takes no time."""
+    seen = []
+    monkeypatch.setattr(forecast, "products_a_second", lambda device: 1e9)
+    monkeypatch.setattr(forecast, "measured", lambda config, device: seen.append(config) or 2.0)
+    return seen
+
+
+def settings(sequences: int, n_layers: int = 2) -> Config:
+    return Config(model=replace(TINY, n_layers=n_layers), train=TrainConfig(batch_size=4, grad_accum=sequences // 4, residence="device"), data=DataConfig(seq_len=N))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "slower", "of_these", "how"),
+    [
+        (8, 1, 8, "measured: 3 steps on random tokens"),
+        (4096, 100, 4, "with 4 of their 4096 sequences"),
+        (4096, 10**6, 0, "not measured: at 50% of the 1k operations a second"),
+    ],
+)
+def test_steps_are_measured_as_far_as_patience_goes(quick, monkeypatch, sequences, slower, of_these, how):
+    monkeypatch.setattr(forecast, "products_a_second", lambda device: 1e9 / slower)
+    config = settings(sequences)
+    seconds, words = forecast.step_seconds(config, torch.device("cpu"))
+    assert how in words
+    if of_these:
+        (measured,) = quick
+        assert measured.train.batch_size * measured.train.grad_accum == of_these and seconds == 2.0 * sequences / of_these
+    else:
+        assert quick == [] and seconds == pytest.approx(flops.a_step(config) / (0.5 * 1e9 / slower))
+
+
+def test_a_measured_step_takes_its_time():
+    begun = time.perf_counter()
+    seconds = forecast.measured(settings(8), torch.device("cpu"))
+    assert 0 < seconds * forecast.REPEATS < time.perf_counter() - begun
+
+
+def told(capsys, prose, *more: str) -> dict[str, str]:
+    """--plan's lines, by their label."""
+    capsys.readouterr()
+    assert cli.run(train.main, [*SMALLEST, "--data.sources", str(prose), "--train.device", "cpu", "--plan", *more]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    return {line[:11].strip(): line[11:] for line in lines}
+
+
+def test_the_plan_counts_steps_in_the_cache_or_by_the_size_of_the_text(prose, capsys, quick, tmp_path):
+    estimated = told(capsys, prose)
+    assert "estimated" in estimated["steps"] and not (tmp_path / "cache").exists() and not (tmp_path / "runs").exists()
+    assert cli.run(train.main, [*SMALLEST, "--data.sources", str(prose), "--train.steps", "1"]) == 0
+    said = capsys.readouterr().out
+    tokens = int(said.split("data       ")[1].split()[1].replace(",", ""))
+    counted = told(capsys, prose)
+    steps = int(counted["steps"].split(", ")[0].replace(",", ""))
+    assert "in the cache" in counted["steps"] and steps == pytest.approx(10 * tokens / (4 * 2 * 32), rel=0.02)
+    assert counted["time"].startswith("about ") and "measured" in counted["time"]
+    assert told(capsys, prose, "--train.steps", "7")["steps"] == "7, as asked for"
+    assert told(capsys, prose, "--data.sources", "nowhere.txt")["steps"].startswith("unknown: ")
+    assert "yes: in residence device with fp32 state" in counted["fits"] and "GiB of disk are free" in counted["disk"]
+
+
+def test_the_plan_of_what_does_not_fit_says_so(prose, capsys):
+    said = told(capsys, prose, "--model.d-model", "32768", "--model.n-layers", "64")
+    assert said["fits"].startswith("no: this run needs") and "time" not in said
