@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -256,7 +257,17 @@ def summary_lines(run: Path, r: dict[str, Any]) -> str:
     if points and (least := min(points, key=lambda point: point[1])) != points[-1]:
         found += f"; best {least[1]:.4f}, at step {least[0]}"
     took = f"{r['steps']} steps, {count(r['tokens'])} tokens, {count(r['parameters'])} parameters, {r['peak_memory_gib']:.2f} GiB; {duration(r['seconds'])}"
-    return "\n".join([labelled("done", f"{run}: {took}"), labelled("", found), *curve(points)])
+    drawn = curve(points) if encodable(BLOCKS, sys.stdout.encoding) else []
+    return "\n".join([labelled("done", f"{run}: {took}"), labelled("", found), *drawn])
+
+
+def encodable(text: str, encoding: str | None) -> bool:
+    """Whether a terminal of this encoding can show a text."""
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -149,9 +149,13 @@ def told(capsys, prose, *more: str) -> dict[str, str]:
     """--plan's lines, by their label."""
     capsys.readouterr()
     assert cli.run(train.main, [*SMALLEST, "--data.sources", str(prose), "--train.device", "cpu", "--plan", *more]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines, label = capsys.readouterr().out.splitlines(), ""
     assert all(len(line) <= 80 for line in lines)
-    return {line[:11].strip(): line[11:] for line in lines}
+    said: dict[str, str] = {}
+    for line in lines:
+        label = line[:11].strip() or label
+        said[label] = " ".join(filter(None, (said.get(label), line[11:].strip())))
+    return said
 
 
 def test_the_plan_counts_steps_in_the_cache_or_by_the_size_of_the_text(prose, capsys, quick, tmp_path):

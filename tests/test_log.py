@@ -55,6 +55,7 @@ def test_the_way_of_a_loss_falls_with_it():
     assert heights == sorted(heights, reverse=True) and (heights[0], heights[-1]) == (32, 1)
     assert heights[10] == round(1 + (4 - 1) / (8 - 1) * 31)
     assert rows[0].startswith("    8.0000 ") and rows[-1].startswith("    1.0000 ") and below.split() == ["step", "100", "400"]
+    assert [log.encodable(log.BLOCKS, encoding) for encoding in ("utf-8", "cp1252", "ascii", None)] == [True, False, False, True]
     assert log.curve(points[:2]) == [] and all(len(row) <= 80 for row in log.curve(points))
 
 
