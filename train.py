@@ -368,8 +368,8 @@ def train(
         while state.step < total and not stop_signal():
             state, metrics = step(state, order.at(state.step))
             now, last, val_loss = state.step, state.step == total, None
-            bar.update()
             bar.set_description("training", refresh=False)
+            bar.update()
 
             if now % config.log.every == 0 or last or metrics["skipped"]:
                 record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device), fastest)
