@@ -50,6 +50,7 @@ VALIDATION = {
     "val_loss": "loss/nats a token",
     "val_bpb": "loss/validation, bits a byte",
 }
+PER_SOURCE = "per source"
 HISTOGRAMS = {"radius/q_counts": "radius/queries", "radius/k_counts": "radius/keys"}
 FLUSH = 20  # seconds after which TensorBoard sees what was recorded
 
@@ -115,7 +116,7 @@ def record(log: Log, step: int, values: dict[str, Any]) -> None:
             elif name in VALIDATION:
                 log.board.validation.add_scalar(VALIDATION[name], value, step)
             elif name.startswith("val_bpb/"):
-                log.board.validation.add_scalar(f"{VALIDATION['val_bpb']} of {name.removeprefix('val_bpb/')}", value, step)
+                log.board.validation.add_scalar(f"{PER_SOURCE}/{name.removeprefix('val_bpb/')}, bits a byte", value, step)
             elif name in HISTOGRAMS:
                 add_counts(log.board.training, HISTOGRAMS[name], value, step)
             elif isinstance(value, str):
