@@ -121,7 +121,7 @@ def nearest(flag: str, flags: list[str]) -> list[str]:
         if "." in known:
             by_name.setdefault(known.rpartition(".")[2], []).append(known)
     last = wanted.rpartition(".")[2]
-    begins = [name for name in by_name if name.startswith((f"{last}-", last)) and len(last) > 2]
+    begins = [name for name in by_name if name.startswith(last) and len(last) > 2]
     close = difflib.get_close_matches(wanted, by_name, 1) or difflib.get_close_matches(last, by_name, 1)
     found = next((names for names in ([wanted], [last], begins, close) if any(name in by_name for name in names)), [])
     return list(dict.fromkeys(known for name in found for known in by_name.get(name, [])))[:3]

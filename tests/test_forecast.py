@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from configs import PRESETS
-from hyperlm import cli, env, flops, forecast, model, plan
+from hyperlm import cli, env, finetune, flops, forecast, model, plan, runs
 from hyperlm.config import Config, DataConfig, ModelConfig, TrainConfig
 from hyperlm.env import GIB
 
@@ -97,6 +97,12 @@ def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypa
     with pytest.raises(cli.TrainingError, match=message) as error:
         train.choose_residence(config, device)
     assert "lower --model.d-model" in str(error.value)
+
+
+def test_a_run_from_the_weights_of_another_decides_for_itself(made):
+    base = made("--train.steps", "1") / "runs/r"
+    settings = finetune.settings(base, None, new_text=False)
+    assert (settings.train.residence, settings.optim.state) == ("auto", "auto") and runs.read_config(base).optim.state == "fp32"
 
 
 def test_a_state_that_nobody_decided_is_planned_as_fp32():

@@ -23,7 +23,7 @@ from conftest import CASES, SMALLEST, TINY
 import bench
 import chat
 import train
-from hyperlm import checkpoint, cli, data, health, log, model, runs, startup, tree
+from hyperlm import checkpoint, cli, data, health, log, model, plan, runs, startup, tree
 from hyperlm.config import Config
 from hyperlm.state import State
 
@@ -81,7 +81,11 @@ def test_a_run_writes_everything_it_promises(prose, capsys):
     assert last["val_ppl"] == pytest.approx(math.exp(last["val_loss"])) and last["val_bpb"] > 0 and last["sample"].startswith("def ")
     assert {f"radius/layer_{layer:02d}/{x}_{what}" for layer in (0, 1) for x in "qk" for what in ("mean", "p05", "p95")} <= set(last)
     assert json.loads((run / "training_summary.json").read_text())["val_bpb"] == last["val_bpb"]
-    assert "bits per byte" in capsys.readouterr().out
+    ran = json.loads((run / "env.json").read_text())["kernels"]
+    assert set(ran) == set(model.ops(runs.read_config(run).model)) and all(said.startswith(("torch (", "triton (")) for said in ran.values())
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  | ")]
+    assert sum(line.startswith("kernels ") for line in lines) == 1 and not any("\r" in line for line in lines)
+    assert all(len(line) <= 80 for line in lines if not line.startswith(("data ", "split "))) and sum("bits per byte" in line for line in lines) == 3
 
 
 def test_bits_per_byte_are_those_of_text_alone(prose):
@@ -154,6 +158,18 @@ def test_a_run_goes_on_in_another_residence(prose):
     assert call("--resume", "runs/parts", "--train.steps", "4", *HOST[:2]) == 0
     a, b = final("whole"), final("parts")
     assert (a.step, a.tokens) == (b.step, b.tokens) and runs.read_config(Path("runs/parts")).train.residence == "host"
+
+
+def test_the_state_that_auto_took_is_stored_and_kept(prose, monkeypatch, capsys):
+    """Where there is room for 8 bits alone; more of it later changes nothing."""
+    _, config, _ = train.parse([*SMALLEST, "--optim.state", "int8"])
+    room = plan.everything(config, torch.float32).device
+    with monkeypatch.context() as during:
+        during.setattr("hyperlm.env.allowed_memory", lambda device, budget: room)
+        assert start(prose, "a", "--train.steps", "2", "--train.device", "cpu") == 0
+    assert "state      int8: fp32 needs" in capsys.readouterr().out
+    assert call("--resume", "runs/a", "--train.steps", "3") == 0
+    assert runs.read_config(Path("runs/a")).optim.state == "int8" and final("a").params["head"]["weight"].dtype == torch.bfloat16
 
 
 def test_too_little_host_memory_is_one_line_with_what_would_fit(prose, capsys, monkeypatch):
