@@ -24,7 +24,25 @@ from typing import Any
 import torch
 
 from configs import PRESETS
-from hyperlm import checkpoint, cli, data, doctor, env, evals, finetune, flops, forecast, health, log, model, plan, runs, sample, startup, tree
+from hyperlm import (
+    checkpoint,
+    cli,
+    data,
+    doctor,
+    env,
+    evals,
+    finetune,
+    flops,
+    forecast,
+    health,
+    log,
+    model,
+    plan,
+    runs,
+    sample,
+    startup,
+    tree,
+)
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, peak_rate, resolve
 from hyperlm.env import say
