@@ -28,9 +28,9 @@ def standard() -> Config:
 def max() -> Config:
     """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers.
 
-    `python train.py --preset max` trains it from 45 GiB of host memory, with `--optim.state int8` from 18. With that and `--train.device-memory 5.81`,
-    200 steps (1.6 M tokens, 16 x 512 a step, a rate of 2e-4 after 20 steps of warm-up) took 3:01 minutes on an H100, compiling kernels included, and ended at 4.51 nats a token of
-    validation; fp32 on the device at 4.52.
+    `python train.py --preset max` trains it from 45 GiB of host memory, or with 8-bit state from 18. With `--optim.state int8` and
+    `--train.device-memory 5.81`, 200 steps (1.6 M tokens, 16 x 512 a step, a rate of 2e-4 after 20 steps of warm-up) took 3:01 minutes on an H100,
+    compiling kernels included, and ended at 4.51 nats a token of validation; fp32 on the device at 4.52.
     """
     return replace(
         standard(),
