@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from configs import PRESETS
 from hyperlm import cli, env, finetune, flops, forecast, model, plan, runs
-from hyperlm.config import Config, DataConfig, ModelConfig, TrainConfig
+from hyperlm.config import Config, DataConfig, ModelConfig, TrainConfig, resolve
 from hyperlm.env import GIB
 
 N = 48
@@ -122,7 +122,8 @@ def quick(monkeypatch) -> list[Config]:
 
 
 def settings(sequences: int, n_layers: int = 2) -> Config:
-    return Config(model=replace(TINY, n_layers=n_layers), train=TrainConfig(batch_size=4, grad_accum=sequences // 4, residence="device"), data=DataConfig(seq_len=N))
+    train = TrainConfig(batch_size=4, grad_accum=sequences // 4, residence="device")
+    return resolve(Config(model=replace(TINY, n_layers=n_layers, vocab_size=320), train=train, data=DataConfig(seq_len=N)))
 
 
 @pytest.mark.parametrize(
