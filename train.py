@@ -67,8 +67,8 @@ class Asked:
     resume: str = ""
     """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
     init: str = ""
-    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. It has that run's settings, or those of
-    --preset, a schedule of its own, and three epochs."""
+    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. It has that run's settings,
+    or those of --preset, a schedule of its own, and three epochs."""
     init_checkpoint: finetune.Which = "latest"
     """Which of its checkpoints: the newest, or the one with the lowest validation loss."""
     plan: bool = False

@@ -112,8 +112,8 @@ def flags_of(cls: type, prefix: str = "--") -> list[str]:
 
 
 def nearest(flag: str, flags: list[str]) -> list[str]:
-    """Those that `flag` may have meant, at most three: of its name in another group, else of one that begins so, else of one that is spelled much like
-    it, with or without its group."""
+    """Those that `flag` may have meant, at most three: of its name in another group, else of one that begins so, else of one that is
+    spelled much like it, with or without its group."""
     wanted = flag.lstrip("-").lower().replace("_", "-")
     by_name: dict[str, list[str]] = {}
     for known in flags:

@@ -95,8 +95,8 @@ def nats_of(
 
 @torch.no_grad()
 def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, Any]:
-    """Radii of queries and keys on tokens (B, N): mean, 5th and 95th percentile of each layer, {"radius/layer_00/q_mean": ...}, and how many of all
-    layers lie in each of BINS equal bins from 0 to R_MAX, "radius/q_counts"."""
+    """Radii of queries and keys on tokens (B, N): mean, 5th and 95th percentile of each layer, {"radius/layer_00/q_mean": ...}, and how
+    many of all layers lie in each of BINS equal bins from 0 to R_MAX, "radius/q_counts"."""
     gauges: dict[str, Any] = {}
     layers = model.radii(params, tokens, config.model, kernels=config.kernels)
     hyperbolic = [i for i in range(config.model.n_layers) if config.model.layer_kind(i) != "softmax"]

@@ -1,9 +1,10 @@
-"""How many operations a token takes in training, what a card can do in a second, and so how much of it a run uses: model FLOPs utilisation, MFU,
-as appendix B of the PaLM paper (Chowdhery et al. 2022) defines it.
+"""How many operations a token takes in training, what a card can do in a second, and so how much of it a run uses: model FLOPs
+utilisation, MFU, as appendix B of the PaLM paper (Chowdhery et al. 2022) defines it.
 
-Counted are the products of matrices, two operations for each multiplication, forward and twice that backward; whatever is computed again is not.
-As there, every position attends to every other: a causal kernel makes half of that. Linear attention is counted as a recurrence, so how a kernel
-cuts it into chunks counts in none.
+Counted are the products of matrices, two operations for each multiplication, forward and twice that backward; whatever is computed again
+is not.
+As there, every position attends to every other: a causal kernel makes half of that. Linear attention is counted as a recurrence, so how a
+kernel cuts it into chunks counts in none.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from hyperlm import kernels, model, plan
 from hyperlm.config import Config, ModelConfig
 from hyperlm.tree import Tree
 
-# bf16 products a second of each card that sums them in fp32, without sparsity, as NVIDIA states them: data sheets of H100, H200, A100, L4, L40S and A10;
-# for GeForce cards, appendix A of the whitepapers of the Ampere, Ada and Blackwell architectures.
+# bf16 products a second of each card that sums them in fp32, without sparsity, as NVIDIA states them: data sheets of H100, H200, A100,
+# L4, L40S and A10; for GeForce cards, appendix A of the whitepapers of the Ampere, Ada and Blackwell architectures.
 PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -55,7 +56,8 @@ def core(op: str, cfg: ModelConfig, n: int) -> int:
 
 @lru_cache
 def a_token(cfg: ModelConfig, n: int) -> int:
-    """Operations that training takes for a token in a sequence of n: the forward pass runs on the meta device, and its products are counted."""
+    """Operations that training takes for a token in a sequence of n: the forward pass runs on the meta device, and its products are
+    counted."""
     declared, kinds = model.declaration(cfg), [cfg.layer_kind(layer) for layer in range(cfg.n_layers)]
     cores = 0  # operations of a block's core, which stands for itself in no product here
 

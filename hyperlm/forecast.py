@@ -16,7 +16,8 @@ from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 
 BYTES_A_TOKEN = 3.5  # of code and English, by a tokenizer that was trained on them; what text that nobody has tokenised yet is counted by
-# What is assumed where measuring would take long: the share that a step makes of what products of matrices alone reach (on an H100, stated at 9.9e14
+# What is assumed where measuring would take long: the share that a step makes of what products of matrices alone reach (on an H100,
+# stated at 9.9e14
 # a second, `standard` made 1.0e14 and `max` from host memory 2.6e14), bytes a second each way on the bus, and initial numbers a second.
 SHARE = {"cuda": 0.3, "cpu": 0.5}
 BUS = 20e9
@@ -54,7 +55,10 @@ def tokens_of(config: Config) -> int:
 def needs(config: Config) -> Iterator[str]:
     """The parameter count and the memory plans: what the machine has plays no role."""
     counts, t = plan.parameters(config), config.train
-    yield labelled("parameters", f"{sum(counts.values()):,}: embedding {counts['embed']:,}, {config.model.n_layers} blocks {counts['blocks']:,}, head {counts['head']:,}")
+    yield labelled(
+        "parameters",
+        f"{sum(counts.values()):,}: embedding {counts['embed']:,}, {config.model.n_layers} blocks {counts['blocks']:,}, head {counts['head']:,}",
+    )
     a_token = flops.a_token(config.model, config.data.seq_len)
     yield labelled(
         "a step", f"{t.batch_size} x {t.grad_accum} sequences of {config.data.seq_len} tokens, {count(a_token)} operations a token"
@@ -98,7 +102,10 @@ def steps_of(config: Config) -> tuple[int, str]:
         return t.steps, "as asked for"
     try:
         corpus = data.prepare(config, quiet, only_cached=True)
-        an_epoch, basis = data.batches(corpus, config, quiet).steps_per_epoch, f"of {count(sum(len(s.train) for s in corpus.shards))} tokens, in the cache"
+        an_epoch, basis = (
+            data.batches(corpus, config, quiet).steps_per_epoch,
+            f"of {count(sum(len(s.train) for s in corpus.shards))} tokens, in the cache",
+        )
     except data.NotTokenised as e:
         each = 1 if config.data.tokenizer == "bytes" else BYTES_A_TOKEN
         an_epoch = e.size / each / tokens_of(config)
@@ -118,12 +125,17 @@ def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
     few = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
     if few and config.train.residence == "device":
         part = replace(config, train=replace(config.train, batch_size=few, grad_accum=1))
-        return measured(part, device) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
+        return measured(
+            part, device
+        ) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
     how = f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
     if config.train.residence == "host" and device.type == "cuda":
         dtype = env.compute_dtype(device)
         planned = plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory))
-        whole, how = max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS), f"{how}, and {BUS / 1e9:.0f} GB/s each way on the bus"
+        whole, how = (
+            max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS),
+            f"{how}, and {BUS / 1e9:.0f} GB/s each way on the bus",
+        )
     return whole, how
 
 

@@ -35,8 +35,8 @@ threading.excepthook = silent
 
 COLUMNS = 80  # that a line fits
 
-# What TensorBoard shows of a record, and where: it draws one chart of what has one name, whichever run it is of, and sorts charts by their names. What
-# is measured on validation text is a run of its own beside what a step tells, so that both losses are in one chart.
+# What TensorBoard shows of a record, and where: it draws one chart of what has one name, whichever run it is of, and sorts charts by
+# their names. What is measured on validation text is a run of its own beside what a step tells, so that both losses are in one chart.
 TRAINING = {
     "loss": "loss/nats a token",
     "mfu": "machine/model FLOPs utilisation",
@@ -217,8 +217,8 @@ def duration(seconds: float) -> str:
 def step_record(
     state: State, metrics: Metrics, total: int, seconds: float, peak_memory: int, seconds_a_token: float | None = None
 ) -> dict[str, Any]:
-    """What is logged of a step that took `seconds`, `total` being the last step, `peak_memory` in bytes, and `seconds_a_token` the least that a token
-    could take on the device, if that is known."""
+    """What is logged of a step that took `seconds`, `total` being the last step, `peak_memory` in bytes, and `seconds_a_token` the least
+    that a token could take on the device, if that is known."""
     speed = metrics["positions"] / seconds
     return {
         "tokens": state.tokens,
@@ -275,7 +275,8 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def curve(points: list[tuple[int, float]], width: int = 60, height: int = 4) -> list[str]:
-    """The way of a loss as a few lines of block characters: its values at `points`, steps in order, and straight lines between them. None of two points."""
+    """The way of a loss as a few lines of block characters: its values at `points`, steps in order, and straight lines between them. None
+    of two points."""
     if len(points) < 3:
         return []
     steps, losses = np.array(points, dtype=float).T

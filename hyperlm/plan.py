@@ -374,8 +374,8 @@ def fits(config: Config, dtype: torch.dtype, device: int, host: int) -> bool:
 def decided(config: Config, dtype: torch.dtype, device: int, host: int, *, gpu: bool) -> Config:
     """The configuration with residence and optimizer state decided where they are auto.
 
-    Of what the settings leave open it is the first that fits: fp32 on the device, fp32 in host memory, int8 on the device, int8 in host memory; the last
-    where nothing fits. A CPU is its own host: there all is on the device.
+    Of what the settings leave open it is the first that fits: fp32 on the device, fp32 in host memory, int8 on the device, int8 in host
+    memory; the last where nothing fits. A CPU is its own host: there all is on the device.
 
     Args:
         device, host: bytes that may be used of either.

@@ -45,7 +45,15 @@ def test_what_attention_is_counted_as_is_what_its_products_take():
     assert linear.get_total_flops() == n * flops.core("linear_attention", TINY, n)
 
 
-@pytest.mark.parametrize(("name", "known"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("a card of next year", None)])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("a card of next year", None),
+    ],
+)
 def test_a_card_that_nobody_stated_has_no_utilisation(name, known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert flops.peak(torch.device("cuda", 0)) == known and flops.peak(torch.device("cpu")) is None
@@ -90,7 +98,9 @@ def test_auto_takes_fp32_where_memory_suffices_and_else_int8(flags, card, host, 
     assert all(len(line) <= 80 for line in said.splitlines())
 
 
-@pytest.mark.parametrize(("card", "host", "message"), [(8, 12, "of host memory"), (2, 64, "on its visits to cuda:0"), (0, 24, "cpu has 24.0")])
+@pytest.mark.parametrize(
+    ("card", "host", "message"), [(8, 12, "of host memory"), (2, 64, "on its visits to cuda:0"), (0, 24, "cpu has 24.0")]
+)
 def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypatch):
     device = machine(monkeypatch, card, host)
     _, config, _ = train.parse(BILLIONS)

@@ -22,13 +22,27 @@ from hyperlm.state import State
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (0.8512, "0.851"), (12.34, "12.3"), (999, "999"), (999.7, "1k"), (12_345, "12.3k"), (999_999, "1M"), (1.5e9, "1.5B"), (2e13, "20T"), (math.inf, "inf"), (math.nan, "nan")],
+    [
+        (0, "0"),
+        (0.8512, "0.851"),
+        (12.34, "12.3"),
+        (999, "999"),
+        (999.7, "1k"),
+        (12_345, "12.3k"),
+        (999_999, "1M"),
+        (1.5e9, "1.5B"),
+        (2e13, "20T"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
 )
 def test_counts_have_three_figures(number, text):
     assert log.count(number) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.9, "59s"), (60, "1m00s"), (725, "12m05s"), (18_420, "5h07m"), (86_400 * 3 + 4 * 3600, "3d04h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.9, "59s"), (60, "1m00s"), (725, "12m05s"), (18_420, "5h07m"), (86_400 * 3 + 4 * 3600, "3d04h")]
+)
 def test_durations_have_two_units(seconds, text):
     assert log.duration(seconds) == text
 
@@ -69,7 +83,9 @@ def test_the_way_of_a_loss_falls_with_it():
     ],
 )
 def test_kernels_are_one_line(backends, text):
-    assert kernels.summary([Choice(op, "torch" if reason else "triton", reason or "fastest here") for op, reason in backends.items()]) == text
+    assert (
+        kernels.summary([Choice(op, "torch" if reason else "triton", reason or "fastest here") for op, reason in backends.items()]) == text
+    )
 
 
 def step(n: int, seconds_a_token: float | None = None) -> dict:
@@ -87,7 +103,9 @@ def shown(run: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard has of a run, by name."""
     board = EventAccumulator(str(run), {"scalars": 0, "histograms": 0, "tensors": 0})
     board.Reload()
-    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]} | {tag: board.Histograms(tag) for tag in board.Tags()["histograms"]}
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]} | {
+        tag: board.Histograms(tag) for tag in board.Tags()["histograms"]
+    }
 
 
 def test_tensorboard_has_both_losses_in_one_chart_then_the_machine_and_gauges_last(tmp_path):
@@ -95,7 +113,9 @@ def test_tensorboard_has_both_losses_in_one_chart_then_the_machine_and_gauges_la
     records = log.open_log(tmp_path, 0)
     log.record(records, 1, step(1, 1e-3))
     gauges = evals.radius_gauges(model.init(cfg, 0), tokens, Config(model=cfg))
-    log.record(records, 1, {"val_loss": 9.0, "val_ppl": 8103.0, "val_bpb": 3.0, "val_bpb/b": 3.1, "val_documents": 7, "sample": "def", **gauges})
+    log.record(
+        records, 1, {"val_loss": 9.0, "val_ppl": 8103.0, "val_bpb": 3.0, "val_bpb/b": 3.1, "val_documents": 7, "sample": "def", **gauges}
+    )
     log.tell_settings(records, Config(model=cfg), 0)
     log.close(records)
     training, validation = shown(tmp_path), shown(tmp_path / "validation")
@@ -104,7 +124,9 @@ def test_tensorboard_has_both_losses_in_one_chart_then_the_machine_and_gauges_la
     assert groups == ["loss", "machine", "optimizer", "per source", "radius"]
     assert [name for name in training if name.startswith("radius")] == ["radius/queries", "radius/keys"]  # however many layers
     (event,) = training["radius/keys"]
-    assert event.histogram_value.num == 9 * cfg.n_heads * 8 and event.histogram_value.sum == pytest.approx(event.histogram_value.num * 1.0, rel=0.05)
+    assert event.histogram_value.num == 9 * cfg.n_heads * 8 and event.histogram_value.sum == pytest.approx(
+        event.histogram_value.num * 1.0, rel=0.05
+    )
 
 
 def test_what_a_resumed_run_makes_again_is_in_no_chart_twice(tmp_path):
@@ -127,7 +149,9 @@ def test_radii_are_counted_whole():
     gauges = evals.radius_gauges(model.init(TINY, 0), tokens, Config(model=TINY))
     for name in ("radius/q_counts", "radius/k_counts"):
         assert sum(gauges[name]) == TINY.n_layers * TINY.n_heads * tokens.numel()
-    assert not any("counts" in name for name in evals.radius_gauges(model.init(CASES["softmax"], 0), tokens, Config(model=CASES["softmax"])))
+    assert not any(
+        "counts" in name for name in evals.radius_gauges(model.init(CASES["softmax"], 0), tokens, Config(model=CASES["softmax"]))
+    )
 
 
 class Terminal(io.StringIO):
