@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hyperlm import data, env, flops, plan
+from hyperlm.batch import next_tokens
 from hyperlm.config import Config
 from hyperlm.log import count, duration, labelled
 from hyperlm.optim import new_schedule
@@ -125,9 +126,7 @@ def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
     few = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
     if few and config.train.residence == "device":
         part = replace(config, train=replace(config.train, batch_size=few, grad_accum=1))
-        return measured(
-            part, device
-        ) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
+        return measured(part, device) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
     how = f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
     if config.train.residence == "host" and device.type == "cuda":
         dtype = env.compute_dtype(device)
@@ -143,7 +142,7 @@ def measured(config: Config, device: torch.device) -> float:
     """Seconds of a real step on random tokens: the fastest of a few, after the first, which makes what stays."""
     state, step = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device)
     shape = config.train.grad_accum, config.train.batch_size, config.data.seq_len + 1
-    batch, times = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)), []
+    batch, times = next_tokens(torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))), []
     for _ in env.progress(range(REPEATS + 1), "measuring", unit=" steps"):
         begun = time.perf_counter()
         state, _ = step(state, batch)  # it waits for the device

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from configs import PRESETS
 from hyperlm import cli, env, finetune, flops, forecast, model, plan, runs
-from hyperlm.config import Config, DataConfig, ModelConfig, TrainConfig, resolve
+from hyperlm.config import Config, DataConfig, TrainConfig, resolve
 from hyperlm.env import GIB
 
 N = 48

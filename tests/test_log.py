@@ -90,7 +90,7 @@ def test_kernels_are_one_line(backends, text):
 
 def step(n: int, seconds_a_token: float | None = None) -> dict:
     state = State({}, {}, step=n, updates=n, tokens=100 * n, seed=0)
-    metrics = {"loss": torch.tensor(10 / n), "grad_norm": torch.tensor(1.0), "lr": 1e-3, "tokens": 100}
+    metrics = {"loss": torch.tensor(10 / n), "grad_norm": torch.tensor(1.0), "lr": 1e-3, "tokens": 50, "positions": 100}
     return log.step_record(state, metrics, 10, 0.5, 1 << 30, seconds_a_token)
 
 
