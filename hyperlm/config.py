@@ -88,6 +88,8 @@ class DataConfig:
     """Where rows (.jsonl .json .csv .tsv .parquet .arrow) have their text: a field or a column."""
     on_bad: Literal["skip", "stop"] = "skip"
     """What to do about a row that cannot be used: leave it out and say how many there were, or stop."""
+    dedup: bool = False
+    """Leave out documents that are near copies of others: four of five runs of words are the same, by MinHash of rensa (extra `dedup`)."""
     cache: str = ""
     """Folder of tokenised text; by default $XDG_CACHE_HOME/hyperlm or ~/.cache/hyperlm."""
 

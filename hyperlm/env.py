@@ -108,9 +108,16 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # AttributeError: a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)  # give freed memory back first, or it would count
+        give_back_memory()  # or it would count
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed and is kept for later, where the C library can (glibc)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # AttributeError: another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:

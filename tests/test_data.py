@@ -16,7 +16,7 @@ from hyperlm import data, evals, model
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, resolve
-from hyperlm.data import sources, text
+from hyperlm.data import selection, sources, text
 from hyperlm.data import tokenise as preparation
 from hyperlm.loss import IGNORE
 
@@ -435,7 +435,7 @@ def test_a_given_tokenizer_that_loses_letters_is_refused_and_one_that_loses_case
 
 def test_a_character_that_a_tokenizer_lacks_is_found_wherever_it_is(tmp_path, monkeypatch):
     """Long after the beginning, which is tried whole."""
-    monkeypatch.setattr(preparation, "AT_ONCE", 2000)
+    monkeypatch.setattr(selection, "AT_ONCE", 2000)
     (tmp_path / "p.txt").write_text("all is plain here.\n\n" * 2000 + "and here is a Q.\n")
     lacking = tok.byte_tokenizer()
     lacking.normalizer = normalizers.Replace("Q", "")

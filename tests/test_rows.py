@@ -7,8 +7,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from hyperlm import tokenizer as tok
+from hyperlm.data import tokenise
 from hyperlm.data.documents import Document
 from hyperlm.data.rows import document_of
+from hyperlm.encoder import Encoder, encode
 
 TALK = (("user", "2 + 2?"), ("assistant", "4"))
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "zwei, ü"}}}
@@ -112,12 +114,17 @@ CONVERSATION = [
 ]
 
 
+def encoded(tokenizer, documents: list[Document]) -> list[tuple[list[int], bytes]]:
+    """Ids of each document, and of conversations what of it is said, as they are written."""
+    ids = iter(encode(Encoder(tokenizer), tokenise.contents([(i, document, False) for i, document in enumerate(documents)])))
+    found = [tokenise.document_ids(tokenizer, document, ids) for document in documents]
+    return [(of.tolist(), said) for of, said in found]
+
+
 @pytest.mark.parametrize("make", [tok.byte_tokenizer, lambda: tok.train_bpe(["be brief, 2 + 2 is 4, ok? " * 20], 320)], ids=["bytes", "bpe"])
 def test_turns_are_what_transformers_makes_of_the_exported_tokenizer(make, tmp_path):
     """Ids, and which of them the assistant says; and a prompt ends as chat.py ends it."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers' chat templates")
-    from hyperlm.data.tokenise import encoded
-
     tokenizer = make()
     tok.save(tokenizer, tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tok.settings(tokenizer, chat=True)))
@@ -134,8 +141,6 @@ def test_turns_are_what_transformers_makes_of_the_exported_tokenizer(make, tmp_p
 
 
 def test_the_assistants_words_and_ends_of_turns_are_said():
-    from hyperlm.data.tokenise import encoded
-
     tokenizer = tok.byte_tokenizer()
     documents = [Document("", (("user", "ab"), ("assistant", "c"), ("tool", "d"), ("assistant", ""))), Document("text")]
     (ids, said), (plain, nothing) = encoded(tokenizer, documents)

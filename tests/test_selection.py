@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from conftest import write_prose
 from test_data import config, text_of, write_jsonl
 
 from hyperlm import data
-from hyperlm.data import documents, selection
+from hyperlm.config import ModelConfig
+from hyperlm.data import documents, selection, tokenise
 
 
 def sides(*paths, **options) -> tuple[list[str], list[str], list[str]]:
@@ -167,6 +169,38 @@ def test_documents_are_taken_in_the_order_of_their_hashes(seed):
     assert set(np.flatnonzero(use)) == naive_limit(order, size, 500)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([[10, 20], [5]], [30, 5]),  # all that there is
+        ([[10] * 100], [60]),
+        ([[10] * 100, [10] * 100], [30, 30]),
+        ([[10] * 100, [5, 5], [10] * 100], [20, 10, 30]),  # what others leave, in whole documents, is for the longest
+        ([[1000], [1] * 20], [40, 20]),  # the beginning of one that is too long
+        ([[], [10]], [0, 10]),
+        ([[]], [0]),
+    ],
+)
+def test_a_tokenizer_is_trained_on_a_share_of_every_source(monkeypatch, sizes, expected):
+    monkeypatch.setattr(tokenise, "BPE_TEXT", 60)
+    rng = np.random.default_rng(0)
+    orders = [rng.integers(0, 2**63, len(size)).astype(np.uint64) for size in sizes]
+    parts = tokenise.samples([np.array(size, np.int64) for size in sizes], orders)
+    assert [part.sum() for part in parts] == expected
+    for part, order in zip(parts, orders, strict=True):
+        assert not part.any() or order[part > 0].max() <= np.sort(order)[(part > 0).sum() - 1]  # the first by their hashes: spread evenly
+
+
+def test_what_a_tokenizer_learns_is_spread_over_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "BPE_TEXT", 20_000)
+    words = ["".join(random.Random(i).choices("abcdefgh", k=8)) for i in range(20)]
+    records = [{"text": f"{i} " + f"{words[i // 50]} " * 20} for i in range(1000)]  # a new word from time to time
+    source = write_jsonl(tmp_path / "d.jsonl", records)
+    cfg = replace(config(source), model=ModelConfig(vocab_size=600))
+    tokenizer = data.prepare(replace(cfg, data=replace(cfg.data, tokenizer="bpe")), say=lambda line: None).tokenizer
+    assert len([word for word in words if tokenizer.token_to_id(f"Ġ{word}") is not None]) > 15
+
+
 # -- parts of documents --------------------------------------------------------------------------------------------------------------
 
 
@@ -223,3 +257,31 @@ def test_a_random_corpus_is_on_two_sides_or_an_error_in_one_line(tmp_path, seed)
         assert train and val and not set(train) & set(val)
     except data.DataError as e:
         assert "\n" not in str(e) and json.dumps(str(e))
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "expected"), [([2, 0, 1], b"|ccaabbb"), ([], b"|"), ([0, 1, 2], b"|aabbbcc")])
+def test_pieces_of_a_file_are_put_into_order(tmp_path, order, expected):
+    (tmp_path / "x.bin").write_bytes(b"aabbbcc")
+    tokenise.rearrange(tmp_path / "x.bin", np.array([2, 3, 2]), np.array(order, np.int64), b"|")
+    assert (tmp_path / "x.bin").read_bytes() == expected and len(list(tmp_path.iterdir())) == 1
+
+
+def test_validation_documents_stand_in_the_order_of_their_hashes(tmp_path):
+    records = texts(*[300] * 60)
+    val = sides(write_jsonl(tmp_path / "d.jsonl", records), val_fraction=0.3)[1]
+    order = [int.from_bytes(selection.content_hash(documents.Document(text))[8:], "little") for text in val]
+    assert len(val) > 8 and order == sorted(order)
+
+
+@pytest.mark.parametrize("known", ["", "ab", "ab日", "xyz"])
+def test_new_characters_are_those_that_are_not_known(known):
+    assert tokenise.characters(["abc 日本", "", "\x00é"], set(known)) == set("abc 日本\x00é") - set(known)
+
+
+@pytest.mark.parametrize("found", [[], [3], [0, 5, 9], list(range(10))])
+def test_values_among_others_are_found(found):
+    values = np.array([5, 0, 9, 3, 10, 5], np.uint64)
+    assert selection.among(values, np.array(found, np.uint64)).tolist() == [value in found for value in values.tolist()]

@@ -21,7 +21,7 @@ from hyperlm.config import Config, DataConfig
 from hyperlm.data import cache
 from hyperlm.data.documents import DataError, Document
 from hyperlm.data.packing import Talks
-from hyperlm.data.selection import Selection, drop_copies, hold_out, select
+from hyperlm.data.selection import Selection, drop_copies, hold_out, limited, select, without_near_copies
 from hyperlm.data.sources import Readings, Source, documents, notes, parse_sources, summary, why_empty, with_names
 from hyperlm.data.tokenise import build
 
@@ -69,12 +69,14 @@ def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: 
     training, validation = parse_sources(cfg.sources), parse_sources(cfg.val_sources, "--data.val-sources")
     named = with_names([*training, *(source._replace(weight=None) for source in validation)])
     training, validation = named[: len(training)], named[len(training) :]
-    training, selections = with_text(training, [select(s, cfg.max_mib, readings) for s in training], "--data.sources", readings, say)
-    validation, held_out = with_text(
-        validation, [select(s, cfg.max_mib, readings) for s in validation], "--data.val-sources", readings, say
-    )
+    training, selections = with_text(training, [select(s, readings, cfg.dedup) for s in training], "--data.sources", readings, say)
+    validation, held_out = with_text(validation, [select(s, readings, cfg.dedup) for s in validation], "--data.val-sources", readings, say)
     for line in notes(readings):
         say(f"reading    {line}")
+    held_out = [limited(s, cfg.max_mib) for s in held_out]
+    if cfg.dedup:
+        selections, held_out = without_near_copies(selections, held_out, say)
+    selections = [limited(s, cfg.max_mib) for s in selections]
     if not validation:
         selections = hold_out(selections, cfg.val_fraction, lambda k, i: nth(documents(training[k], readings), i), say)
     held_out = [s._replace(val=s.use) for s in held_out]
@@ -92,7 +94,7 @@ def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: 
         say(f"cache      {folder}: {'; '.join(summary(cache.damage(folder, whole=True)))}; made again")
         cached = False
     if not cached:
-        build(folder, config, sources, selections, readings)
+        build(folder, config, sources, selections, readings, say)
     corpus = load(folder, sources)
     if loses := (cache.read_meta(folder) or {}).get("loses"):
         say(f"tokenizer  {cfg.tokenizer} {loses}")

@@ -18,7 +18,7 @@ from hyperlm.data.folders import Open, zstd
 from hyperlm.data.hypertext import text_of
 from hyperlm.data.text import Encoding, NotText, decode, decoded, longer, pieces
 
-READ = 1 << 20  # bytes at a time
+READ = 1 << 16  # bytes at a time; larger blocks leave gaps in the heap that add up to hundreds of MiB
 MIB = 1 << 20
 LARGEST = 64 * MIB  # bytes or characters of what is held in memory whole: a line, a row, a page, a file of code
 ROWS = 256  # of a table at a time

@@ -5,15 +5,18 @@ Documents of several sources are decided on together; what is held out is traine
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from hyperlm.data.documents import DataError, Document
+from hyperlm.data.duplicates import SLOTS, originals, signatures
 from hyperlm.data.sources import Readings, Source, documents
 from hyperlm.env import progress
 
+T = TypeVar("T")
+AT_ONCE = 1 << 20  # characters of the documents that are worked on together
 LEAST = 64  # bytes of a document that is divided, on either side
 
 
@@ -25,6 +28,7 @@ class Selection(NamedTuple):
     use: np.ndarray  # (n,) bool
     val: np.ndarray  # (n,) bool, held out; false where it is not used
     divided: tuple[int, float] | None = None  # a document whose beginning, of this share, is trained on and whose rest is held out
+    signatures: np.ndarray | None = None  # (n, SLOTS) uint16, as long as near copies are looked for
 
     @property
     def train(self) -> np.ndarray:
@@ -48,17 +52,62 @@ def content_hash(document: Document) -> bytes:
     return hashlib.blake2b(repr(document.messages).encode() + document.raw, digest_size=16).digest()
 
 
-def select(source: Source, max_mib: float, readings: Readings) -> Selection:
-    """Hash every document, and take as many as `max_mib` allows (0 for all); nothing is held out yet."""
-    digests, sizes = bytearray(), array("q")
-    for document in progress(documents(source, readings), f"reading {source.name}", unit=" docs"):
-        digests += content_hash(document)
-        sizes.append(len(document.raw))
-    hashes, size = np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2), np.array(sizes, np.int64)
-    use = np.ones(len(size), bool)
-    if max_mib:
-        use, size = limit(hashes[:, 0], size, int(max_mib * (1 << 20)))
-    return Selection(hashes, size, use, np.zeros(len(size), bool))
+def batched(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items of about AT_ONCE together, by the length of each."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += length(item)
+        if size >= AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def select(source: Source, readings: Readings, dedup: bool = False) -> Selection:
+    """Hash every document; all are used, and none is held out yet. With `dedup` they have signatures."""
+    digests, sizes, signed = bytearray(), array("q"), bytearray()
+    with progress(desc=f"reading {source.name}", unit="B", unit_scale=True) as bar:
+        for batch in batched(documents(source, readings), lambda document: len(document.content)):
+            for document in batch:
+                digests += content_hash(document)
+                sizes.append(len(document.raw))
+            if dedup:
+                signed += signatures([document.content for document in batch]).tobytes()
+            bar.update(sum(sizes[-len(batch) :]))
+    hashes, size = np.frombuffer(digests, np.uint64).reshape(-1, 2), np.frombuffer(sizes, np.int64)
+    rows = np.frombuffer(signed, np.uint16).reshape(-1, SLOTS) if dedup else None
+    return Selection(hashes, size, np.ones(len(size), bool), np.zeros(len(size), bool), signatures=rows)
+
+
+def without_near_copies(
+    selections: list[Selection], held_out: list[Selection], say: Callable[[str], None]
+) -> tuple[list[Selection], list[Selection]]:
+    """Selections without the documents that nearly copy one of `held_out` or an earlier one; those of `held_out` stay. Signatures go."""
+    signed = [s.signatures if s.use.all() else s.signatures[s.use] for s in (*held_out, *selections)]
+    given = sum(map(len, signed[: len(held_out)]))
+    found = originals(signed[0] if len(signed) == 1 else np.concatenate(signed), given)[given:]
+    kept, start = [], 0
+    for s in selections:
+        use = s.use.copy()
+        use[s.use] = found[start : start + s.use.sum()] < 0
+        start += s.use.sum()
+        kept.append(s._replace(use=use, signatures=None))
+    copies = found >= 0
+    near = f", {(copies & (found < given)).sum():,} of them of what is held out" if given else ""
+    say(f"dedup      {copies.sum():,} of {len(found):,} documents left out, near copies of others{near}")
+    return kept, [s._replace(signatures=None) for s in held_out]
+
+
+def limited(selection: Selection, max_mib: float) -> Selection:
+    """As many of its documents as `max_mib` allows (0 for all)."""
+    if not max_mib:
+        return selection
+    which = np.flatnonzero(selection.use)
+    use, size = selection.use.copy(), selection.size.copy()
+    use[which], size[which] = limit(selection.hashes[which, 0], size[which], int(max_mib * (1 << 20)))
+    return selection._replace(use=use, size=size)
 
 
 def limit(order: np.ndarray, size: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,10 +117,13 @@ def limit(order: np.ndarray, size: np.ndarray, most: int) -> tuple[np.ndarray, n
     """
     use, room = np.zeros(len(size), bool), most
     ranked = np.argsort(order, kind="stable")
-    for i, needed in zip(ranked.tolist(), size[ranked].tolist(), strict=True):
-        if needed <= room:
-            use[i] = True
-            room -= needed
+    left = ranked[size[ranked] <= room]
+    while len(left):
+        total = np.cumsum(size[left])
+        fit = int(np.searchsorted(total, room, "right"))
+        use[left[:fit]] = True
+        room -= int(total[fit - 1])
+        left = left[fit:][size[left[fit:]] <= room]
     if len(size) and most and not use.any():
         use[ranked[0]] = True
         size = np.where(use, most, size)
@@ -99,17 +151,17 @@ def hold_out(
     Raises:
         DataError: if the text is too short to be on two sides.
     """
+    below = [s.use & (s.order / 2.0**64 < fraction) for s in selections]
+    total = sum(int(s.size[s.use].sum()) for s in selections)
+    by_hash = sum(int(s.size[held].sum()) for s, held in zip(selections, below, strict=True)) / total
+    if near(by_hash, fraction):
+        return [s._replace(val=held) for s, held in zip(selections, below, strict=True)]
+
     contents, which = np.unique(np.concatenate([s.order[s.use] for s in selections]), return_inverse=True)  # copies go together
     size = np.bincount(which, np.concatenate([s.size[s.use] for s in selections]), len(contents))
-    total = size.sum()
 
     def holding(held: np.ndarray) -> list[Selection]:
         return [s._replace(val=s.use & np.isin(s.order, contents[held])) for s in selections]
-
-    held = contents / 2.0**64 < fraction
-    by_hash = size[held].sum() / total
-    if near(by_hash, fraction):
-        return holding(held)
 
     held, room = np.zeros(len(contents), bool), fraction * total
     for i in range(len(contents)):
@@ -151,7 +203,7 @@ def drop_copies(training: list[Selection], validation: list[Selection], say: Cal
     held = np.unique(np.concatenate(contents))
     dropped, kept = 0, []
     for s in training:
-        copies = s.train & np.isin(s.order, held)
+        copies = s.train & among(s.order, held)
         if s.divided:
             copies[s.divided[0]] = False
         dropped += int(copies.sum())
@@ -159,6 +211,13 @@ def drop_copies(training: list[Selection], validation: list[Selection], say: Cal
     if dropped:
         say(f"split      {dropped:,} document{'s' * (dropped > 1)} dropped from training: the same text is held out")
     return kept
+
+
+def among(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Whether each value is one of `found`, which are sorted; in a fifth of the memory of np.isin."""
+    at = np.searchsorted(found, values)
+    at[at == len(found)] = 0
+    return found[at] == values if len(found) else np.zeros(len(values), bool)
 
 
 def chosen(source: Source, selection: Selection, readings: Readings) -> Iterator[tuple[int, Document, bool]]:

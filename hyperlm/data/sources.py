@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 from hyperlm.data import hub
 from hyperlm.data.documents import DataError, Document
 from hyperlm.data.folders import File, Listing, Open, listed, opening, standard_library, suffix_of
-from hyperlm.data.formats import DAMAGE, FORMATS, READABLE, Row, blocks
+from hyperlm.data.formats import DAMAGE, FORMATS, MIB, READ, READABLE, Row, blocks
 from hyperlm.data.rows import document_of
 from hyperlm.data.text import Encoding, NotText, find_encoding
 from hyperlm.env import progress
@@ -247,7 +247,7 @@ def file_documents(file: File, open_file: Open, readings: Readings, named: bool)
 
 
 def watched(blocks: Iterable[bytes], file: File) -> Iterable[bytes]:
-    return progress(blocks, f"looking through {in_one_line(file.name)}", unit=" MiB")
+    return progress(blocks, f"looking through {in_one_line(file.name)}", unit=" MiB", unit_scale=READ / MIB)
 
 
 def row_documents(file: File, rows: Iterable[tuple[int, Row]], unit: str, readings: Readings) -> Generator[Document, None, str]:
