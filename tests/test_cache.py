@@ -18,7 +18,7 @@ from filelock import FileLock
 from test_data import config, prepare
 
 from hyperlm import data
-from hyperlm.data import cache
+from hyperlm.data import cache, folders
 from hyperlm.data import tokenise as preparation
 
 FILES = ["meta.json", "tokenizer.json", "train_00.bin", "val_00.bin", "val_00.npy"]
@@ -285,7 +285,7 @@ def test_text_that_changes_while_it_is_read_is_an_error_and_is_not_kept(prose, t
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_source_that_cannot_be_read_is_named(prose, monkeypatch, error):
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(error, os.strerror(error), str(path))))
+    monkeypatch.setattr(folders, "open", lambda path, mode: (_ for _ in ()).throw(OSError(error, os.strerror(error), str(path))), raising=False)
     with pytest.raises(data.DataError) as e:
         prepare(config(prose))
     assert str(e.value) == f"{prose}: cannot be read ({os.strerror(error)})"

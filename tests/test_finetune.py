@@ -143,6 +143,6 @@ def test_a_sample_begins_as_a_held_out_document_does(base, talks, prose):
 
 def test_a_question_is_answered_after_tuning(base, talks):
     """The loss of conversations falls far, of which the base knows nothing."""
-    assert tune(base, talks, "--train.epochs", "30", "--optim.lr", "1e-2") == 0
+    assert tune(base, talks, "--train.steps", "100", "--optim.lr", "1e-2", "--eval.every", "100", "--log.every", "50") == 0
     evaluations = [r["val_loss"] for r in records("tuned") if "val_loss" in r]
     assert evaluations[-1] < 0.5 * evaluations[0]
