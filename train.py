@@ -55,6 +55,7 @@ from hyperlm.step import init_state, make_settle, make_step, place, weights
 from hyperlm.tree import Tree
 
 PROMPT = 24  # tokens of a held-out document that a sample begins with
+FEW_STEPS = 50  # where their number follows from epochs, and a person may not know how few they are
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
 
 
@@ -424,6 +425,8 @@ def carry_out(
 ) -> int:  # fmt: skip
     """Train, and tell how it went: the exit code."""
     print(log.labelled("run", f"{run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)"))
+    if total < FEW_STEPS and not config.train.steps:
+        print(log.labelled("hint", f"{total} steps teach little: raise --train.epochs, or make steps smaller by --train.grad-accum"))
     if len(order.shares) > 1:
         print(log.labelled("mixture", ", ".join(f"{name} {share:.1%}" for name, share in order.shares.items())))
     if config.train.compile:

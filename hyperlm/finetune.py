@@ -27,7 +27,7 @@ def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
     data = DataConfig(seq_len=config.data.seq_len) if new_text else config.data
     if preset is None:
         rest = replace(config, data=data, name="")
-        rest = replace(rest, train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"), optim=replace(config.optim, warmup_steps=0, state="auto"))
+        rest = replace(rest, train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"), optim=replace(config.optim, lr=0.0, warmup_steps=0, state="auto"))
     else:
         rest = replace(preset, data=preset.data if new_text else replace(data, seq_len=preset.data.seq_len))
     return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(base / "tokenizer.json")))
