@@ -10,7 +10,11 @@ from hyperlm.config import CkptConfig, Config, DataConfig, EvalConfig, ModelConf
 
 
 def small() -> Config:
-    """A whole run in about a minute and a half on two CPU cores: 1.5 MiB of the standard library, one epoch, 2.9 M parameters."""
+    """A first look: 2.9 M parameters, one epoch of 1.5 MiB of the standard library.
+
+    `python train.py --preset small`: 193 steps, 0.40 M tokens of Python 3.11's, in 1:46 minutes and 1.3 GiB on two cores of an AMD EPYC server;
+    validation loss 4.735, 2.038 bits per byte.
+    """
     return Config(
         model=ModelConfig(d_model=256, n_layers=4, vocab_size=4096),
         data=DataConfig(max_mib=1.5, seq_len=256),
@@ -26,11 +30,11 @@ def standard() -> Config:
 
 
 def max() -> Config:
-    """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers.
+    """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers, 16 x 512 tokens a step.
 
-    `python train.py --preset max` trains it from 45 GiB of host memory, or with 8-bit state from 18. With `--optim.state int8` and
-    `--train.device-memory 5.81`, 200 steps (1.6 M tokens, 16 x 512 a step, a rate of 2e-4 after 20 steps of warm-up) took 3:01 minutes on an H100,
-    compiling kernels included, and ended at 4.51 nats a token of validation; fp32 on the device at 4.52.
+    `python train.py --preset max` trains it from 45 GiB of host memory, or with 8-bit state from 18. With `--optim.state int8
+    --train.device-memory 5.81 --train.steps 200` and 23.6 MB of prose it makes 13,800 tokens/s on an H200, and ends at 4.725 nats a token of
+    validation; AdamW in fp32, on the device, at 4.734.
     """
     return replace(
         standard(),

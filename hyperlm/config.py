@@ -102,8 +102,8 @@ class TrainConfig:
     """Micro-batches in a step."""
     steps: int = 0
     """Optimizer steps; 0 to go by epochs."""
-    epochs: float = 10.0
-    """Passes over the training text, when `steps` is 0."""
+    epochs: float = 4.0
+    """Passes over the training text, when `steps` is 0. More than about four teach little (Muennighoff et al. 2023)."""
     seed: int = 0
     """Decides initial weights, data order and dropout."""
     device: str = "auto"
