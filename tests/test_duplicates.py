@@ -85,6 +85,17 @@ def test_copies_are_those_that_a_loop_over_all_pairs_finds(seed, given):
     assert found.tolist() == naive_originals(signatures, given) and 20 < (found >= 0).sum() < 140
 
 
+def test_of_many_alike_the_last_are_compared_and_all_that_are_the_same(monkeypatch):
+    monkeypatch.setattr(duplicates, "RECENT", 2)
+    rng = np.random.default_rng(0)
+    base, other = rng.integers(0, 1 << 16, (2, 64))
+    alike = np.array([np.where(np.arange(64) % 60 < 6, base, rng.integers(0, 1 << 16, 64)) for _ in range(9)])  # one band is the same, and no more
+    near = alike[[0, 8]].copy()
+    near[:, 6:60:6] = other[6:60:6]  # no other band is that of what it nearly copies
+    found = duplicates.originals(np.concatenate([alike, alike[[0, 8]], near]).astype(np.uint16))
+    assert found.tolist() == [-1] * 9 + [0, 8, -1, 8]
+
+
 @pytest.mark.parametrize("rows", [[], [[1, 2]], [[1, 2], [1, 2], [3, 4], [1, 3], [3, 4], [5, 5]], [[0, 0], [0, 0]]])
 def test_equal_rows_have_a_number_together(rows):
     groups = duplicates.together(np.array(rows, np.uint16).reshape(-1, 2))
@@ -148,6 +159,13 @@ def test_conversations_are_compared_by_what_is_said(tmp_path):
     talks = [[{"role": "user", "content": prose(seed)}, {"role": "assistant", "content": prose(seed + 50)}] for seed in range(12)]
     again = [[talk[0], {"role": "assistant", "content": edited(talk[1]["content"], 1)}] for talk in talks[:3]]
     source = write_jsonl(tmp_path / "d.jsonl", [{"messages": talk} for talk in talks + again])
+    assert sides(source, dedup=True)[2] == ["dedup      3 of 15 documents left out, near copies of others"]
+
+
+def test_a_system_prompt_that_conversations_share_makes_no_copies_of_them(tmp_path):
+    said = [({"role": "user", "content": prose(seed, 9)}, {"role": "assistant", "content": prose(seed + 50, 9)}) for seed in range(12)]
+    rows = [{"messages": [{"role": "system", "content": prose(99)}, *talk]} for talk in said + said[:3]]
+    source = write_jsonl(tmp_path / "d.jsonl", rows)
     assert sides(source, dedup=True)[2] == ["dedup      3 of 15 documents left out, near copies of others"]
 
 

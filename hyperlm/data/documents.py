@@ -26,6 +26,11 @@ class Document(NamedTuple):
         return self.text or "".join(content for role, content in self.messages if role == "assistant")
 
     @property
+    def own(self) -> str:
+        """What tells it from others: a text, whole; of a conversation all but its system prompt, which many may have in common."""
+        return self.text or "\n".join(content for role, content in self.messages if role != "system")
+
+    @property
     def raw(self) -> bytes:
         """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8 and with newlines alone at line ends."""
         return self.content.encode()

@@ -3,7 +3,9 @@
 MinHash (Broder 1997): a signature has SLOTS numbers, and the share of them that is the same in two signatures estimates the share of runs
 of words that the documents have in common of all that they have (the Jaccard similarity), with a standard deviation of at most 0.06.
 Candidates have the same BAND numbers in a row somewhere (locality-sensitive hashing): pairs of similarity 0.9 are found 99 times in 100, of
-0.8 every second time, of 0.7 three times in 100. Signatures keep 16 bits of each number (Li and König 2010): 128 bytes a document.
+0.8 every second time, of 0.7 three times in 100. Of the many that texts from one template have in common, the RECENT last of each band are
+compared, and all whose whole signature is the same; so time grows with the documents, not with their square. Signatures keep 16 bits of each
+number (Li and König 2010): 128 bytes a document.
 """
 
 import re
@@ -17,6 +19,7 @@ from hyperlm.env import progress
 
 SLOTS = 64
 BAND = 6  # numbers; ten bands
+RECENT = 128  # documents
 SIMILAR = 0.8
 WORDS = 5
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]")  # scripts without spaces
@@ -58,9 +61,8 @@ def originals(signatures: np.ndarray, given: int = 0) -> np.ndarray:
         given: as many documents at the beginning are kept whatever they are.
     """
     found = np.full(len(signatures), -1)
-    groups = np.empty((SLOTS // BAND, len(signatures)), np.int32)
-    for band, group in enumerate(groups):
-        group[:] = together(signatures[:, band * BAND : (band + 1) * BAND])
+    bands = [signatures[:, at : at + BAND] for at in range(0, SLOTS - BAND + 1, BAND)]
+    groups = np.array([together(numbers) for numbers in (*bands, signatures)])
     last = np.full((len(groups), groups.max(initial=0) + 1), -1, np.int32)  # the document that was kept last of each band and group,
     before = np.full_like(groups, -1)  # and the one before each: lists of Python would take ten times as much memory
     for i in progress(np.flatnonzero((groups >= 0).any(0)).tolist(), "near copies", unit=" docs"):
@@ -68,7 +70,9 @@ def originals(signatures: np.ndarray, given: int = 0) -> np.ndarray:
         candidates = set[int]()
         for band, group in places:
             j = int(last[band, group])
-            while j >= 0:
+            for _ in range(RECENT):
+                if j < 0:
+                    break
                 candidates.add(j)
                 j = int(before[band, j])
         if i >= given and candidates:

@@ -74,7 +74,7 @@ def select(source: Source, readings: Readings, dedup: bool = False) -> Selection
                 digests += content_hash(document)
                 sizes.append(len(document.raw))
             if dedup:
-                signed += signatures([document.content for document in batch]).tobytes()
+                signed += signatures([document.own for document in batch]).tobytes()
             bar.update(sum(sizes[-len(batch) :]))
     hashes, size = np.frombuffer(digests, np.uint64).reshape(-1, 2), np.frombuffer(sizes, np.int64)
     rows = np.frombuffer(signed, np.uint16).reshape(-1, SLOTS) if dedup else None
