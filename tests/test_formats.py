@@ -205,6 +205,12 @@ def test_a_file_without_text_is_an_error_that_says_so(tmp_path, suffix, raw):
         prepare(config(wrote(tmp_path / f"d{suffix}", raw)))
 
 
+@pytest.mark.parametrize(("suffix", "write"), [(suffix, write) for suffix, write in WRITERS.values() if suffix in (".parquet", ".arrow")])
+def test_a_table_without_a_column_of_text_is_an_error_that_says_so(tmp_path, monkeypatch, suffix, write):
+    monkeypatch.setattr(sys.modules[__name__], "table", lambda texts: pa.table({"text": [b"a"], "n": [1]}))  # bytes are no text
+    assert "none of its columns has text (text: binary, n: int64)" in error(wrote(tmp_path / f"d{suffix}", write([])))
+
+
 def test_the_same_rows_in_every_format_are_the_same_tokens(tmp_path):
     ways = [(*writer, PACKERS["plain"]) for writer in WRITERS.values()] + [(*WRITERS["jsonl"], pack) for pack in PACKERS.values()]
     streams = set()

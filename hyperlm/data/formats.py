@@ -197,7 +197,7 @@ def parquet(open_file: Open, encoding: Encoding | None) -> Iterator[tuple[int, R
 
     parts = {"buffer_size": READ, "pre_buffer": False}  # else row groups are read whole
     with open_file() as file, pyarrow.parquet.ParquetFile(file, **parts) as table:
-        columns = [field.name for field in table.schema_arrow if has_text(field)]
+        columns = text_columns(table.schema_arrow)
         yield from numbered(table.iter_batches(ROWS, columns=columns))
 
 
@@ -212,14 +212,17 @@ def arrow(open_file: Open, encoding: Encoding | None) -> Iterator[tuple[int, Row
             batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
         else:
             batches = reader = pyarrow.ipc.open_stream(file)
-        columns = [field.name for field in reader.schema if has_text(field)]
+        columns = text_columns(reader.schema)
         parts = (batch.select(columns).slice(at, ROWS) for batch in batches for at in range(0, batch.num_rows, ROWS))
         yield from numbered(parts)
 
 
-def has_text(field: Any) -> bool:
-    """Numbers, pictures and embeddings of a table are no text, and take long to read."""
-    return "string" in str(field.type)
+def text_columns(schema: Any) -> list[str]:
+    """The columns that have text; numbers, pictures and embeddings have none, and take long to read."""
+    columns = [field.name for field in schema if "string" in str(field.type)]
+    if not columns:
+        raise NotText(f"none of its columns has text ({', '.join(f'{field.name}: {field.type}' for field in schema)[:100]})")
+    return columns
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
