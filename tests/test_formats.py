@@ -481,6 +481,9 @@ def test_a_damaged_or_encrypted_member_is_named(tmp_path):
         ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a\tb\nc\n"),
         ("a < b &lt; c & d", "a < b < c & d\n"),
         ("<div>" * 100_000 + "deep", "deep\n"),
+        ("seen<!-- no end" + "<a href='" * 100_000, "seen\n"),  # would take minutes, looked through from each "<"
+        ("cut off &amp; <a title=", "cut off &\n"),
+        ("ends in & or <", "ends in & or <\n"),
     ],
 )
 def test_the_text_of_a_page_is_what_a_reader_sees(page, expected):

@@ -11,6 +11,7 @@ PARAGRAPHS = {
 LINES = {"div", "li", "tr", "dt", "dd", "caption", "figcaption", "address", "option"}
 CELLS = {"td", "th"}
 SPACE = re.compile(r"[ \t\n\r\f]+")
+OPEN = re.compile(r"<[A-Za-z/!?]")
 
 
 class Text(HTMLParser):
@@ -61,6 +62,7 @@ def text_of(html: str) -> str:
     """Text with an empty line between paragraphs, without scripts and styles; "" if there is none."""
     parser = Text()
     parser.feed(html)
-    parser.close()
+    if not OPEN.match(parser.rawdata):  # what is left: a tag or comment that never ends shows nothing, and would be looked through from each "<"
+        parser.close()
     text = re.sub(r"(?<![ \t])[ \t]+\n", "\n", "".join(parser.parts))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
