@@ -89,7 +89,7 @@ def test_of_many_alike_the_last_are_compared_and_all_that_are_the_same(monkeypat
     monkeypatch.setattr(duplicates, "RECENT", 2)
     rng = np.random.default_rng(0)
     base, other = rng.integers(0, 1 << 16, (2, 64))
-    alike = np.array([np.where(np.arange(64) % 60 < 6, base, rng.integers(0, 1 << 16, 64)) for _ in range(9)])  # one band is the same, and no more
+    alike = np.array([np.where(np.arange(64) % 60 < 6, base, rng.integers(0, 1 << 16, 64)) for _ in range(9)])  # in one band
     near = alike[[0, 8]].copy()
     near[:, 6:60:6] = other[6:60:6]  # no other band is that of what it nearly copies
     found = duplicates.originals(np.concatenate([alike, alike[[0, 8]], near]).astype(np.uint16))

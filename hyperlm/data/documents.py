@@ -32,7 +32,7 @@ class Document(NamedTuple):
 
     @property
     def raw(self) -> bytes:
-        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8 and with newlines alone at line ends."""
+        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8; outside rows, with newlines alone at line ends."""
         return self.content.encode()
 
     def head(self, limit: int) -> "Document":

@@ -3,9 +3,9 @@
 MinHash (Broder 1997): a signature has SLOTS numbers, and the share of them that is the same in two signatures estimates the share of runs
 of words that the documents have in common of all that they have (the Jaccard similarity), with a standard deviation of at most 0.06.
 Candidates have the same BAND numbers in a row somewhere (locality-sensitive hashing): pairs of similarity 0.9 are found 99 times in 100, of
-0.8 every second time, of 0.7 three times in 100. Of the many that texts from one template have in common, the RECENT last of each band are
-compared, and all whose whole signature is the same; so time grows with the documents, not with their square. Signatures keep 16 bits of each
-number (Li and König 2010): 128 bytes a document.
+0.8 every second time, of 0.7 three times in 100. Of a band that many share, as texts from one template do, the RECENT last are compared, and
+all whose whole signature is the same: time grows with the documents, not with their square. Signatures keep 16 bits of each number (Li and
+König 2010): 128 bytes a document.
 """
 
 import re

@@ -62,7 +62,7 @@ def text_of(html: str) -> str:
     """Text with an empty line between paragraphs, without scripts and styles; "" if there is none."""
     parser = Text()
     parser.feed(html)
-    if not OPEN.match(parser.rawdata):  # what is left: a tag or comment that never ends shows nothing, and would be looked through from each "<"
+    if not OPEN.match(parser.rawdata):  # a tag or comment that never ends shows nothing, and would be looked through from each "<"
         parser.close()
     text = re.sub(r"(?<![ \t])[ \t]+\n", "\n", "".join(parser.parts))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
