@@ -88,12 +88,12 @@ def test_copies_are_those_that_a_loop_over_all_pairs_finds(seed, given):
 def test_of_many_alike_the_last_are_compared_and_all_that_are_the_same(monkeypatch):
     monkeypatch.setattr(duplicates, "RECENT", 2)
     rng = np.random.default_rng(0)
-    base, other = rng.integers(0, 1 << 16, (2, 64))
-    alike = np.array([np.where(np.arange(64) % 60 < 6, base, rng.integers(0, 1 << 16, 64)) for _ in range(9)])  # in one band
-    near = alike[[0, 8]].copy()
-    near[:, 6:60:6] = other[6:60:6]  # no other band is that of what it nearly copies
-    found = duplicates.originals(np.concatenate([alike, alike[[0, 8]], near]).astype(np.uint16))
-    assert found.tolist() == [-1] * 9 + [0, 8, -1, 8]
+    few = rng.integers(0, 1 << 16, (6, 64))
+    alike = few[np.repeat(rng.integers(0, 6, (60, 11)), 6, axis=1)[:, :64], np.arange(64)]  # each band is that of ten others
+    near = alike[[0, 59]].copy()
+    near[:, [0, 6]] += 1
+    found = duplicates.originals(np.concatenate([alike, alike[:3], near[::-1]]).astype(np.uint16))
+    assert found.tolist() == [-1] * 60 + [0, 1, 2] + [59, -1]
 
 
 @pytest.mark.parametrize("rows", [[], [[1, 2]], [[1, 2], [1, 2], [3, 4], [1, 3], [3, 4], [5, 5]], [[0, 0], [0, 0]]])
