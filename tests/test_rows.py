@@ -83,7 +83,7 @@ def test_texts_are_read_from_their_field(row, field, expected):
         ({"messages": messages(TALK[0])}, "the assistant says nothing in it"),
         ({"messages": messages(TALK[0], ("assistant", " \n"))}, "the assistant says nothing in it"),
         ({"question": "x", "answer": ""}, "the assistant says nothing in it"),
-        ({"messages": messages(("robot", "x"))}, "role 'robot' is none of system, developer, user, assistant, tool"),
+        ({"messages": messages(("Robot", "x"))}, "role 'Robot' is none of system, developer, user, assistant, tool"),
         ({"conversations": [{"from": None, "value": "x"}]}, "role None is none of"),
         ({"conversations": [{"from": "human", "content": "x"}]}, "no 'value' field in message 1"),
         ({"messages": [{"role": "user"}]}, "no 'content' field in message 1"),
@@ -102,6 +102,10 @@ def test_what_cannot_be_used_says_why(row, reason):
     with pytest.raises(ValueError) as e:
         document_of(row)
     assert str(e.value).startswith(reason) and "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
+def test_roles_count_in_any_case():
+    assert document_of({"messages": messages(("User", "a"), ("ASSISTANT", "b"))}) == Document("", (("user", "a"), ("assistant", "b")))
 
 
 # -- turns ---------------------------------------------------------------------------------------------------------------------------------

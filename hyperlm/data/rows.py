@@ -84,7 +84,7 @@ def message_of(message: Any, where: str) -> Message:
     role, content = ("from", "value") if "from" in message else ("role", "content")
     if role not in message:
         raise ValueError(f"no {role!r} field in {where}; {NEEDS}")
-    name = ROLE_OF.get(message[role]) if isinstance(message[role], str) else None
+    name = ROLE_OF.get(message[role].lower()) if isinstance(message[role], str) else None
     if name is None:
         raise ValueError(f"role {message[role]!r:.80} is none of system, developer, user, assistant, tool")
     called = message.get("tool_calls") or []
