@@ -1,13 +1,17 @@
-"""Measure models and runs side by side: tables on the screen; results.json, report.md and plots under runs/.
+"""Measure models and runs side by side: tables, and a report under runs/.
 
-    python bench.py phase7 phase8 softmax     speed and memory of untrained models at several lengths
-    python bench.py runs/x runs/y             validation perplexity and bits per byte of runs
-    python bench.py phase8 --suite decode     speed and memory of generation, against batch size and context
-    python bench.py phase8 --suite memory --preset max --train.device-memory 5.81      memory and speed of training, by default from host memory
-    python bench.py --suite linear            linear attention in Triton beside its peers and the memory's limit (needs a GPU)
-    python bench.py --suite hyperbolic        exact hyperbolic attention in Triton beside softmax attention (needs a GPU)
+    python bench.py phase7 phase8 softmax  speed and memory, several lengths
+    python bench.py runs/x runs/y          validation loss and bits per byte
+    python bench.py phase8 --suite decode  generation, by batch and context
+    python bench.py phase8 --suite memory --preset max --train.device-memory 5.81
+                                           memory and speed of training, by
+                                           default from host memory
+    python bench.py --suite linear         linear attention in Triton beside its
+                                           peers and the memory's limit (GPU)
+    python bench.py --suite hyperbolic     exact hyperbolic attention in Triton
+                                           beside softmax attention (GPU)
 
-Models are those of a preset, with the same settings on top of it as train.py takes, but for the kind.
+Models are those of a preset, with train.py's settings on top, but for the kind.
 """
 
 if __name__ == "__main__":

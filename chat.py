@@ -12,18 +12,19 @@ if __name__ == "__main__":
 import re
 import signal
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from hyperlm import checkpoint, cli, conversation, env, runs, sample, terminal, trained
+from hyperlm import cli, conversation, runs, sample, terminal, trained
 from hyperlm import tokenizer as tok
+from hyperlm.checkpoint import Which
 from hyperlm.config import ConfigError
 from hyperlm.conversation import ConversationError, LoadedModel, Message
 from hyperlm.sample import Sampling
-from hyperlm.session import Session, checked_seed, described, generator, obey, respond, show
+from hyperlm.session import Session, checked_seed, described, obey, respond, show
 from hyperlm.terminal import note
 from hyperlm.tokenizer import TokenizerError
 
@@ -41,7 +42,7 @@ class Command:
     """Longest reply."""
     seed: int | None = None
     """The same seed gives the same answer to the same conversation; by default it differs each time."""
-    checkpoint: Literal["latest", "best"] = "latest"
+    checkpoint: Which = "latest"
     """Newest checkpoint, or the one with the lowest validation loss."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:n."""
@@ -51,15 +52,10 @@ class Command:
 
 def load(command: Command) -> LoadedModel:
     run = Path(command.run) if command.run else runs.newest()
-    config = runs.read_config(run)
-    device = env.pick_device(command.device)
-    env.prepare(device)
-    step = checkpoint.best(run) if command.checkpoint == "best" else checkpoint.latest(run)
-    tokenizer = trained.load_tokenizer(run, step, config)  # before the weights, which may take long
-    found = trained.load(run, step, config, device)
-    print(f"{run}, {config.model.kind}, step {step}, on {device}", file=sys.stderr)
-    decode = sample.decoder(found.weights, config.model, kernels=command.kernels)
-    return LoadedModel(found.weights, decode, replace(config, kernels=command.kernels), tokenizer, found.chat, f"{run}, step {step}")
+    m = trained.load_model(run, command.checkpoint, command.device, command.kernels)
+    print(f"{run}, {m.config.model.kind}, step {m.step}, on {m.device}", file=sys.stderr)
+    decode = sample.decoder(m.params, m.config.model, kernels=command.kernels)
+    return LoadedModel(m.params, decode, m.config, m.tokenizer, m.chat, f"{run}, step {m.step}")
 
 
 def talk(start: Session) -> None:
@@ -107,7 +103,7 @@ def main(argv: list[str]) -> int:
         if not loaded.chat:
             show(prompt)
         asked = (Message("user", prompt),)
-        answer = conversation.answer(loaded, state, asked, how, generator(seed), limit=command.max_tokens, stops=command.stop, show=show)
+        answer = conversation.answer(loaded, state, asked, how, sample.generator(seed), limit=command.max_tokens, stops=command.stop, show=show)
         print()
         note(described(answer, command.max_tokens))
     except sample.NotFinite as e:

@@ -68,9 +68,8 @@ class Asked:
     resume: str = ""
     """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
     init: str = ""
-    """Folder of a run whose weights, shape and tokenizer a new run starts from, on other text: fine-tuning. It has that run's settings,
-    or those of --preset, a schedule of its own, and three epochs."""
-    init_checkpoint: finetune.Which = "latest"
+    """Folder of a run to fine-tune: a new run starts from its weights, shape and tokenizer, with its settings or those of --preset."""
+    init_checkpoint: checkpoint.Which = "latest"
     """Which of its checkpoints: the newest, or the one with the lowest validation loss."""
     plan: bool = False
     """Print the parameter count, the memory plan, whether it fits this machine and how long it takes, and stop."""
@@ -88,6 +87,8 @@ def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]
     preset, resume, init = (cli.peek(flag, argv) for flag in ("preset", "resume", "init"))
     if resume and (preset or init):
         raise cli.UsageError(f"--{'preset' if preset else 'init'} and --resume exclude each other: a run keeps the settings it was started with")
+    if not init and cli.peek("init-checkpoint", argv):
+        raise cli.UsageError("--init-checkpoint says which checkpoint of --init to start from, and there is no --init")
     if preset and preset not in PRESETS:
         raise cli.UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
     if resume:
@@ -107,8 +108,9 @@ def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]
         resolved = resolve(config)
         return command, resolved, differences(stored, resolved)
     if init:
-        finetune.require_shape(Path(init), config)
-        return command, resolve(config), {}
+        resolved = resolve(config)
+        finetune.require_base(Path(init), command.init_checkpoint, config)
+        return command, resolved, {}
     return command, data.with_vocabulary(resolve(config)), {}
 
 
@@ -218,7 +220,7 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
         if base is None:
             state = init_state(config, device)
         else:
-            step = finetune.step_of(base, command.init_checkpoint)
+            step = checkpoint.chosen(base, command.init_checkpoint)
             state = finetune.first_state(base, step, config, device)
             event["init"] = finetune.origin(base, step)
             print(f"weights    {checkpoint.folder_of(base, step)}")
@@ -263,7 +265,7 @@ def go_on(
         after = schedule if total == schedule.end else extended(schedule, config.optim, state.updates, total)
     lr = learning_rate(after, config.optim)
     if after != schedule or any(name.startswith("optim.") for name in changes):
-        print(f"rate       {rate:.2e} up to step {state.step}, {lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}")
+        print(log.labelled("rate", f"{rate:.2e} up to step {state.step}, {lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}"))
     event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
     runs.remember(run, event)
     return after

@@ -7,40 +7,30 @@ Axes: N tokens, V vocabulary, H heads, A micro-batches, B batch.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from hyperlm import checkpoint as checkpoints
-from hyperlm import data, env, runs, sample, trained
+from hyperlm import conversation, data, env, runs, sample, trained
 from hyperlm import model as decoder
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
+from hyperlm.checkpoint import Which
 from hyperlm.config import Config, resolve
+from hyperlm.conversation import Message
+from hyperlm.data.rows import messages_of
 from hyperlm.optim import new_schedule
 from hyperlm.state import State
 from hyperlm.step import Metrics, init_state, make_settle, make_step, weights
-from hyperlm.tree import Tree
+from hyperlm.trained import Model
 
 # -- a model ---------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Model:
-    """A trained model and what belongs to it."""
-
-    config: Config
-    params: Tree  # as hyperlm.model computes with them: fp32 on a CPU, matrices in bf16 on a GPU
-    tokenizer: Tokenizer
-    device: torch.device
-    step: int  # of its training
-
-
-def load(run: str | Path = "", *, checkpoint: Literal["latest", "best"] = "latest", device: str = "auto") -> Model:
+def load(run: str | Path = "", *, checkpoint: Which = "latest", device: str = "auto") -> Model:
     """A run's model.
 
     Args:
@@ -52,13 +42,7 @@ def load(run: str | Path = "", *, checkpoint: Literal["latest", "best"] = "lates
         RunError, CheckpointError, TokenizerError: on what is missing or damaged, named in one line.
         DeviceError: if the device does not exist.
     """
-    run = Path(run) if run else runs.newest()
-    config = replace(runs.read_config(run), kernels="auto")
-    where = env.pick_device(device)
-    env.prepare(where)
-    step = checkpoints.best(run) if checkpoint == "best" else checkpoints.latest(run)
-    tokenizer = trained.load_tokenizer(run, step, config)
-    return Model(config, trained.load(run, step, config, where).weights, tokenizer, where, step)
+    return trained.load_model(Path(run) if run else runs.newest(), checkpoint, device)
 
 
 def encode(model: Model, text: str) -> Tensor:
@@ -89,7 +73,8 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
     """What the model writes after `prompt`, which is not part of it.
 
     Args:
-        prompt: a text; or, for a model whose data had conversations, the turns so far, as [{"role": "user", "content": "..."}, ...].
+        prompt: a text; or, for a model whose data had conversations, the turns so far, as [{"role": "user", "content": "..."}, ...],
+            in the forms that are trained on.
         max_tokens: at most; it ends before that where the model ends the text or its turn.
         seed: the same one gives the same text; by default it differs each time.
         how: fields of `hyperlm.sample.Sampling`, such as temperature (0.8; 0 always takes the most probable token) and top_p.
@@ -97,22 +82,19 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
     Raises:
         NotFinite: of weights that diverged.
         ConfigError: on a field of `how` that no distribution has.
-        ValueError: on a role that there is not.
+        ValueError: on turns that cannot be read, or for a model that continues text; and on a seed that is no number of 64 bits.
     """
     params, cfg, kernels, tokenizer = model.params, model.config.model, model.config.kernels, model.tokenizer
     if isinstance(prompt, str):
         ids = encode(model, prompt).tolist()
     else:
-        if unknown := {turn["role"] for turn in prompt} - set(tok.ROLES):
-            raise ValueError(f"role {min(unknown)!r}: choose from {', '.join(tok.ROLES)}")
-        turns = [token for turn in prompt for token in tok.turn(tokenizer, turn["role"], tok.clean(turn["content"]))]
-        ids = [tok.end_of_text(tokenizer), *turns, *tok.opening(tokenizer, "assistant")]
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
+        if not model.chat:
+            raise ValueError("this model's data had no conversations, and it continues text: give it a text")
+        ids = conversation.token_ids(model, [Message(*turn) for turn in messages_of(list(prompt), "prompt")])
     tokens = sample.generate(
         *sample.prefill(params, ids, sample.empty_cache(params, cfg), cfg, kernels=kernels),
         sample.checked(sample.Sampling(**how)),
-        generator,
+        sample.generator(seed),
         stop=tok.stop_ids(tokenizer),
         usable=tok.vocabulary_size(tokenizer),
         decode=sample.decoder(params, cfg, kernels=kernels),
@@ -171,4 +153,4 @@ def model_of(training: Training, state: State) -> Model:
         StaleState: if `state` is not the newest, or was not `training.settle`d where that is needed.
     """
     params = weights(training.config, state, training.device)
-    return Model(training.config, params, training.corpus.tokenizer, training.device, state.step)
+    return Model(training.config, params, training.corpus.tokenizer, training.device, state.step, training.corpus.chat)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: it must never touch the GPU
 
@@ -43,6 +43,7 @@ WRITERS = {1: "a version before 0.1", 2: "version 0.1"}  # of earlier formats. W
 NOTHING = {"config": None, "schedule": None, "tokenizer": None, "loss": None}  # what format 2 does not say
 WORST = 1e30  # validation loss in format 2 where there was none
 PREFIX, DIGITS = "step", 8
+Which = Literal["latest", "best"]  # checkpoint of a run: the newest, or the one with the lowest validation loss
 ITEMS = ("params", "opt", "meta")
 REMOVED = "removed"  # where checkpoints go that are no longer kept, at once and whole, before they are deleted
 META = 1 << 28  # bytes that no meta has
@@ -321,6 +322,18 @@ def best(run: Path) -> int:
     """The step with the lowest validation loss of those that can be read; the newest where none was evaluated."""
     last = latest(run)
     return next(iter(lowest({step: meta["val_loss"] for step, meta in readable_metas(run).items()})), last)
+
+
+def chosen(run: Path, which: Which) -> int:
+    """The step of the newest checkpoint or of the best one.
+
+    Raises:
+        CheckpointError: if there is none.
+        ValueError: on another word.
+    """
+    if which not in get_args(Which):
+        raise ValueError(f"checkpoint {which!r}: choose from {', '.join(get_args(Which))}")
+    return best(run) if which == "best" else latest(run)
 
 
 def readable_metas(run: Path) -> dict[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -67,20 +67,19 @@ def parse(cls: type[T], argv: list[str], default: T | None = None, *, descriptio
 
 
 def peek(flag: str, argv: list[str]) -> str | None:
-    """The value of --flag in `argv`, before the rest can be parsed; None if it is not there.
+    """The value of --flag in `argv`, before the rest can be parsed: the last one, as when all is; None if it is not there.
 
     Raises:
         UsageError: if its value is missing or empty, as from a shell variable that is not set.
     """
+    found = None
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name == f"--{flag}":
-            if equals and value:
-                return value
-            if not equals and i + 1 < len(argv) and argv[i + 1] and not argv[i + 1].startswith("--"):
-                return argv[i + 1]
-            raise UsageError(f"--{flag} needs a value")
-    return None
+            found = value if equals else next(iter(argv[i + 1 :]), "")
+            if not found or (not equals and found.startswith("--")):
+                raise UsageError(f"--{flag} needs a value")
+    return found
 
 
 def one_line(report: str, cls: type) -> str:
@@ -105,9 +104,14 @@ def one_line(report: str, cls: type) -> str:
 def flags_of(cls: type, prefix: str = "--") -> list[str]:
     """Every flag of a dataclass of settings, in order."""
     flags = []
-    for name, hint in get_type_hints(cls).items():
+    for name, annotated in get_type_hints(cls, include_extras=True).items():
+        hint, *marks = get_args(annotated) if get_origin(annotated) is Annotated else (annotated,)
         flag = prefix + name.replace("_", "-")
-        flags += flags_of(hint, f"{flag}.") if dataclasses.is_dataclass(hint) else [flag]
+        if dataclasses.is_dataclass(hint):
+            nameless = any(getattr(mark, "name", None) == "" for mark in marks)
+            flags += flags_of(hint, prefix if nameless else f"{flag}.")
+        elif tyro.conf.Positional not in marks:
+            flags.append(flag)
     return flags
 
 

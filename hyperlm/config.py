@@ -67,8 +67,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ("stdlib",)
-    """Training text: files and folders of prose, code and rows, hf://datasets/owner/name or `stdlib`, each with an optional weight: `books:0.7`;
-    or recipes (.toml) of these."""
+    """Text to train on: files, folders, hf://datasets/owner/name or `stdlib`, with a weight where wanted (`books:0.7`); or recipes (.toml)."""
     val_sources: tuple[str, ...] = ()
     """Validation text of its own. Without it, a share of the documents of `sources` is held out."""
     val_fraction: float = 0.05
@@ -80,8 +79,7 @@ class DataConfig:
     loss: Literal["all", "assistant"] = "assistant"
     """What is learnt of conversations: all tokens, or what the assistant says and the ends of its turns. Of texts, all are learnt."""
     isolate: bool = False
-    """Read no document after another: each has sequences of its own, padded, so that attention, convolution and state start afresh with it.
-    Exact for every model and kernel, and slower by the share of padding that is said at start."""
+    """Begin afresh with each document, in padded sequences of its own: attention, convolution and state never see another."""
     max_mib: float = 0.0
     """Use at most this much text of each source: as many documents as fit, in the order of their hashes; 0 for all of it."""
     text_field: str = "text"

@@ -24,6 +24,7 @@ from hyperlm.config import Config
 from hyperlm.data.rows import document_of
 from hyperlm.files import read_json
 from hyperlm.sample import Sampling
+from hyperlm.trained import Model
 from hyperlm.tree import Tree
 
 LARGEST_FILE = 64 << 20  # bytes of a saved conversation
@@ -83,7 +84,7 @@ def nothing_read(loaded: LoadedModel) -> State:
     return State([], torch.empty(0), sample.empty_cache(loaded.params, loaded.config.model))
 
 
-def token_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
+def token_ids(loaded: LoadedModel | Model, messages: Sequence[Message]) -> list[int]:
     """What a model reads before it answers: the end of the text before, the messages, and in a conversation the start of its turn."""
     end = tok.end_of_text(loaded.tokenizer)
     if not loaded.chat:

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from hyperlm import checkpoint, runs, tree
+from hyperlm import checkpoint, runs, trained, tree
 from hyperlm.config import Config, ConfigError, DataConfig, differences, flag_of
 from hyperlm.optim import new_schedule, optimizer
 from hyperlm.state import State
@@ -14,7 +14,6 @@ from hyperlm.step import init_state, place
 from hyperlm.tree import Tree
 
 EPOCHS = 3.0  # of new text, unless told otherwise
-Which = Literal["latest", "best"]
 
 
 def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
@@ -33,17 +32,19 @@ def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
     return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(base / "tokenizer.json")))
 
 
-def require_shape(base: Path, config: Config) -> None:
-    """Raises ConfigError where `config` asks for a model or tokenizer that the weights of `base` do not fit."""
+def require_base(base: Path, which: checkpoint.Which, config: Config) -> None:
+    """Check, before anything that takes long, that a run with `config` can start from a checkpoint of `base`.
+
+    Raises:
+        ConfigError: if `config` asks for a model or tokenizer that its weights do not fit.
+        CheckpointError, RunError, TokenizerError: if it, or the tokenizer that it was trained with, is missing or damaged.
+    """
     wanted = replace(config, model=replace(config.model, dropout=0.0))
     stored = runs.read_config(base)
     have = replace(wanted, model=replace(stored.model, dropout=0.0), data=replace(wanted.data, tokenizer=str(base / "tokenizer.json")))
     for name, (old, new) in differences(have, wanted).items():
         raise ConfigError(f"--{flag_of(name)} {new}: {base} has {old}, and its weights fit nothing else; leave it out, or train without --init")
-
-
-def step_of(base: Path, which: Which) -> int:
-    return checkpoint.best(base) if which == "best" else checkpoint.latest(base)
+    trained.load_tokenizer(base, checkpoint.chosen(base, which), stored)
 
 
 def first_state(base: Path, step: int, config: Config, device: torch.device) -> State:

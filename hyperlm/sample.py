@@ -65,6 +65,22 @@ class NotFinite(ArithmeticError):
     """Logits from which nothing can be drawn: the weights have diverged."""
 
 
+def generator(seed: int | None) -> torch.Generator:
+    """Random numbers that are a function of the seed; without one, others each time.
+
+    Raises:
+        ValueError: if it is below 0 or has more than 64 bits.
+    """
+    random = torch.Generator()
+    if seed is None:
+        random.seed()
+    elif not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed {seed}: must be at least 0 and below 2^64")
+    else:
+        random.manual_seed(seed)
+    return random
+
+
 def penalised(logits: Tensor, recent: Sequence[int], penalty: float) -> Tensor:
     """Logits (V,) with those of the tokens `recent` divided by `penalty` where they are positive, multiplied where they are negative.
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from hyperlm import conversation, sample, terminal
 from hyperlm.config import ConfigError
 from hyperlm.conversation import Answer, ConversationError, LoadedModel, Message
@@ -34,15 +32,6 @@ def show(piece: str) -> None:
     print(sample.printable(piece), end="", flush=True)
 
 
-def generator(seed: int | None) -> torch.Generator:
-    random = torch.Generator()
-    if seed is None:
-        random.seed()
-    else:
-        random.manual_seed(seed)
-    return random
-
-
 def described(answer: Answer, limit: int) -> str:
     """What an answer took; and in a line of its own, where the text does not tell, why it ended."""
     rate = max(answer.tokens - 1, 0) / max(answer.seconds, 1e-9)  # the first token's time is that of reading
@@ -63,7 +52,7 @@ def respond(now: Session, messages: tuple[Message, ...]) -> Session:
             now.state,
             messages,
             now.how,
-            generator(now.seed),
+            sample.generator(now.seed),
             limit=now.max_tokens,
             stops=now.stops,
             show=show,
@@ -151,9 +140,9 @@ def forget(now: Session, value: str) -> Session:
 
 
 def set_seed(now: Session, value: str) -> Session:
-    if value and not value.isdecimal():
-        raise ConversationError("/seed needs a whole number, such as /seed 1, or nothing for other answers each time")
-    return replace(now, seed=checked_seed(int(value)) if value else None)
+    if value and not (value.isdecimal() and len(value) <= 20 and int(value) < 1 << 64):
+        raise ConversationError("/seed needs a whole number below 2^64, such as /seed 1, or nothing for other answers each time")
+    return replace(now, seed=int(value) if value else None)
 
 
 class Order(NamedTuple):

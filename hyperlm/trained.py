@@ -1,12 +1,13 @@
 """The weights of a run, to evaluate it or to talk to it."""
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
-from hyperlm import checkpoint, plan, runs, tree
+from hyperlm import checkpoint, env, plan, runs, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
@@ -26,6 +27,34 @@ class Trained(NamedTuple):
     tokens: int
     fingerprint: str  # of the text
     chat: bool  # whether that had conversations
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model and what belongs to it."""
+
+    config: Config
+    params: Tree = field(repr=False)  # as hyperlm.model computes with them: fp32 on a CPU, matrices in bf16 on a GPU
+    tokenizer: Tokenizer = field(repr=False)
+    device: torch.device
+    step: int  # of its training
+    chat: bool  # its data had conversations
+
+
+def load_model(run: Path, which: checkpoint.Which, device: str, kernels: Literal["auto", "torch", "triton"] = "auto") -> Model:
+    """The model of a run, on the device of that name.
+
+    Raises:
+        RunError, CheckpointError, TokenizerError: on what is missing or damaged.
+        DeviceError: if the device does not exist.
+    """
+    config = replace(runs.read_config(run), kernels=kernels)
+    where = env.pick_device(device)
+    env.prepare(where)
+    step = checkpoint.chosen(run, which)
+    tokenizer = load_tokenizer(run, step, config)  # before the weights, which may take long
+    found = load(run, step, config, where)
+    return Model(config, found.weights, tokenizer, where, step, found.chat)
 
 
 def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:

@@ -104,15 +104,20 @@ def test_a_conversation_is_read_turn_by_turn(model, monkeypatch):
         return extend(params, tokens, *more, **options)
 
     monkeypatch.setattr(decoder, "extend", noted)
-    hyperlm.generate(model, [{"role": "system", "content": "be"}, {"role": "user", "content": "a b"}], max_tokens=1)
+    turns = [{"role": "developer", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "a b"}]}]
+    with pytest.raises(ValueError, match="it continues text"):
+        hyperlm.generate(model, turns)
+    model = replace(model, chat=True)
+    hyperlm.generate(model, turns, max_tokens=1)
     t: Tokenizer = model.tokenizer
     special = {name: t.token_to_id(name) for name in tok.SPECIALS}
     be, ab = (t.encode(text, add_special_tokens=False).ids for text in ("be", "a b"))
     assert read[0] == [
         special["<|endoftext|>"], special["<|system|>"], *be, special["<|end|>"], special["<|user|>"], *ab, special["<|end|>"], special["<|assistant|>"],
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="role 'robot': choose from"):
-        hyperlm.generate(model, [{"role": "robot", "content": ""}])
+    for wrong, message in (([{"role": "robot", "content": ""}], "role 'robot' is none of"), ([{"role": "user"}], "no 'content' field"), ([], "prompt is empty")):
+        with pytest.raises(ValueError, match=message):
+            hyperlm.generate(model, wrong)
 
 
 def test_radii_are_of_every_hyperbolic_layer_in_their_range(run):

@@ -107,6 +107,8 @@ def test_a_session_obeys_its_commands(run, typed):
         ("/help", "/system TEXT"),
         ("/tmep 0.5", "/tmep is no command; did you mean /temp?\n/help /system"),
         ("/top_p 0.5", "did you mean /top-p?"),
+        (f"/seed {1 << 64}", "/seed needs a whole number below 2^64"),
+        (f"/seed {'9' * 5000}", "/seed needs a whole number below 2^64"),
         ("/xyzzy", "/xyzzy is no command:\n/help /system"),
         ("/temp", "[temperature 0.8]"),
         ("/temp 0.5", "[temperature 0.5]"),
@@ -610,6 +612,8 @@ def test_a_damaged_run_is_one_line_that_names_what_is_damaged(damage, message, m
         (["--repetition-penalty", "0.5"], "of at least 1"),
         (["--stop", ""], "must not be empty"),
         (["--promt", "x"], "did you mean --prompt"),
+        (["--tmperature", "1"], "did you mean --temperature?"),
+        (["--rum", "runs/x"], "--help lists all settings"),
     ],
 )
 def test_a_mistake_is_one_clear_line(argv, message, capsys):

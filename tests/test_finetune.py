@@ -111,12 +111,22 @@ def test_what_a_base_cannot_give_is_one_line_and_leaves_nothing(base, prose, cap
         (["--model.kind", "phase7"], "--model.kind phase7: runs/base has phase8"),
         (["--data.tokenizer", "bytes"], "--data.tokenizer bytes: runs/base has runs/base/tokenizer.json"),
         (["--resume", "runs/base"], "--init and --resume exclude each other"),
+        (["--train.epochs", "nan"], "--train.epochs nan: must be a finite number"),
     ):
         assert tune(base, prose, *flags) == 2
         error = capsys.readouterr().err.strip()
         assert words in error and len(error.splitlines()) == 1
+    text = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(text.replace('"a":', '"\u2581":', 1))  # another tokenizer of as many tokens
+    assert tune(base, prose) == 2 and "tokenizer.json is not what runs/base was trained with" in capsys.readouterr().err
+    (base / "tokenizer.json").unlink()
+    assert tune(base, prose) == 2 and "tokenizer.json is missing" in capsys.readouterr().err
+    (base / "tokenizer.json").write_text(text)
     shutil.rmtree(base / "checkpoints")
-    assert tune(base, prose) == 2 and "has no checkpoint" in capsys.readouterr().err
+    capsys.readouterr()
+    assert tune(base, prose) == 2
+    out, error = capsys.readouterr()
+    assert "has no checkpoint" in error and "data " not in out  # found before the text is read
     (base / "config.json").unlink()
     assert tune(base, prose) == 2 and "is not a run" in capsys.readouterr().err
     assert tune(tmp_path / "nowhere", prose) == 2 and "no such run" in capsys.readouterr().err

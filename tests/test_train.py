@@ -417,6 +417,8 @@ MISTAKES = {
     "unknown kind": (["--model.kind", "phase9"], "phase9"),
     "unknown preset": (["--preset", "huge"], "choose from small, standard, max, max-ssm"),
     "preset without a value": (["--preset"], "needs a value"),
+    "preset given twice": (["--preset", "small", "--preset=huge"], "--preset huge: choose from"),
+    "checkpoint of no base": (["--init-checkpoint", "best"], "there is no --init"),
     "preset and resume": (["--preset", "small", "--resume", "runs/a"], "exclude each other"),
     "heads that do not divide": (["--model.head-dim", "48"], "must be a multiple"),
     "odd head": (["--model.d-model", "64", "--model.head-dim", "1"], "at least 4"),
