@@ -102,8 +102,8 @@ def main(argv: list[str]) -> int:
         prompt = tok.clean(command.prompt)
         if not loaded.chat:
             show(prompt)
-        asked = (Message("user", prompt),)
-        answer = conversation.answer(loaded, state, asked, how, sample.generator(seed), limit=command.max_tokens, stops=command.stop, show=show)
+        asked, random = (Message("user", prompt),), sample.generator(seed)
+        answer = conversation.answer(loaded, state, asked, how, random, limit=command.max_tokens, stops=command.stop, show=show)
         print()
         note(described(answer, command.max_tokens))
     except sample.NotFinite as e:

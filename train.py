@@ -265,7 +265,8 @@ def go_on(
         after = schedule if total == schedule.end else extended(schedule, config.optim, state.updates, total)
     lr = learning_rate(after, config.optim)
     if after != schedule or any(name.startswith("optim.") for name in changes):
-        print(log.labelled("rate", f"{rate:.2e} up to step {state.step}, {lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}"))
+        then = f"{lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}"
+        print(log.labelled("rate", f"{rate:.2e} up to step {state.step}, {then}"))
     event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
     runs.remember(run, event)
     return after

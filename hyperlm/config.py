@@ -67,7 +67,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[str, ...] = ("stdlib",)
-    """Text to train on: files, folders, hf://datasets/owner/name or `stdlib`, with a weight where wanted (`books:0.7`); or recipes (.toml)."""
+    """Text to train on: files, folders, hf://datasets/owner/name or `stdlib`, with weights if wanted (`books:0.7`); or recipes (.toml)."""
     val_sources: tuple[str, ...] = ()
     """Validation text of its own. Without it, a share of the documents of `sources` is held out."""
     val_fraction: float = 0.05

@@ -115,7 +115,8 @@ def test_a_conversation_is_read_turn_by_turn(model, monkeypatch):
     assert read[0] == [
         special["<|endoftext|>"], special["<|system|>"], *be, special["<|end|>"], special["<|user|>"], *ab, special["<|end|>"], special["<|assistant|>"],
     ]  # fmt: skip
-    for wrong, message in (([{"role": "robot", "content": ""}], "role 'robot' is none of"), ([{"role": "user"}], "no 'content' field"), ([], "prompt is empty")):
+    robot, silent = {"role": "robot", "content": ""}, {"role": "user"}
+    for wrong, message in (([robot], "role 'robot' is none of"), ([silent], "no 'content' field"), ([], "prompt is empty")):
         with pytest.raises(ValueError, match=message):
             hyperlm.generate(model, wrong)
 
