@@ -23,7 +23,7 @@ def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
         new_text: the command line names sources: nothing that was said of the base's text is kept.
     """
     config = runs.read_config(base)
-    data = DataConfig(seq_len=config.data.seq_len) if new_text else config.data
+    data = DataConfig(seq_len=config.data.seq_len, cache=config.data.cache) if new_text else config.data
     if preset is None:
         rest = replace(config, data=data, name="")
         rest = replace(rest, train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"), optim=replace(config.optim, lr=0.0, warmup_steps=0, state="auto"))
