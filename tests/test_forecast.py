@@ -183,7 +183,7 @@ def test_the_plan_counts_steps_in_the_cache_or_by_the_size_of_the_text(prose, ca
     tokens = int(said.split("data       ")[1].split()[1].replace(",", ""))
     counted = told(capsys, prose)
     steps = int(counted["steps"].split(", ")[0].replace(",", ""))
-    assert "in the cache" in counted["steps"] and steps == pytest.approx(10 * tokens / (4 * 2 * 32), rel=0.02)
+    assert "in the cache" in counted["steps"] and steps == pytest.approx(4 * tokens / (4 * 2 * 32), rel=0.02)
     assert counted["time"].startswith("about ") and "measured" in counted["time"]
     assert told(capsys, prose, "--train.steps", "7")["steps"] == "7, as asked for"
     assert told(capsys, prose, "--data.sources", "nowhere.txt")["steps"].startswith("unknown: ")
