@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hyperlm import tokenizer as tok
-from hyperlm.env import give_back_memory
+from hyperlm.env import give_back_memory, readable
 
 try:
     import fastokens
@@ -23,6 +23,7 @@ except ImportError:
 T = TypeVar("T")
 EVERY = 8  # batches, of one of which a text is checked
 OFTEN = 64  # batches, after which gaps in the heap are given back: they would add up to hundreds of MiB
+MUCH = 200 << 20  # bytes of text that tokenizers takes a minute for on two cores
 LONGEST = 1 << 16  # characters of it
 TORTURE = (
     *("", " ", "\n", "\x00", "a" * 5000, " " * 5000, "\r\n" * 500, "0123456789" * 300, "日本語の文章" * 200, "ab \u3000\t\xa0\x85 \x1c c" * 99),
@@ -42,9 +43,11 @@ class Encoder(NamedTuple):
     fast: Any = None  # the same as a fastokens.Tokenizer
 
 
-def encoder_of(tokenizer: Tokenizer, say: Callable[[str], None]) -> Encoder:
-    """The faster encoder if it is installed and stands its test; `say` is told if it does not."""
+def encoder_of(tokenizer: Tokenizer, size: int, say: Callable[[str], None]) -> Encoder:
+    """The faster encoder if it is installed and stands its test; `say` is told if it does not, or is missed for `size` bytes of text."""
     if fastokens is None:
+        if size > MUCH:
+            say(f"tokenizer  {readable(size)} take minutes to encode; fastokens is many times as fast: pip install fastokens")
         return Encoder(tokenizer)
     try:
         encoder = Encoder(tokenizer, fastokens.Tokenizer.from_json_str(tokenizer.to_str()))

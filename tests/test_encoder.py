@@ -112,7 +112,7 @@ def test_a_tokenizer_that_it_cannot_read_is_said(tmp_path):
     said = []
     tokenizer = tok.load(written(tmp_path / "t.json", normalizer={"type": "Lowercase"}))
     tokenizer.normalizer = normalizers.Sequence([normalizers.StripAccents(), normalizers.Lowercase()])
-    assert encoder.encoder_of(tokenizer, said.append).fast is None
+    assert encoder.encoder_of(tokenizer, 0, said.append).fast is None
     assert (
         len(said) == 1
         and said[0].startswith("tokenizer  encoded by tokenizers, slowly: fastokens cannot take its place (")
@@ -120,11 +120,20 @@ def test_a_tokenizer_that_it_cannot_read_is_said(tmp_path):
     )
 
 
+def test_much_text_without_it_is_told_what_would_be_faster(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "fastokens", None)
+    for much, lines in ((1 << 30, 0), (100, 1)):
+        monkeypatch.setattr(encoder, "MUCH", much)
+        said = []
+        data.prepare(config(texts, cache=str(tmp_path / f"cache{much}")), said.append)
+        assert sum("pip install fastokens" in line for line in said) == lines
+
+
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_texts_in_batches_have_the_ids_that_they_have_alone(name):
     tokenizer = tok.byte_tokenizer() if name == "bytes" else tok.train_bpe(["def f(x): return x\n" * 20], 300)
     batches = [(number, [f"{number} {TEXT}" * i for i in range(number % 4)]) for number in range(30)]
-    for made in (encoder.Encoder(tokenizer), encoder.encoder_of(tokenizer, never)):
+    for made in (encoder.Encoder(tokenizer), encoder.encoder_of(tokenizer, 0, never)):
         for (number, texts), (tag, ids) in zip(batches, encoder.encoded(made, iter(batches)), strict=True):
             assert (
                 tag == number

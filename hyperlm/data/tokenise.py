@@ -99,7 +99,7 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
     tok.save(tokenizer, folder / "tokenizer.json")
     give_back_memory()  # of the training
     given = config.data.tokenizer not in ("bpe", "bytes")
-    encoder = encoder_of(tokenizer, say)
+    encoder = encoder_of(tokenizer, sum(int(s.size[s.use].sum()) for s in selections), say)
     try:
         meta = write_tokens(folder, encoder, sources, selections, readings, given)
     except Differs as e:
