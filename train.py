@@ -100,6 +100,8 @@ def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]
     command = cli.parse(Command, argv, Command(**vars(stored)), description=__doc__)
     config = Config(**{f.name: getattr(command, f.name) for f in fields(Config)})
     if resume:
+        if config.optim.state == "auto":  # decided when the run was started
+            config = replace(config, optim=replace(config.optim, state=stored.optim.state))
         for name, (old, new) in another_run(stored, config).items():
             raise ConfigError(
                 f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one, "
@@ -494,6 +496,7 @@ def main(argv: list[str]) -> int:
             schedule = go_on(run, state, schedule, rate, total, config, changes, argv)
         else:
             run, state = start(config, corpus, device, argv, command)
+            stack.push(lambda kind, *_: runs.remove(run) if kind and not (run / "metrics.jsonl").exists() else None)  # it never began
             stack.enter_context(runs.owned(run))
             schedule = new_schedule(config.optim, total)
             by_rule = f" (rule for d {config.model.d_model})" if config.optim.lr == peak_rate(config.model) else ""

@@ -249,7 +249,7 @@ def test_a_closed_pipe_stops_a_run_as_a_closed_terminal_does(prose, made):
     assert losses(whole) == losses("parts") and same(final(whole), final("parts"))
 
 
-PLACES = {"reading": "data.prepare", "initialising": "init_state", "storing what was initialised": "env.describe"}
+PLACES = {"reading": "data.prepare", "initialising": "init_state", "storing what was initialised": "env.describe", "beginning": "flops.seconds_a_token"}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -467,6 +467,12 @@ def test_a_run_is_never_overwritten(prose, capsys):
     assert start(prose, "a", "--train.steps", "1") == 0
     assert start(prose, "a", "--train.steps", "1") == 2
     assert "--resume runs/a" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_the_state_that_was_decided(prose):
+    assert start(prose, "a", "--train.steps", "1", "--optim.state", "int8") == 0
+    assert call("--resume", "runs/a", "--train.steps", "2", "--optim.state", "auto") == 0
+    assert runs.read_config(Path("runs/a")).optim.state == "int8"
 
 
 def test_a_resumed_run_refuses_what_would_make_it_another(prose, capsys):
