@@ -303,16 +303,10 @@ def sample_prompt(corpus: data.Corpus, config: Config) -> list[int]:
 
 def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
     """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
-    cfg, tokenizer, prompt = config.model, corpus.tokenizer, sample_prompt(corpus, config)
-    end = tok.end_of_text(tokenizer)
-    logits, cache = sample.prefill(params, [end, *prompt], sample.empty_cache(params, cfg), cfg, kernels=config.kernels)
-    generator = torch.Generator().manual_seed(seed)
-    decode = sample.decoder(params, cfg, kernels=config.kernels)
-    drawn = sample.generate(
-        logits, cache, sample.Sampling(), generator, stop=tok.stop_ids(tokenizer), usable=tok.vocabulary_size(tokenizer), decode=decode
-    )
-    ids = [token for (token, _, _), _ in zip(drawn, range(config.eval.sample_tokens), strict=False)]
-    return tokenizer.decode(prompt, skip_special_tokens=False) + "".join(tok.stream(tokenizer, ids))
+    tokenizer, prompt = corpus.tokenizer, sample_prompt(corpus, config)
+    ids, generator = [tok.end_of_text(tokenizer), *prompt], sample.generator(seed)
+    text = sample.write(params, config.model, tokenizer, ids, sample.Sampling(), generator, config.eval.sample_tokens, kernels=config.kernels)
+    return tokenizer.decode(prompt, skip_special_tokens=False) + text
 
 
 def evaluation_batch(config: Config, device: torch.device) -> int:
@@ -486,7 +480,7 @@ def main(argv: list[str]) -> int:
 
         corpus = data.prepare(with_own_tokenizer(Path(command.resume), config) if command.resume else config)
         order = data.batches(corpus, config)
-        total = config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch)
+        total = config.train.total_steps(order.steps_per_epoch)
         if command.resume:
             state, schedule, rate = resume(run, config, corpus, device)
             if state.step >= total:

@@ -5,7 +5,6 @@ A thin layer: what these functions return goes on to work with hyperlm.model, hy
 Axes: N tokens, V vocabulary, H heads, A micro-batches, B batch.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +64,7 @@ def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
     """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each hyperbolic layer."""
     cfg = model.config.model
     found = decoder.radii(model.params, encode(model, text)[None], cfg, kernels=model.config.kernels)
-    hyperbolic = [layer for layer in range(cfg.n_layers) if cfg.layer_kind(layer) != "softmax"]
-    return {layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(hyperbolic, found, strict=True)}
+    return {layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(cfg.hyperbolic_layers, found, strict=True)}
 
 
 def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tokens: int = 256, seed: int | None = None, **how: Any) -> str:
@@ -84,24 +82,14 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
         ConfigError: on a field of `how` that no distribution has.
         ValueError: on turns that cannot be read, or for a model that continues text; and on a seed that is no number of 64 bits.
     """
-    params, cfg, kernels, tokenizer = model.params, model.config.model, model.config.kernels, model.tokenizer
     if isinstance(prompt, str):
         ids = encode(model, prompt).tolist()
     else:
         if not model.chat:
             raise ValueError("this model's data had no conversations, and it continues text: give it a text")
         ids = conversation.token_ids(model, [Message(*turn) for turn in messages_of(list(prompt), "prompt")])
-    tokens = sample.generate(
-        *sample.prefill(params, ids, sample.empty_cache(params, cfg), cfg, kernels=kernels),
-        sample.checked(sample.Sampling(**how)),
-        sample.generator(seed),
-        stop=tok.stop_ids(tokenizer),
-        usable=tok.vocabulary_size(tokenizer),
-        decode=sample.decoder(params, cfg, kernels=kernels),
-        before=ids,
-    )
-    drawn = (token for (token, _, _), _ in zip(tokens, range(max_tokens), strict=False))
-    return "".join(tok.stream(tokenizer, drawn))
+    drawing = sample.checked(sample.Sampling(**how)), sample.generator(seed)
+    return sample.write(model.params, model.config.model, model.tokenizer, ids, *drawing, max_tokens, kernels=model.config.kernels)
 
 
 # -- training --------------------------------------------------------------------------------------------------------------------------
@@ -141,7 +129,7 @@ def prepare(config: Config) -> Training:
     env.prepare(device)
     corpus = data.prepare(config)
     order = data.batches(corpus, config)
-    schedule = new_schedule(config.optim, config.train.steps or math.ceil(config.train.epochs * order.steps_per_epoch))
+    schedule = new_schedule(config.optim, config.train.total_steps(order.steps_per_epoch))
     step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
     return Training(config, corpus, device, init_state(config, device), order.at, step, settle)
 

@@ -5,6 +5,7 @@ follows from other settings; `another_run` says which changes make another run. 
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
@@ -63,6 +64,11 @@ class ModelConfig:
         """Mixer of layer `layer`, counted from 0."""
         return "phase7" if self.exact_every and (layer + 1) % self.exact_every == 0 else self.kind
 
+    @property
+    def hyperbolic_layers(self) -> list[int]:
+        """Those whose mixers have radii."""
+        return [layer for layer in range(self.n_layers) if self.layer_kind(layer) != "softmax"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -114,6 +120,10 @@ class TrainConfig:
     """Compile blocks with torch.compile."""
     recompute: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
+
+    def total_steps(self, an_epoch: float) -> int:
+        """Of a run whose epochs have so many."""
+        return self.steps or math.ceil(self.epochs * an_epoch)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,7 @@ def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, Any
     many of all layers lie in each of BINS equal bins from 0 to R_MAX, "radius/q_counts"."""
     gauges: dict[str, Any] = {}
     layers = model.radii(params, tokens, config.model, kernels=config.kernels)
-    hyperbolic = [i for i in range(config.model.n_layers) if config.model.layer_kind(i) != "softmax"]
-    for layer, radii in zip(hyperbolic, layers, strict=True):
+    for layer, radii in zip(config.model.hyperbolic_layers, layers, strict=True):
         for name, r in radii.items():
             low, high = torch.quantile(r.flatten()[: 1 << 20].float(), torch.tensor([0.05, 0.95], device=r.device)).tolist()
             gauges |= {f"radius/layer_{layer:02d}/{name}_{what}": x for what, x in (("mean", r.mean().item()), ("p05", low), ("p95", high))}

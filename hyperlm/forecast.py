@@ -1,6 +1,5 @@
 """What a run needs, and whether it fits this machine and how long it takes there, before it is started: the answer to --plan."""
 
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 
 BYTES_A_TOKEN = 3.5  # of code and English, by a tokenizer that was trained on them; what text that nobody has tokenised yet is counted by
-# What is assumed where measuring would take long: the share that a step makes of what products of matrices alone reach (on an H100,
-# stated at 9.9e14
-# a second, `standard` made 1.0e14 and `max` from host memory 2.6e14), bytes a second each way on the bus, and initial numbers a second.
+# What is assumed where measuring would take long: the share that a step makes of what products of matrices alone reach (on an H100, stated
+# at 9.9e14 a second, `standard` made 1.0e14 and `max` from host memory 2.6e14), bytes a second each way on the bus, and initial numbers a
+# second.
 SHARE = {"cuda": 0.3, "cpu": 0.5}
 BUS = 20e9
 INITIAL = 2e7
@@ -103,17 +102,15 @@ def steps_of(config: Config) -> tuple[int, str]:
         return t.steps, "as asked for"
     try:
         corpus = data.prepare(config, quiet, only_cached=True)
-        an_epoch, basis = (
-            data.batches(corpus, config, quiet).steps_per_epoch,
-            f"of {count(sum(len(s.train) for s in corpus.shards))} tokens, in the cache",
-        )
+        an_epoch = data.batches(corpus, config, quiet).steps_per_epoch
+        basis = f"of {count(sum(s.train_tokens for s in corpus.shards))} tokens, in the cache"
     except data.NotTokenised as e:
         each = 1 if config.data.tokenizer == "bytes" else BYTES_A_TOKEN
         an_epoch = e.size / each / tokens_of(config)
         basis = f"of about {count(e.size / each)} tokens, estimated: {env.readable(e.size)} of text at {each} bytes a token"
     except data.DataError as e:
         return 0, f"unknown: {e}"
-    return math.ceil(t.epochs * an_epoch), f"{t.epochs:g} {'epoch' if t.epochs == 1 else 'epochs'} {basis}"
+    return t.total_steps(an_epoch), f"{t.epochs:g} {'epoch' if t.epochs == 1 else 'epochs'} {basis}"
 
 
 def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
@@ -131,10 +128,8 @@ def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
     if config.train.residence == "host" and device.type == "cuda":
         dtype = env.compute_dtype(device)
         planned = plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory))
-        whole, how = (
-            max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS),
-            f"{how}, and {BUS / 1e9:.0f} GB/s each way on the bus",
-        )
+        whole = max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS)
+        how += f", and {BUS / 1e9:.0f} GB/s each way on the bus"
     return whole, how
 
 

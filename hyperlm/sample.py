@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from hyperlm import model, tree
+from hyperlm import tokenizer as tok
 from hyperlm.config import ConfigError, ModelConfig
 from hyperlm.graph import replayed
 from hyperlm.tree import Tree
@@ -229,6 +231,26 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         held = held[certain:]
     if held:
         yield held
+
+
+def write(
+    params: Tree, cfg: ModelConfig, tokenizer: Tokenizer, ids: list[int], how: Sampling, generator: torch.Generator, limit: int, *, kernels: str = "auto"
+) -> str:
+    """The text that follows `ids`, of at most `limit` tokens.
+
+    Raises:
+        NotFinite: if there are no probabilities to draw from.
+    """
+    tokens = generate(
+        *prefill(params, ids, empty_cache(params, cfg), cfg, kernels=kernels),
+        how,
+        generator,
+        stop=tok.stop_ids(tokenizer),
+        usable=tok.vocabulary_size(tokenizer),
+        decode=decoder(params, cfg, kernels=kernels),
+        before=ids,
+    )
+    return "".join(tok.stream(tokenizer, (token for (token, _, _), _ in zip(tokens, range(limit), strict=False))))
 
 
 def repeats(text: str) -> bool:

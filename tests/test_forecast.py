@@ -1,5 +1,7 @@
 """What --plan says of a run: operations a token, whether it fits, how many steps and how long; and what auto takes."""
 
+import json
+import re
 import time
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from configs import PRESETS
-from hyperlm import cli, env, finetune, flops, forecast, model, plan, runs
+from hyperlm import cli, env, finetune, flops, forecast, log, model, plan, runs
 from hyperlm.config import Config, DataConfig, TrainConfig, resolve
 from hyperlm.env import GIB
 
@@ -193,3 +195,13 @@ def test_the_plan_counts_steps_in_the_cache_or_by_the_size_of_the_text(prose, ca
 def test_the_plan_of_what_does_not_fit_says_so(prose, capsys):
     said = told(capsys, prose, "--model.d-model", "32768", "--model.n-layers", "64")
     assert said["fits"].startswith("no: this run needs") and "time" not in said
+
+
+def test_the_plan_counts_the_tokens_of_conversations(tmp_path, capsys):
+    rows = [{"question": f"what is {i}?", "answer": f"it is {i * i}"} for i in range(400)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*SMALLEST, "--data.sources", str(tmp_path / "talks.jsonl")]
+    assert cli.run(train.main, [*flags, "--train.steps", "1"]) == 0
+    found = re.search(r"talks.jsonl ([\d,]+) \+", capsys.readouterr().out)[1].replace(",", "")
+    assert cli.run(train.main, [*flags, "--plan"]) == 0
+    assert f"of {log.count(int(found))} tokens, in the cache" in " ".join(capsys.readouterr().out.split())

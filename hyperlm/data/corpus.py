@@ -38,6 +38,11 @@ class Shard:
     val_said: np.ndarray  # like `val`, uint8: 0 for what of a conversation the assistant does not say
     val_documents: np.ndarray  # (documents, 4): tokens with their end-of-text, bytes, bytes of those in `val_said`, whether a conversation
 
+    @property
+    def train_tokens(self) -> int:
+        """Of texts and conversations."""
+        return len(self.train) + (len(self.talks.tokens) if self.talks else 0)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -100,7 +105,7 @@ def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: 
         say(f"tokenizer  {cfg.tokenizer} {loses}")
     if (size := tok.vocabulary_size(corpus.tokenizer)) > config.model.vocab_size:
         raise tok.TokenizerError(f"--model.vocab-size {config.model.vocab_size}: the tokenizer needs {size}, for ids up to {size - 1}")
-    tokens = ", ".join(f"{s.name} {len(s.train) + (len(s.talks.tokens) if s.talks else 0):,} + {len(s.val):,}" for s in corpus.shards)
+    tokens = ", ".join(f"{s.name} {s.train_tokens:,} + {len(s.val):,}" for s in corpus.shards)
     say(f"data       {tokens} tokens to train + validate, vocabulary {size:,}{' (cached)' if cached else ''}")
     return corpus
 

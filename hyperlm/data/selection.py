@@ -31,6 +31,11 @@ class Selection(NamedTuple):
     signatures: np.ndarray | None = None  # (n, SLOTS) uint16, as long as near copies are looked for
 
     @property
+    def used(self) -> int:
+        """Bytes."""
+        return int(self.size[self.use].sum())
+
+    @property
     def train(self) -> np.ndarray:
         return self.use & ~self.val
 
@@ -152,7 +157,7 @@ def hold_out(
         DataError: if the text is too short to be on two sides.
     """
     below = [s.use & (s.order / 2.0**64 < fraction) for s in selections]
-    total = sum(int(s.size[s.use].sum()) for s in selections)
+    total = sum(s.used for s in selections)
     by_hash = sum(int(s.size[held].sum()) for s, held in zip(selections, below, strict=True)) / total
     if near(by_hash, fraction):
         return [s._replace(val=held) for s, held in zip(selections, below, strict=True)]

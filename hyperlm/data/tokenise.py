@@ -41,7 +41,7 @@ def build(folder: Path, config: Config, sources: list[Source], selections: list[
     except OSError as e:
         why, remedy = e.strerror or str(e), "set --data.cache to a folder that can be written"
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            most = 4 * sum(int(s.size[s.use].sum()) for s in selections)  # a token has 4 bytes at most, and a byte of text or more
+            most = 4 * sum(s.used for s in selections)  # a token has 4 bytes at most, and a byte of text or more
             free = shutil.disk_usage(folder.parent).free
             why += f": {free / MIB:,.1f} MiB are free, and the tokens of this text take {most / MIB:,.1f} at most"
             remedy = "make room, or set --data.cache to where there is more"
@@ -99,7 +99,7 @@ def write(folder: Path, config: Config, sources: list[Source], selections: list[
     tok.save(tokenizer, folder / "tokenizer.json")
     give_back_memory()  # of the training
     given = config.data.tokenizer not in ("bpe", "bytes")
-    encoder = encoder_of(tokenizer, sum(int(s.size[s.use].sum()) for s in selections), say)
+    encoder = encoder_of(tokenizer, sum(s.used for s in selections), say)
     try:
         meta = write_tokens(folder, encoder, sources, selections, readings, given)
     except Differs as e:
@@ -118,7 +118,7 @@ def write_tokens(
     end = tok.end_of_text(tokenizer)
 
     chat = False
-    bar = progress(desc="tokenising", total=sum(int(s.size[s.use].sum()) for s in selections), unit="B", unit_scale=True)
+    bar = progress(desc="tokenising", total=sum(s.used for s in selections), unit="B", unit_scale=True)
     for index, (source, selection) in enumerate(zip(sources, selections, strict=True)):
         facts: list[tuple[int, ...]] = []  # of what is held out: its place in order, then as in val_00.npy
         with writing(folder, index) as (texts, talks, held_out):
