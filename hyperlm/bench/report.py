@@ -20,25 +20,85 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One line for each combination of the columns `series`, over a numeric column; both axes logarithmic unless `log` is off."""
+class Table:
+    """Rows of equal columns. One that is not shown is in results.json alone, for figures to be drawn from."""
+
+    name: str  # in results.json and in the report: "loss by position"
+    rows: list[Row]
+    caption: str = ""  # in a sentence or two: what the numbers are, in which units, on what
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A line over `x` for each combination of the columns `series`; the first of them, if it is "model", decides the colour, others marker and dash.
+    Rows that differ in the column `over` alone ("seed") are one line, their mean, in a band from the least to the largest."""
+
+    file: str  # without an extension: PNG and PDF are written
+    title: str
+    table: str
+    x: str
+    y: str
+    series: tuple[str, ...] = ("model",)
+    over: str = ""
+    x_label: str = ""  # with units; by default the column's name
+    y_label: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    levels: dict[str, float] = field(default_factory=dict)  # horizontal lines by name: chance, a published figure
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The mean of `y` for each value of the column `x`, with a point for each row."""
 
     file: str
     title: str
+    table: str
     x: str
     y: str
-    series: tuple[str, ...]
-    log: bool = True
+    y_label: str = ""
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """`value` as colour and number over `x` and `y`, a panel for each value of the column `panels`."""
+
+    file: str
+    title: str
+    table: str
+    x: str
+    y: str
+    value: str
+    panels: str = "model"
+    x_label: str = ""
+    y_label: str = ""
+    low: float | None = None  # of the colours
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Points of the Poincare disk, by columns x and y (within the unit circle) and `label` (may be empty), a panel for each value of `panels`."""
+
+    file: str
+    title: str
+    table: str
+    group: str = "group"  # column that decides colour and marker
+    panels: str = ""
+
+
+Figure = Lines | Bars | Heatmap | Disk
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a suite measured: rows of equal columns, notes in words, and the plots to draw from them."""
+    """What a suite measured: tables, notes in words, and the figures to draw from the tables."""
 
     suite: str
-    rows: list[Row]
+    tables: list[Table]
     notes: list[str] = field(default_factory=list)
-    plots: list[Plot] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
 
 
 def cell(value: Any) -> str:
