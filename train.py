@@ -242,9 +242,9 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
     step = checkpoint.latest(run)
     with env.live("restoring"):
         state, meta = checkpoint.restore(run, step, config, place(config, device))
-    if meta["schedule"] is None:
+    if gone := "data order" if meta["schedule"] is None else "dropout" if meta["format"] < 4 and config.model.dropout else "":
         raise checkpoint.CheckpointError(
-            f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, whose data order this version does not have: "
+            f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, whose {gone} this version does not have: "
             "go on with that version; chat.py and bench.py read it"
         )
     if meta["fingerprint"] != corpus.fingerprint:

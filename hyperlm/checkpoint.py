@@ -38,8 +38,8 @@ from hyperlm.startup import command
 from hyperlm.state import State, require_settled
 from hyperlm.tree import Tree
 
-FORMAT = 3
-WRITERS = {1: "a version before 0.1", 2: "version 0.1"}  # of earlier formats. Weights of format 2 are read as well, but its data order is gone
+FORMAT = 4
+WRITERS = {1: "a version before 0.1", 2: "version 0.1", 3: "version 0.2 or 0.3"}  # of earlier formats. Weights of 2 and 3 are read as well; see `train.resume`
 NOTHING = {"config": None, "schedule": None, "tokenizer": None, "loss": None}  # what format 2 does not say
 WORST = 1e30  # validation loss in format 2 where there was none
 PREFIX, DIGITS = "step", 8

@@ -21,9 +21,10 @@ from hyperlm import kernels as table
 from hyperlm import tree
 from hyperlm.config import Kind, ModelConfig
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
+from hyperlm.dropout import dropout
 from hyperlm.env import progress
 from hyperlm.kernels.differentiation import Function, pulled_back
-from hyperlm.kernels.reference import APART, noise, wide
+from hyperlm.kernels.reference import wide
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, remembered, rope_angles
 from hyperlm.mixers.ssm import SSM
@@ -147,15 +148,6 @@ class Head(nn.Module):
         return self.norm(x, None, ctx)[1]
 
 
-def dropout(x: Tensor, rate: float, key: Tensor | None) -> Tensor:
-    """Dropout whose mask is a function of `key` and the element's index: no random state to save, and a recomputation repeats it."""
-    if key is None or rate == 0:
-        return x
-    bits = noise(torch.arange(x.numel(), device=x.device) + key * APART)
-    uniform = ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
-    return x * (uniform.view(x.shape) >= rate).to(x.dtype) * (1 / (1 - rate))
-
-
 class Skeleton(NamedTuple):
     embed: Embed
     blocks: list[Block]  # blocks of one kind are one module
@@ -236,8 +228,8 @@ def embed(params: dict[str, Tensor], tokens: Tensor, cfg: ModelConfig, ctx: Cont
 
 
 def layer_context(ctx: Context, layer: int) -> Context:
-    """The context of one layer: its three branches draw dropout from keys of their own."""
-    return ctx._replace(key=None if ctx.key is None else ctx.key + 3 * layer)
+    """The context of one layer: its three branches and its gate draw dropout from keys of their own."""
+    return ctx._replace(key=None if ctx.key is None else ctx.key + 4 * layer)
 
 
 def finish(params: dict[str, Tensor], x: Tensor, cfg: ModelConfig, ctx: Context) -> Tensor:

@@ -269,8 +269,8 @@ def test_the_best_has_the_smallest_finite_loss(loss):
 
 def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
     save(tmp_path, (2, 1.0))
-    rewrite(tmp_path, 2, format=4)
-    with pytest.raises(checkpoint.CheckpointError, match="format 4, .*a newer version of hyperlm wrote it"):
+    rewrite(tmp_path, 2, format=5)
+    with pytest.raises(checkpoint.CheckpointError, match="format 5, .*a newer version of hyperlm wrote it"):
         checkpoint.read_meta(tmp_path, 2)
     rewrite(tmp_path, 2, format=1)
     with pytest.raises(checkpoint.CheckpointError, match="format 1: a version before 0.1"):

@@ -10,6 +10,8 @@ from conftest import CASES, TINY, generator
 from configs import PRESETS
 from hyperlm import model, tree
 from hyperlm.config import resolve
+from hyperlm.dropout import dropout
+from hyperlm.kernels import reference
 from hyperlm.loss import head_nats
 
 
@@ -128,12 +130,47 @@ def test_initial_loss_is_that_of_guessing(cfg):
 
 def test_dropout_drops_its_share_and_is_a_function_of_the_key():
     x = torch.ones(1000, 1000)
-    a, b = model.dropout(x, 0.25, torch.tensor(3)), model.dropout(x, 0.25, torch.tensor(4))
-    assert torch.equal(a, model.dropout(x, 0.25, torch.tensor(3))) and not torch.equal(a, b)
+    a, b = dropout(x, 0.25, torch.tensor(3)), dropout(x, 0.25, torch.tensor(4))
+    assert torch.equal(a, dropout(x, 0.25, torch.tensor(3))) and not torch.equal(a, b)
     assert (a == 0).float().mean().item() == pytest.approx(0.25, abs=0.003)
     assert ((a == 0) & (b == 0)).float().mean().item() == pytest.approx(0.0625, abs=0.003)
     assert a.mean().item() == pytest.approx(1.0, abs=0.005)
-    assert torch.equal(model.dropout(x, 0.25, None), x)
+    assert torch.equal(dropout(x, 0.25, None), x)
+
+
+def test_a_mixer_drops_its_share_of_what_it_gated_and_scales_the_rest(cfg):
+    """One mixer alone, as `model.context` gives it its operations: dropped values are 0, the others those without dropout times 1 / (1 - rate)."""
+    cfg = replace(cfg, dropout=0.25, ssm=False)
+    block, params = model.skeleton(cfg).blocks[0], trainable(cfg)["blocks"][0]
+    mixer = {name.removeprefix("mixer."): p for name, p in params.items() if name.startswith("mixer.")}
+    gated = []
+
+    def watched(o, weight, gate, out):
+        gated.append(reference.norm_gate(o, weight, gate))
+        return reference.readout(o, weight, gate, out)
+
+    for key in (None, torch.tensor(5)):
+        ctx = model.context(torch.float64, tokens_of(cfg, 3, 40), cfg, "torch", key=key)
+        ctx = ctx._replace(ops=ctx.ops | {"readout": watched})
+        x = torch.randn(3, 40, cfg.d_model, generator=generator(), dtype=torch.float64)
+        torch.func.functional_call(block.mixer, mixer, (x, None, ctx), strict=True)
+    plain, dropped = gated
+    stays = dropped != 0
+    assert stays.double().mean().item() == pytest.approx(0.75, abs=0.03)
+    torch.testing.assert_close(dropped[stays], plain[stays] / 0.75)
+
+
+def test_branches_and_gates_of_all_layers_drop_by_keys_of_their_own(monkeypatch):
+    cfg, keys = replace(CASES["hybrid-ssm"], dropout=0.1), []
+
+    def watched(x, rate, key):
+        keys.append(int(key))
+        return reference.noise(torch.arange(x.numel())).view(x.shape) > 0
+
+    monkeypatch.setattr("hyperlm.dropout.kept", watched)
+    monkeypatch.setattr("hyperlm.mixers.frame.kept", watched)
+    model.hidden(model.init(cfg, 0), tokens_of(cfg, 1, 5), cfg, key=torch.tensor(0))
+    assert len(keys) == len(set(keys)) == 1 + 4 * cfg.n_layers and max(keys) < 1 << 20
 
 
 def test_radii_are_within_their_limits(cfg):

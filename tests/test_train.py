@@ -25,6 +25,7 @@ import chat
 import train
 from hyperlm import checkpoint, cli, data, health, log, model, plan, runs, startup, tree
 from hyperlm.config import Config
+from hyperlm.files import digest
 from hyperlm.state import State
 
 REPOSITORY = Path(train.__file__).parent
@@ -782,3 +783,15 @@ def test_a_second_signal_acts_at_once(ending):
     assert child.poll() is None
     child.send_signal(ending)
     assert child.wait(20) != 0
+
+
+@pytest.mark.parametrize("rate", ["0.1", "0"])
+def test_a_run_of_an_earlier_version_goes_on_only_if_its_dropout_was_the_same(rate, made, tmp_path, capsys):
+    shutil.copytree(made("--train.steps", "2", "--model.dropout", rate), tmp_path, dirs_exist_ok=True)
+    path = Path("runs/r/checkpoints/step_00000002/meta/metadata")
+    meta = json.loads(path.read_text()) | {"format": 3}
+    del meta["digest"]
+    path.write_text(json.dumps(meta | {"digest": digest(meta)}))
+    code = cli.run(train.main, ["--resume", "runs/r", "--train.steps", "3", "--data.cache", str(tmp_path / "cache")])
+    error = capsys.readouterr().err
+    assert (code, "written by version 0.2 or 0.3 of hyperlm, whose dropout this version does not have" in error) == ((2, True) if rate != "0" else (0, False))
