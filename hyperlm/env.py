@@ -174,12 +174,20 @@ def version_of(package: str) -> str:
         return ""
 
 
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts of this machine that a result depends on; stored as env.json with a run."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version_of(name) for name in ("torch", "triton", "orbax-checkpoint", "jax", "numpy", "tokenizers")},
+        "cpu": processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "host_memory_gib": round(total_memory(torch.device("cpu")) / GIB, 1),

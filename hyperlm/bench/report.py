@@ -1,27 +1,32 @@
-"""What a benchmark leaves: results.json with every number, report.md with the tables, and the plots."""
+"""What a benchmark leaves: results.json with every number, and written from it report.md, report.tex and the figures.
+
+Suites declare tables and figures as data; nothing here knows what they measure. What is in results.json is enough to write all the rest again.
+"""
 
 import json
 import math
 import os
+import re
+import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
-from matplotlib.ticker import StrMethodFormatter
-
-from hyperlm.files import finite
+from hyperlm import env
+from hyperlm.files import finite, read_json
+from hyperlm.runs import RunError
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equal columns. One that is not shown is in results.json alone, for figures to be drawn from."""
+    """Rows of equal columns; a value that there is not is left out. One that is not shown is in results.json alone, for figures to be drawn from."""
 
     name: str  # in results.json and in the report: "loss by position"
     rows: list[Row]
@@ -32,7 +37,8 @@ class Table:
 @dataclass(frozen=True)
 class Lines:
     """A line over `x` for each combination of the columns `series`; the first of them, if it is "model", decides the colour, others marker and dash.
-    Rows that differ in the column `over` alone ("seed") are one line, their mean, in a band from the least to the largest."""
+    Rows that differ in the column `over` alone ("seed") are one line, their mean, in a band from the least to the largest; where their x differ
+    ("seconds"), values between those measured are interpolated. Numbers or words along x; a y axis shows at least a tenth of its values."""
 
     file: str  # without an extension: PNG and PDF are written
     title: str
@@ -46,11 +52,14 @@ class Lines:
     log_x: bool = False
     log_y: bool = False
     levels: dict[str, float] = field(default_factory=dict)  # horizontal lines by name: chance, a published figure
+    low: float | None = None  # of the y axis, where what is beyond is of no interest, as the first losses of a curve
+    high: float | None = None
 
 
 @dataclass(frozen=True)
 class Bars:
-    """The mean of `y` for each value of the column `x`, with a point for each row."""
+    """The mean of `y` for each value of the column `x`, with a point for each row. Bars begin at zero; where all values are within a factor
+    of two, marks take their place, on an axis that need not."""
 
     file: str
     title: str
@@ -101,61 +110,268 @@ class Result:
     figures: list[Figure] = field(default_factory=list)
 
 
+# -- tables as text --------------------------------------------------------------------------------------------------------------------
+
+
 def cell(value: Any) -> str:
+    """A value as tables show it: four digits of a float, thousands separated; nothing for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else " ".join(str(value).split())
+
+
+def column(values: list[Any]) -> list[str]:
+    """Values of one column: floats with equally many decimals, of which the largest has four digits, unless the smallest would have none."""
+    sizes = [abs(x) for x in values if isinstance(x, float) and math.isfinite(x) and x]
+    if not sizes or max(sizes) > 1e3 * min(sizes):
+        return [cell(x) for x in values]
+    decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
+    digits = [f"{x:,.{decimals}f}" if isinstance(x, float) else "" for x in values]
+    spare = min(len(x) - len(x.rstrip("0")) for x in digits if "." in x) if decimals else 0
+    return [text[: len(text) - spare].rstrip(".") if isinstance(x, float) and math.isfinite(x) else cell(x) for x, text in zip(values, digits, strict=True)]
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def alignment(rows: list[Row]) -> list[str]:
+    """Numbers, and text that begins with one ("3.12 ± 0.01"), to the right; other columns to the left."""
+
+    def of_numbers(name: str) -> bool:
+        values = [row[name] for row in rows if row.get(name) not in ("", None)]
+        return any(isinstance(x, int | float) and not isinstance(x, bool) or re.match(r"[+-−]?\.?\d", str(x)) for x in values)
+
+    return ["right" if of_numbers(name) else "left" for name in columns_of(rows)]
+
+
+def laid_out(rows: list[Row], style: str) -> str:
+    columns = columns_of(rows)
+    cells = list(zip(*(column([row.get(name) for row in rows]) for name in columns), strict=True))
+    if style == "pipe":
+        columns, *cells = ([text.replace("|", "\\|") for text in line] for line in [columns, *cells])
+    return tabulate(cells, columns, tablefmt=style, disable_numparse=True, colalign=alignment(rows))
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table that also reads well in a terminal."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, *([cell(row.get(name, "")) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-
-    def format_line(line: list[str]) -> str:
-        return "| " + " | ".join(text.rjust(width) if line is not columns else text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([format_line(lines[0]), rule, *map(format_line, lines[1:])])
+    """Rows as a Markdown table that also reads well in a terminal; nothing for no rows."""
+    return laid_out(rows, "pipe") if rows else ""
 
 
-def draw(plot: Plot, rows: list[Row], folder: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for key in dict.fromkeys(tuple(row[column] for column in plot.series) for row in rows):
-        own = [row for row in rows if tuple(row[column] for column in plot.series) == key]
-        points = [(row[plot.x], row[plot.y]) for row in own if isinstance(row.get(plot.y), int | float)]
-        label = ", ".join([str(key[0]), *(f"{column} {value}" for column, value in zip(plot.series[1:], key[1:], strict=True))])
-        points = [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not plot.log)]
-        if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    if plot.log:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
-        ticks = sorted({row[plot.x] for row in rows})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
-    axes.grid(True, which="major", alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(folder / plot.file, dpi=150)
-    plt.close(figure)
+def text(result: Result) -> str:
+    """A result as a terminal shows it: the tables that are shown, each under its name, and the notes."""
+    parts = [f"{result.suite}, {t.name}\n{table(t.rows)}" for t in result.tables if t.shown and t.rows]
+    return "\n\n".join(parts + ["\n".join(result.notes)] * bool(result.notes))
 
 
-def write(folder: Path, results: list[Result], machine: dict[str, Any], command: str) -> None:
-    """Write results.json, report.md and the plots into `folder`, which is new: all of it or nothing."""
+# -- LaTeX -----------------------------------------------------------------------------------------------------------------------------
+
+PREAMBLE = r"""% Compiles alone; each table and figure can be lifted out of it. Needs booktabs and graphicx.
+\documentclass{article}
+\usepackage[T1]{fontenc}
+\usepackage[margin=1in]{geometry}
+\usepackage{booktabs,graphicx}
+\begin{document}
+"""
+SYMBOLS = {
+    "±": r"\ensuremath{\pm}", "×": r"\ensuremath{\times}", "−": r"\ensuremath{-}", "→": r"\ensuremath{\to}", "≤": r"\ensuremath{\leq}",
+    "≥": r"\ensuremath{\geq}", "α": r"\ensuremath{\alpha}", "β": r"\ensuremath{\beta}", "λ": r"\ensuremath{\lambda}", "ρ": r"\ensuremath{\rho}",
+    "σ": r"\ensuremath{\sigma}", "Δ": r"\ensuremath{\Delta}", "²": r"\ensuremath{^2}", "…": r"\ldots{}", "–": "--", "—": "---",
+    "µ": r"\ensuremath{\mu}", "∞": r"\ensuremath{\infty}", "°": r"\ensuremath{^\circ}",
+}  # fmt: skip
+LATIN = 0x100  # characters below it every LaTeX knows
+PAGE = 40  # rows of a table that fit on a page
+WIDE = 85  # characters of a row that fit in the width of a page
+
+
+def escape(words: str) -> str:
+    """Text as LaTeX: two hyphens as two, and no bracket first, which would be an argument."""
+    return re.sub(r"^\[", "{[}", re.sub("--", "-{}-", "".join(LATEX_ESCAPE_RULES.get(c, c) for c in words)))
+
+
+def known(latex: str) -> str:
+    """LaTeX with macros for symbols, and code points for letters that would end its compilation."""
+    return "".join(SYMBOLS.get(c, c if ord(c) < LATIN else f"(U+{ord(c):04X})") for c in latex)
+
+
+def label(*words: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def latex_table(suite: str, shown: Table) -> str:
+    """A table as floats of at most PAGE rows, each smaller where it is too wide."""
+    floats = []
+    for first in range(0, len(shown.rows), PAGE):
+        rows = [{name: row.get(name) for name in columns_of(shown.rows)} for row in shown.rows[first : first + PAGE]]
+        body = re.sub("--", "-{}-", re.sub(r"(?m)^( *)\[", r"\1{[}", laid_out(rows, "latex_booktabs")))  # a bracket first would be an argument
+        if max(map(len, table(rows).splitlines())) > WIDE:
+            body = "\\resizebox{\\linewidth}{!}{%\n" + body + "}"
+        caption = escape(sentence(shown.name, shown.caption)) + (" (continued)" if first else "")
+        key = label(suite, shown.name, str(first // PAGE + 1) if first else "")
+        floats.append(f"\\begin{{table}}[t]\n\\centering\\small\n\\caption{{{caption}}}\n\\label{{tab:{key}}}\n{body}\n\\end{{table}}")
+    return "\n\n".join(floats)
+
+
+def latex_figure(suite: str, figure: Figure) -> str:
+    included = f"\\includegraphics{{{figure.file}.pdf}}\n\\caption{{{escape(figure.title)}}}\n\\label{{fig:{label(suite, figure.file)}}}"
+    return f"\\begin{{figure}}[t]\n\\centering\n{included}\n\\end{{figure}}"
+
+
+def latex_items(items: list[str]) -> str:
+    return "\\begin{itemize}\n" + "\n".join(f"\\item {escape(item)}" for item in items) + "\n\\end{itemize}" if items else ""
+
+
+# -- the report ------------------------------------------------------------------------------------------------------------------------
+
+
+def sentence(name: str, caption: str) -> str:
+    """A table's caption, or its name where it has none."""
+    return caption or f"{name[:1].upper()}{name[1:]}."
+
+
+def markdown(record: dict[str, Any], results: list[Result], drawn: set[str]) -> str:
+    facts = {"commit": record["commit"], "date": record["date"], **record["machine"]}
+    parts = ["# hyperlm benchmark", f"`{record['command']}`", "\n".join(f"- {name}: {value}" for name, value in facts.items() if value != "")]
+    for result in results:
+        parts.append(f"## {result.suite}")
+        for shown in result.tables:
+            if shown.shown and shown.rows:
+                parts += [f"### {shown.name}", *[shown.caption] * bool(shown.caption), table(shown.rows)]
+        parts += ["\n".join(f"- {note}" for note in result.notes)] * bool(result.notes)
+        parts += [f"![{f.title}]({f.file}.png)\n\n*{f.title}* ([PDF]({f.file}.pdf))" for f in result.figures if f.file in drawn]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(record: dict[str, Any], results: list[Result], drawn: set[str]) -> str:
+    facts = {"commit": record["commit"], "date": record["date"], **record["machine"]}
+    parts = [PREAMBLE, f"\\begin{{quote}}\\raggedright\\ttfamily\n{escape(record['command'])}\n\\end{{quote}}"]
+    parts.append(latex_items([f"{name}: {value}" for name, value in facts.items() if value != ""]))
+    for result in results:
+        parts.append(f"\\section*{{{escape(result.suite)}}}")
+        parts += [latex_table(result.suite, shown) for shown in result.tables if shown.shown and shown.rows]
+        parts += [latex_items(result.notes), *(latex_figure(result.suite, f) for f in result.figures if f.file in drawn), "\\clearpage"]
+    return known("\n\n".join(part for part in parts if part) + "\n\n\\end{document}\n")
+
+
+def commit() -> str:
+    """Of the code that runs, "+changes" if it has some; empty where it is no git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    found = []
+    for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain")):
+        try:
+            asked = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):  # no git, or not ours
+            return ""
+        found.append(asked.stdout.strip())
+    return found[0] + ("+changes" if found[1] else "")
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy or torch as one of Python."""
+    return finite(value.item())
+
+
+def write(folder: Path, results: Sequence[Result], machine: dict[str, Any], command: str) -> None:
+    """Write results.json, report.md, report.tex and the figures into `folder`: all of it or nothing.
+
+    What an earlier call wrote there is replaced, file by file and each at once, results.json first; other files, models among them, stay.
+    A figure that cannot be drawn is a note in the report: what was measured is worth more.
+    """
+    from hyperlm.bench import figures  # matplotlib takes a second
+
+    record = {"command": command, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "machine": machine}
+    stored = [asdict(r) | {"figures": [{"kind": type(f).__name__, **asdict(f)} for f in r.figures]} for r in results]
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as parts:
         part = Path(parts) / folder.name
         part.mkdir()
-        record = {"command": command, "machine": machine, "results": [asdict(r) for r in results]}
-        (part / "results.json").write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
-        texts = [f"# hyperlm benchmark\n\n`{command}`\n", "\n".join(f"- {name}: {value}" for name, value in machine.items())]
+        content = json.dumps(finite({**record, "results": stored}), indent=2, allow_nan=False, default=plain)
+        (part / "results.json").write_text(content + "\n", encoding="utf-8")
+        drawn, told = set(), []
         for result in results:
-            texts.append(f"## {result.suite}\n\n{table(result.rows)}\n\n" + "\n".join(f"- {note}" for note in result.notes))
-            for plot in result.plots:
-                draw(plot, result.rows, part)
-                texts.append(f"![{plot.title}]({plot.file})")
-        (part / "report.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(part, folder)
+            notes = list(result.notes)
+            for figure in result.figures:
+                try:
+                    if figures.draw(figure, result.tables, part):
+                        drawn.add(figure.file)
+                except (ValueError, TypeError, KeyError, RuntimeError) as e:
+                    notes.append(f"{figure.file} is not drawn: {type(e).__name__}: {e}")
+                    env.say(notes[-1])
+            told.append(replace(result, notes=notes))
+        (part / "report.md").write_text(markdown(record, told, drawn), encoding="utf-8", errors="backslashreplace")
+        (part / "report.tex").write_text(latex(record, told, drawn), encoding="utf-8", errors="backslashreplace")
+        if not folder.exists():
+            os.replace(part, folder)
+            return
+        for path in sorted(part.iterdir(), key=lambda path: path.name != "results.json"):
+            os.replace(path, folder / path.name)
+
+
+# -- reports read back -----------------------------------------------------------------------------------------------------------------
+
+LARGEST = 1 << 28  # bytes of a results.json
+FIGURES = {kind.__name__: kind for kind in (Lines, Bars, Heatmap, Disk)}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """results.json as it is.
+
+    Raises:
+        RunError: if there is none, or it is none of this version.
+    """
+    path = folder / "results.json"
+    try:
+        record = read_json(path, LARGEST)
+    except FileNotFoundError as e:
+        raise RunError(f"{folder}: no results.json in it; name the folder of a benchmark") from e
+    except (ValueError, OSError) as e:
+        raise RunError(f"{path} cannot be read: {e}") from e
+    if not isinstance(record, dict) or not isinstance(record.get("command"), str) or not isinstance(record.get("results"), list):
+        raise RunError(f"{path} holds no results")
+    return record
+
+
+def restored(values: dict[str, Any]) -> Any:
+    """A figure from its fields; tuples are lists in JSON."""
+    kind = FIGURES[values["kind"]]
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items() if name != "kind"})
+
+
+def load(folder: Path) -> list[Result]:
+    """The results that `write` left in a folder. Numbers that JSON lacks come back as nan.
+
+    Raises:
+        RunError: if there are none, or they are of another version.
+    """
+    results = []
+    try:
+        for found in read(folder)["results"]:
+            tables = [Table(**t | {"rows": [{k: math.nan if x is None else x for k, x in row.items()} for row in t["rows"]]}) for t in found["tables"]]
+            results.append(Result(found["suite"], tables, found["notes"], [restored(f) for f in found["figures"]]))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise RunError(f"{folder / 'results.json'} is damaged, or of another version of hyperlm: measure again") from e
+    return results
+
+
+def join(folders: Sequence[Path]) -> list[Result]:
+    """The results of several benchmarks as one: those of a suite together, the rows of tables of one name one after another, and a note on each.
+
+    Raises:
+        RunError: where `load` does.
+    """
+    joined: dict[str, Result] = {}
+    for folder in folders:
+        record = read(folder)
+        origin = ", ".join(str(record.get(name)) for name in ("commit", "date") if record.get(name))
+        for result in load(folder):
+            former = joined.get(result.suite, Result(result.suite, []))
+            tables = {t.name: t for t in former.tables}
+            for t in result.tables:
+                tables[t.name] = replace(t, rows=[*tables[t.name].rows, *t.rows] if t.name in tables else t.rows)
+            notes = dict.fromkeys([*former.notes, f"{folder}: {record['command']} ({origin})", *result.notes])
+            figures = {f.file: f for f in [*former.figures, *result.figures]}
+            joined[result.suite] = Result(result.suite, list(tables.values()), list(notes), list(figures.values()))
+    return list(joined.values())
