@@ -1,16 +1,17 @@
 """Suite `decode`: tokens/s and memory of generating one token after another, against batch size and length of what came before."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import torch
 
 from hyperlm import env, model, sample, tree
-from hyperlm.bench.report import Plot, Result, Row
-from hyperlm.bench.speed import OUT_OF_MEMORY, seconds
-from hyperlm.config import Config, ConfigError, Kind
+from hyperlm.bench.arms import of_kind
+from hyperlm.bench.pool import Failure, attempt
+from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.speed import OUT_OF_MEMORY, SPREAD, timed
+from hyperlm.config import Config, ConfigError
 from hyperlm.precision import compute_copy
 
 GROWING = ("k", "v", "s_k", "t_k")  # entries of a cache that have a position axis, the third
@@ -30,8 +31,12 @@ def filled_cache(config: Config, batch: int, context: int, device: torch.device)
 
 
 @torch.no_grad()
-def measure(weights: Callable[[], tree.Tree], config: Config, device: torch.device, batch: int, context: int, budget: float) -> Row:
-    row: Row = {"model": config.model.kind, "batch": batch, "context": context}
+def measure(
+    label: str, weights: Callable[[], tree.Tree], config: Config, device: torch.device, batch: int, context: int, budget: float
+) -> tuple[Row, list[Row]]:
+    """One model at one batch size and context: its row, and one of each call."""
+    row: Row = {"model": label, "batch": batch, "context": context}
+    calls: list[Row] = []
     try:
         params = weights()
         memory = filled_cache(config, batch, context, device)
@@ -40,37 +45,52 @@ def measure(weights: Callable[[], tree.Tree], config: Config, device: torch.devi
         env.reset_peak_memory(device)
         decode = sample.decoder(params, config.model, batch=batch, kernels=config.kernels)
         _, memory = decode(token, memory)
-        row["tok/s"] = batch / seconds(lambda: decode(token, memory), device, budget)
-        row["GiB"] = env.peak_memory(device) / env.GIB
+        took = timed(lambda: decode(token, memory), device, budget)
+        row |= {"tok/s": batch / took.median, "± %": took.spread, "GiB": env.peak_memory(device) / env.GIB}
+        calls = [{"model": label, "batch": batch, "context": context, "call": i, "seconds": each} for i, each in enumerate(took.each)]
     except torch.OutOfMemoryError:
-        row |= {name: OUT_OF_MEMORY for name in ("cache MiB", "tok/s", "GiB") if name not in row}
-    return row
+        row["tok/s"] = OUT_OF_MEMORY
+    return row, calls
 
 
-def check(kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int]) -> None:
+def check(kinds: list[str], config: Config, device: torch.device, contexts: list[int], batches: list[int]) -> None:
     """Raises ConfigError where the memory of a CPU cannot hold a cache."""
     for kind in kinds if device.type == "cpu" else ():
-        own = replace(config, model=replace(config.model, kind=kind))
-        largest = filled_cache(own, max(batches), max(contexts), torch.device("meta"))
+        largest = filled_cache(of_kind(config, kind), max(batches), max(contexts), torch.device("meta"))
         need, have = sum(x.nbytes for layer in largest.layers for x in layer.values()), env.total_memory(device)
         if need > have:
             raise ConfigError(f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it")
 
 
+FIGURES: list[Figure] = [
+    Lines("decode_speed", "Decoding speed by context", "decode", "context", "tok/s", ("model", "batch"), x_label="context (tokens)", y_label="decoding (tokens/s)", log_x=True, log_y=True),
+    Lines("decode_cache", "Size of the cache by context", "decode", "context", "cache MiB", ("model", "batch"), x_label="context (tokens)", y_label="cache (MiB)", log_x=True, log_y=True),
+]  # fmt: skip
+
+
 def run(
-    kinds: list[Kind], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5
+    kinds: list[str], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5
 ) -> Iterator[Result]:
-    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for. Yields what is measured so far."""
+    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for. One that fails is a row
+    that says why, and is not measured further. Yields what is measured so far."""
+    caption = f"Generating one token after another, and the cache that it reads. {SPREAD}."
     rows: list[Row] = []
+    calls: list[Row] = []
     notes: list[str] = []
-    plots = [Plot("decode_speed.png", "Decoding speed", "context", "tok/s", ("model", "batch"))]
     with env.progress(total=len(kinds) * len(batches) * len(contexts), desc="decode") as bar:
         for kind in kinds:
-            own = replace(config, model=replace(config.model, kind=kind))
+            own = of_kind(config, kind)
             weights = cache(lambda own=own: compute_copy(model.init(own.model, 0, device=device), env.compute_dtype(device)))
             count = tree.count(model.declaration(own.model))
             notes.append(f"{kind}: {count:,} parameters; caches hold random numbers, as if the context had been read")
-            for batch, context in product(batches, contexts):
-                rows.append(measure(weights, own, device, batch, context, budget))
-                bar.update()
-                yield Result("decode", list(rows), list(notes), plots)
+            points = list(product(batches, contexts))
+            for done, (batch, context) in enumerate(points, 1):
+                found = attempt(partial(measure, kind, weights, batch=batch, context=context, budget=budget), own, device)
+                failed = isinstance(found, Failure)
+                row, each = ({"model": kind, "batch": batch, "context": context, "failed": found.why}, []) if failed else found
+                rows.append(row)
+                calls += each
+                yield Result("decode", [Table("decode", list(rows), caption), Table("calls", list(calls), shown=False)], list(notes), FIGURES)
+                bar.update(len(points) - done + 1 if failed else 1)
+                if failed:
+                    break

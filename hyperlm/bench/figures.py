@@ -34,11 +34,11 @@ STYLE = {
     "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.2, "legend.labelspacing": 0.3, "legend.borderaxespad": 0.2,
     "figure.dpi": DPI, "savefig.dpi": DPI, "pdf.fonttype": 42, "ps.fonttype": 42, "text.parse_math": False, "axes.unicode_minus": True,
 }  # fmt: skip
-COLOURS = {  # by model; lightness in grey: 0, .29, .48, .68
-    "softmax": "#000000", "phase7": "#1f4fa8", "phase8": "#1b9e60", "hybrid": "#f0932b", "nanogpt": "#8c6bb1", "nanogpt-muon": "#c51b7d",
+COLOURS = {  # by model; lightness in grey: 0, .29, .45, .68
+    "softmax": "#000000", "phase7": "#1f4fa8", "phase8": "#1b9e77", "hybrid": "#f5a031", "nanogpt": "#8c6bb1", "nanogpt-muon": "#c51b7d",
     "chance": "#999999", "untrained": "#999999",
 }  # fmt: skip
-OTHERS = ("#1f4fa8", "#f0932b", "#1b9e60", "#000000", "#c51b7d", "#56b4e9", "#8c6bb1", "#a6761d")
+OTHERS = ("#1f4fa8", "#f5a031", "#1b9e77", "#000000", "#c51b7d", "#56b4e9", "#8c6bb1", "#a6761d")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
 FEW = 16  # points of a line that are marked
@@ -411,7 +411,7 @@ def draw_disk(figure: Disk, rows: list[Row]) -> Canvas | None:
 
 def name_points(axes: Axes, rows: list[Row], colour: Callable[[Row], str]) -> None:
     """Labels beside points, in order, where they cover no point or label; what has no place has no label."""
-    scale = DPI / 72
+    scale = axes.figure.dpi / 72  # of a point in pixels
     inside = axes.get_window_extent()
     centres = axes.transData.transform([(row["x"], row["y"]) for row in rows])
     taken = [(x - 1.8 * scale, y - 1.8 * scale, x + 1.8 * scale, y + 1.8 * scale) for x, y in centres]
@@ -421,7 +421,7 @@ def name_points(axes: Axes, rows: list[Row], colour: Callable[[Row], str]) -> No
             continue
         text = axes.text(0, 0, words, fontsize=5, color=darker(colour(row)), ha="center", va="center", path_effects=HALO)
         box = text.get_window_extent()
-        width, height = box.width + 0.6 * scale, box.height * 0.9
+        width, height = box.width + 0.6 * scale, box.height
         for away in (3.5, 6.0, 9.0):
             places = [(centres[k][0] + c * (away * scale + width / 2), centres[k][1] + s * (away * scale + height / 2)) for c, s in AROUND]
             boxes = [(x - width / 2, y - height / 2, x + width / 2, y + height / 2) for x, y in places]
@@ -467,5 +467,6 @@ def draw(figure: Figure, tables: Sequence[Table], folder: Path) -> bool:
         if canvas is None:
             return False
         canvas.savefig(folder / f"{figure.file}.png")
+        canvas.set_layout_engine("none")  # all has its place
         canvas.savefig(folder / f"{figure.file}.pdf", metadata={"CreationDate": None})  # the same bytes for the same numbers
     return True

@@ -3,11 +3,12 @@
 The peers of linear attention are flash-linear-attention's (`pip install -e '.[peers]'`), where installed; those of hyperbolic attention are
 torch's softmax attention, which also stands beside linear attention, computing something else. Two times, in ms: "called", the median of
 calls from Python, each with an empty L2 cache; and "device", the mean of calls replayed from a CUDA graph, which launching does not slow
-down. Limits are lower bounds of a time: bytes of inputs and outputs at the rate of a large copy, operations of the products at the rate of
+down, with its spread over ten replays. What is wrong or fails is a row that says why. Limits are lower bounds of a time: bytes of inputs and outputs at the rate of a large copy, operations of the products at the rate of
 a large product, special functions at 16 a clock and multiprocessor, all of the same device.
 """
 
 from collections.abc import Callable, Iterator
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperlm import env, geometry, kernels
-from hyperlm.bench.report import Result, Row
+from hyperlm.bench.pool import Failure, attempt
+from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.speed import SPREAD, Timing
 from hyperlm.geometry import R_MAX, R_MIN
 
 Shape = tuple[int, int, int, int]  # B, H, N, K
@@ -124,11 +127,12 @@ def milliseconds(fn: Callable[[], object]) -> float:
     return do_bench(fn, warmup=10, rep=40, return_mode="median")
 
 
-def device_milliseconds(fn: Callable[[], object]) -> float:
+def device_milliseconds(fn: Callable[[], object]) -> list[float]:
+    """Of each replay, the mean of its calls."""
     from triton.testing import do_bench_cudagraph
 
     with torch.cuda.stream(torch.cuda.Stream()):
-        return do_bench_cudagraph(fn, rep=15)
+        return do_bench_cudagraph(fn, rep=15, return_mode="all")
 
 
 class Rates(NamedTuple):
@@ -161,20 +165,21 @@ def error(contestant: Contestant, x: Inputs) -> float:
     return max(float((a.detach().double() - e.detach()).norm() / e.detach().norm()) for a, e in zip(found, expected, strict=True))
 
 
-def check(contestants: list[Contestant], x: Inputs) -> list[str]:
-    """A line on the error of each that has a reference.
-
-    Raises:
-        RuntimeError: for a wrong result.
-    """
-    notes = []
+def check(contestants: list[Contestant], x: Inputs) -> tuple[list[Contestant], list[Row], list[str]]:
+    """Those that may be timed, a row for each that may not, as it is wrong or fails, and a line on the error of each that has a reference."""
+    right: list[Contestant] = []
+    rows: list[Row] = []
+    notes: list[str] = []
     for contestant in contestants:
-        if contestant.reference is not None:
-            off = error(contestant, x)
-            notes.append(f"{contestant.name}: largest relative error of output and gradients {off:.1e}")
-            if not off < TOLERANCE:
-                raise RuntimeError(f"{contestant.name} is wrong (relative error {off:.1e}), so its speed says nothing")
-    return notes
+        off = attempt(lambda c, _: error(c, x), contestant, x["q"].device) if contestant.reference is not None else 0.0
+        if isinstance(off, Failure):
+            rows.append({"kernel": contestant.name, "failed": off.why})
+        elif not off < TOLERANCE:
+            rows.append({"kernel": contestant.name, "failed": f"wrong: relative error {off:.1e}, so its speed says nothing"})
+        else:
+            right.append(contestant)
+            notes += [f"{contestant.name}: largest relative error of output and gradients {off:.1e}"] * (contestant.reference is not None)
+    return right, rows, notes
 
 
 def timed(contestants: list[Contestant], shape: Shape, x: Inputs, limits: dict[str, float]) -> list[Row]:
@@ -184,24 +189,51 @@ def timed(contestants: list[Contestant], shape: Shape, x: Inputs, limits: dict[s
         if shape[2] > contestant.limit:
             continue
         row: Row = {"B, H, N, K": ", ".join(map(str, shape)), "kernel": contestant.name}
-        for what, call in (("forward", torch.no_grad()(lambda c=contestant: c.fn(x))), ("forward+backward", lambda c=contestant: gradients(c, x))):
-            row[f"{what}, called"] = milliseconds(call)
-            row[f"{what}, device"] = device_milliseconds(call)
-            row[f"{what}, device / limit"] = row[f"{what}, device"] / limits[what]
-        print(f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float)), flush=True)
+        found = attempt(lambda c, _: times(c, x, limits), contestant, x["q"].device)
+        row |= {"failed": found.why} if isinstance(found, Failure) else found
+        env.say(f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float)))
         rows.append(row)
     return rows
 
 
-def crossing(device: torch.device) -> str:
+def times(contestant: Contestant, x: Inputs, limits: dict[str, float]) -> Row:
+    row: Row = {}
+    for what, call in (("forward", torch.no_grad()(lambda: contestant.fn(x))), ("forward+backward", lambda: gradients(contestant, x))):
+        row[f"{what}, called"] = milliseconds(call)
+        replays = device_milliseconds(call)
+        row[f"{what}, device"] = mean(replays)
+        row[f"{what}, ± %"] = Timing(replays).spread
+        row[f"{what}, device / limit"] = row[f"{what}, device"] / limits[what]
+    return row
+
+
+def by_length(rows: list[Row]) -> list[Row]:
+    """For a figure: forward and backward of 16 heads of 64, for each token of a sequence."""
+    found = []
+    for row in rows:
+        b, h, n, k = map(int, row.get("B, H, N, K", "0, 0, 0, 0").split(", "))
+        if (h, k) == (16, 64) and "forward+backward, device" in row:
+            found.append({"kernel": row["kernel"], "length": n, "ns a token": row["forward+backward, device"] * 1e6 / (b * n)})
+    return found
+
+
+def result(suite: str, rows: list[Row], notes: list[str]) -> Result:
+    caption = f"Times in ms, called from Python and on the device alone, and the latter against its limit. {SPREAD.replace('all calls', 'the replays')}."
+    drawn: Figure = Lines(
+        f"{suite}_attention", "Forward and backward of 16 heads of 64, for each token of a sequence", "by length", "length", "ns a token", ("kernel",),
+        x_label="length (tokens)", y_label="forward and backward (ns a token)", log_x=True, log_y=True,
+    )  # fmt: skip
+    return Result(suite, [Table("kernels", list(rows), caption), Table("by length", by_length(rows), shown=False)], list(notes), [drawn])
+
+
+def crossing(entrants: list[Contestant], device: torch.device) -> str:
     """From which length linear attention with decay is faster than cuDNN's softmax attention, forward and backward, for 16 heads of 64."""
-    entrants = [c for c in linear_contestants() if c.name in ("hyperlm, decay", "softmax, cuDNN")]
-    times = {}
+    took = {}
     for n in CROSSING:
         x = linear_inputs((65536 // n, 16, n, 64), device)
-        times[n] = [device_milliseconds(lambda c=c, x=x: gradients(c, x)) for c in entrants]
-    listed = ", ".join(f"{n}: {ours:.3f} against {theirs:.3f}" for n, (ours, theirs) in times.items())
-    first = min((n for n, (ours, theirs) in times.items() if ours < theirs), default="none")
+        took[n] = [mean(device_milliseconds(lambda c=c, x=x: gradients(c, x))) for c in entrants]
+    listed = ", ".join(f"{n}: {ours:.3f} against {theirs:.3f}" for n, (ours, theirs) in took.items())
+    first = min((n for n, (ours, theirs) in took.items() if ours < theirs), default="none")
     return f"65,536 tokens, 16 heads of 64, forward+backward with decay against cuDNN softmax, device ms: {listed}; faster from {first} on"
 
 
@@ -209,16 +241,18 @@ def linear(device: torch.device) -> Iterator[Result]:
     """Check, then time causal linear attention and its peers. Yields what is measured so far."""
     from hyperlm.kernels.linear_attention import division
 
-    contestants, rate = linear_contestants(), rates(device)
-    notes = [f"a copy moves {rate.bytes / 1e9:.2f} TB/s", *check(contestants, linear_inputs((1, 2, 500, 64), device))]
-    rows: list[Row] = []
+    contestants, rows, notes = check(linear_contestants(), linear_inputs((1, 2, 500, 64), device))
+    rate = rates(device)
+    notes.insert(0, f"a copy moves {rate.bytes / 1e9:.2f} TB/s")
     for shape in env.progress(LINEAR, "linear"):
         x = linear_inputs(shape, device)
         limits = {"forward": 4 * x["q"].nbytes / rate.bytes, "forward+backward": 11 * x["q"].nbytes / rate.bytes}
         notes.append(f"{', '.join(map(str, shape))}: {division(shape[0] * shape[1], shape[2], device)}")
         rows += timed(contestants, shape, x, limits)
-        yield Result("linear", list(rows), list(notes))
-    yield Result("linear", rows, [*notes, crossing(device)])
+        yield result("linear", rows, notes)
+    if len(entrants := [c for c in contestants if c.name in ("hyperlm, decay", "softmax, cuDNN")]) == 2:
+        found = attempt(crossing, entrants, device)
+        yield result("linear", rows, [*notes, f"crossing: {found.why}" if isinstance(found, Failure) else found])
 
 
 def hyperbolic(device: torch.device) -> Iterator[Result]:
@@ -227,9 +261,9 @@ def hyperbolic(device: torch.device) -> Iterator[Result]:
     The limit is the larger of two: 2 products and 2 special functions a pair forward, 7 and 4 more backward (weights are computed twice).
     The distance takes 3 and 6 special functions, but is held against the same.
     """
-    contestants, rate = hyperbolic_contestants(), rates(device)
-    notes = [f"a product of 8192 x 8192 runs at {rate.operations / 1e9:.0f} TFLOP/s", *check(contestants, hyperbolic_inputs((1, 2, 500, 64), device))]
-    rows: list[Row] = []
+    contestants, rows, notes = check(hyperbolic_contestants(), hyperbolic_inputs((1, 2, 500, 64), device))
+    rate = rates(device)
+    notes.insert(0, f"a product of 8192 x 8192 runs at {rate.operations / 1e9:.0f} TFLOP/s")
     for shape in env.progress(HYPERBOLIC, "hyperbolic"):
         b, h, n, k = shape
         pairs = b * h * n * (n + 1) / 2
@@ -238,4 +272,4 @@ def hyperbolic(device: torch.device) -> Iterator[Result]:
         listed = "; ".join(f"{what}: products {products[what]:.3f} ms, special functions {special[what]:.3f} ms" for what in products)
         notes.append(f"{', '.join(map(str, shape))}: limits {listed}")
         rows += timed(contestants, shape, hyperbolic_inputs(shape, device), {what: max(products[what], special[what]) for what in products})
-        yield Result("hyperbolic", list(rows), list(notes))
+        yield result("hyperbolic", rows, notes)

@@ -1,26 +1,28 @@
 """Suite `memory`: what training needs on the device and in host memory, how fast it is, and what it moves between them. Random tokens, real steps."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 
 import torch
 
 from hyperlm import env, plan
 from hyperlm.batch import next_tokens
-from hyperlm.bench.report import Result, Row
-from hyperlm.bench.speed import seconds
-from hyperlm.config import Config, ConfigError, Kind
+from hyperlm.bench.arms import of_kind
+from hyperlm.bench.pool import Failure, attempt
+from hyperlm.bench.report import Bars, Figure, Result, Row, Table
+from hyperlm.bench.speed import SPREAD, timed
+from hyperlm.config import Config, ConfigError
 from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step
 
 
-def measure(config: Config, device: torch.device, budget: float) -> Row:
-    """One model, in the residence that `config` names."""
+def measure(label: str, config: Config, device: torch.device, budget: float) -> tuple[Row, list[Row]]:
+    """One model, in the residence that `config` names: its row, and one of each step."""
     t, dtype = config.train, env.compute_dtype(device)
     allowed = env.allowed_memory(device, t.device_memory)
     planned = plan.visits(config, dtype, allowed) if t.residence == "host" else plan.everything(config, dtype)
     row: Row = {
-        "model": config.model.kind,
+        "model": label,
         "parameters": sum(plan.parameters(config).values()),
         "residence": t.residence,
         "state": config.optim.state,
@@ -41,8 +43,9 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
 
     once()  # allocates what stays
     env.reset_peak_memory(device)
-    took = seconds(once, device, budget)
-    row["tok/s"] = t.grad_accum * t.batch_size * config.data.seq_len / took
+    steps = timed(once, device, budget)
+    took = steps.median
+    row["tok/s"], row["± %"] = t.grad_accum * t.batch_size * config.data.seq_len / took, steps.spread
     row["planned GiB"], row["allocated GiB"] = planned.device / env.GIB, env.peak_memory(device) / env.GIB
     if device.type == "cuda":
         row["reserved GiB"] = torch.cuda.max_memory_reserved(device) / env.GIB
@@ -52,13 +55,13 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
     if t.residence == "host":
         there, back = plan.traffic(config, dtype, planned, clipped=state.clipped)
         row["GB/s in"], row["GB/s home"] = there / took / 1e9, back / took / 1e9
-    return row
+    return row, [{"model": label, "call": i, "seconds": each} for i, each in enumerate(steps.each)]
 
 
-def check(kinds: list[Kind], config: Config, device: torch.device) -> None:
+def check(kinds: list[str], config: Config, device: torch.device) -> None:
     """Raises ConfigError where host memory cannot hold what the residence needs there."""
     for kind in kinds:
-        own, dtype = replace(config, model=replace(config.model, kind=kind)), env.compute_dtype(device)
+        own, dtype = of_kind(config, kind), env.compute_dtype(device)
         if config.train.residence == "host":
             need = plan.visits(own, dtype, env.allowed_memory(device, config.train.device_memory)).host
         else:
@@ -68,14 +71,22 @@ def check(kinds: list[Kind], config: Config, device: torch.device) -> None:
             raise ConfigError(f"--suite memory: training {kind} needs {sizes}; lower the shape of the model, or --optim.state int8")
 
 
-def run(kinds: list[Kind], config: Config, device: torch.device, budget: float = 10.0) -> Iterator[Result]:
-    """Measure every kind; `budget` is the seconds to time its steps for. Yields what is measured so far."""
+FIGURES: list[Figure] = [Bars("memory", "Peak memory of training", "memory", "model", "allocated GiB", "peak memory allocated (GiB)")]
+
+
+def run(kinds: list[str], config: Config, device: torch.device, budget: float = 10.0) -> Iterator[Result]:
+    """Measure every kind; `budget` is the seconds to time its steps for. One that fails is a row that says why. Yields what is measured so far."""
+    caption = f"Training on random tokens in real steps: the most memory that was in use, and speed. {SPREAD}."
     notes = [
         "process: all that the driver counts on this GPU, other processes included; host: the most that this process had resident",
         "GB/s: bytes that a step moves, from the plan, over the time that it takes",
         "retries: how often memory was so tight that the allocator had to give blocks back first, which is slow",
     ]
     rows: list[Row] = []
+    calls: list[Row] = []
     for kind in env.progress(kinds, "memory"):
-        rows.append(measure(replace(config, model=replace(config.model, kind=kind)), device, budget))
-        yield Result("memory", list(rows), notes)
+        found = attempt(partial(measure, kind, budget=budget), of_kind(config, kind), device)
+        row, each = ({"model": kind, "failed": found.why}, []) if isinstance(found, Failure) else found
+        rows.append(row)
+        calls += each
+        yield Result("memory", [Table("memory", list(rows), caption), Table("calls", list(calls), shown=False)], notes, FIGURES)

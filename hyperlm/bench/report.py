@@ -142,7 +142,7 @@ def alignment(rows: list[Row]) -> list[str]:
 
     def of_numbers(name: str) -> bool:
         values = [row[name] for row in rows if row.get(name) not in ("", None)]
-        return any(isinstance(x, int | float) and not isinstance(x, bool) or re.match(r"[+-−]?\.?\d", str(x)) for x in values)
+        return any(isinstance(x, int | float) and not isinstance(x, bool) or re.match(r"[+−-]?\.?\d", str(x)) for x in values)
 
     return ["right" if of_numbers(name) else "left" for name in columns_of(rows)]
 

@@ -1,14 +1,16 @@
 """Suite `speed`: forward and training tokens/s and peak memory of whole models, at several sequence lengths, and how time grows with them.
 
 Random tokens, real steps: forward, backward, clipping and AdamW. Forward alone is what an evaluation does: up to the loss, the head included,
-with weights and nothing else in memory. Each length has about the same number of tokens a step, so that only the length differs.
+with weights and nothing else in memory. Each length has about the same number of tokens a step, so that only the length differs. A number is the
+median of several calls; beside it stands their spread, and every call's time is in results.json.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from hyperlm import env, model, plan, tree
 from hyperlm.batch import next_tokens
-from hyperlm.bench.report import Plot, Result, Row
-from hyperlm.config import Config, ConfigError, Kind
+from hyperlm.bench.arms import of_kind
+from hyperlm.bench.pool import Failure, attempt
+from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.config import Config, ConfigError
 from hyperlm.loss import head_nats
 from hyperlm.optim import new_schedule
 from hyperlm.state import State
@@ -27,8 +31,27 @@ from hyperlm.tree import Tree
 OUT_OF_MEMORY = "out of memory"
 
 
-def seconds(fn: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Median seconds of a call after a warm-up, from as many calls as `budget` seconds allow (3 to 50)."""
+class Timing(NamedTuple):
+    """What calls of the same took, in seconds."""
+
+    each: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.each)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range from the first to the third quartile, in percent of the median."""
+        low, high = np.quantile(self.each, (0.25, 0.75))
+        return float(100 * (high - low) / 2 / self.median)
+
+
+SPREAD = "±: half of the interquartile range of the times of all calls, in percent of their median"
+
+
+def timed(fn: Callable[[], object], device: torch.device, budget: float) -> Timing:
+    """Of calls after a warm-up, as many as `budget` seconds allow (3 to 50)."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -39,7 +62,7 @@ def seconds(fn: Callable[[], object], device: torch.device, budget: float) -> fl
 
     once()
     first = once()
-    return median([first, *(once() for _ in range(int(min(49, max(2, budget / first)))))])
+    return Timing([first, *(once() for _ in range(int(min(49, max(2, budget / first)))))])
 
 
 def of_length(config: Config, n: int, tokens: int) -> Config:
@@ -52,10 +75,19 @@ def weights_alone(config: Config, device: torch.device) -> Tree:
     return weights(config, State(init_params(config, device), {}, step=0, updates=0, tokens=0, seed=0), device)
 
 
-def measure(config: Config, device: torch.device, budget: float) -> Row:
-    """One model at one sequence length, in the residence that `config` names."""
+def measure(label: str, config: Config, device: torch.device, budget: float) -> tuple[Row, list[Row]]:
+    """One model at one sequence length, in the residence that `config` names: its row, and one of each call."""
     b, n = config.train.batch_size, config.data.seq_len
-    row: Row = {"model": config.model.kind, "parameters": tree.count(model.declaration(config.model)), "batch": b, "length": n}
+    row: Row = {"model": label, "parameters": tree.count(model.declaration(config.model)), "batch": b, "length": n}
+    calls: list[Row] = []
+
+    def note(what: str, fn: Callable[[], object]) -> None:
+        env.reset_peak_memory(device)
+        took = timed(fn, device, budget)
+        row[f"{what} tok/s"], row[f"{what} ± %"] = b * n / took.median, took.spread
+        row[f"{what} GiB"] = env.peak_memory(device) / env.GIB
+        calls.extend({"model": label, "length": n, "what": what, "call": i, "seconds": each} for i, each in enumerate(took.each))
+
     try:
         batch = next_tokens(torch.randint(config.model.vocab_size, (1, b, n + 1), generator=torch.Generator().manual_seed(n))).to(device)
         params = weights_alone(config, device)
@@ -65,9 +97,7 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
             features = model.hidden(params, batch.tokens[0], config.model, kernels=config.kernels)
             return head_nats(features.flatten(0, 1), params["head"]["weight"], batch.targets.flatten(), kernels=config.kernels)[0]
 
-        env.reset_peak_memory(device)
-        row["forward tok/s"] = b * n / seconds(lambda: forward(params), device, budget)
-        row["forward GiB"] = env.peak_memory(device) / env.GIB
+        note("forward", lambda: forward(params))
         params = None
         state, step = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device)
 
@@ -75,48 +105,75 @@ def measure(config: Config, device: torch.device, budget: float) -> Row:
             nonlocal state
             state, _ = step(state, batch)
 
-        env.reset_peak_memory(device)
-        row["training tok/s"] = b * n / seconds(train, device, budget)
-        row["training GiB"] = env.peak_memory(device) / env.GIB
+        note("training", train)
     except torch.OutOfMemoryError:
-        row |= {name: OUT_OF_MEMORY for name in ("forward tok/s", "forward GiB", "training tok/s", "training GiB") if name not in row}
+        row |= {name: OUT_OF_MEMORY for what in ("forward", "training") if (name := f"{what} tok/s") not in row}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return row
+    return row, calls
 
 
-def exponent(rows: list[Row], column: str) -> float:
-    """p of the fit: time for one sequence ~ N^p, over the longer half of the lengths measured (at least two), where the trend is."""
-    points = [(row["length"], row["length"] / row[column]) for row in rows if isinstance(row[column], float)]
-    points = points[-max(2, (len(points) + 1) // 2) :]
-    if len(points) < 2:
-        return float("nan")
+class Exponent(NamedTuple):
+    """p of the fit: time for one sequence ~ N^p, and its standard error."""
+
+    p: float
+    error: float
+
+
+POINTS = 4  # lengths that an exponent and its error take at least
+
+
+def exponent(rows: list[Row], column: str) -> Exponent | None:
+    """Fitted over the longer half of the lengths measured, where the trend is, and at least POINTS of them; None where there are fewer."""
+    points = sorted((row["length"], row["length"] / row[column]) for row in rows if isinstance(row.get(column), float))
+    points = points[-max(POINTS, (len(points) + 1) // 2) :]
+    if len({n for n, _ in points}) < POINTS:
+        return None
     x, y = np.log(np.array(points)).T
-    return float(np.polyfit(x, y, 1)[0])
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)  # scaled by the residuals over all points but two
+    return Exponent(float(slope), float(covariance[0, 0] ** 0.5))
 
 
-def check(kinds: list[Kind], config: Config, device: torch.device, lengths: list[int], tokens: int) -> None:
+def check(kinds: list[str], config: Config, device: torch.device, lengths: list[int], tokens: int) -> None:
     """Raises ConfigError where the memory of a CPU cannot hold a step: it would be found out late, and perhaps by the system."""
     for kind in kinds if device.type == "cpu" else ():
         for n in lengths:
-            own = of_length(replace(config, model=replace(config.model, kind=kind)), n, tokens)
+            own = of_length(of_kind(config, kind), n, tokens)
             need, have = plan.everything(own, torch.float32).device, env.total_memory(device)
             if need > have:
                 most = f"{need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}"
                 raise ConfigError(f"--lengths {n}: a step of {kind} needs {most}; lower --lengths, --tokens or the shape of the model")
 
 
-def growth(rows: list[Row], kind: Kind) -> str:
-    p = {what: exponent([row for row in rows if row["model"] == kind], f"{what} tok/s") for what in ("forward", "training")}
-    if any(map(math.isnan, p.values())):
-        return f"{kind}: how its time grows takes at least two lengths to say"
-    return f"{kind}: time of a sequence grows as N^{p['forward']:.2f} forward and N^{p['training']:.2f} training (fitted over the longer half of the lengths)"
+def growth(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """How the time of a sequence grows with its length, a row for each kind, and notes on what was measured at too few lengths to say."""
+    found: list[Row] = []
+    notes: list[str] = []
+    for kind in dict.fromkeys(row["model"] for row in rows):
+        own: Row = {"model": kind}
+        for what in ("forward", "training"):
+            fit = exponent([row for row in rows if row["model"] == kind], f"{what} tok/s")
+            if fit:
+                own[what] = f"{fit.p:.2f} ± {fit.error:.2f}"
+            else:
+                notes.append(f"{kind}: how its time of {what} grows with the length takes at least {POINTS} lengths to say")
+        found += [own] * (len(own) > 1)
+    return found, notes
 
 
-def run(kinds: list[Kind], config: Config, device: torch.device, lengths: list[int], tokens: int, budget: float = 2.0) -> Iterator[Result]:
-    """Measure every kind at every length.
+GROWTH = "The exponent p of the fit: time of a sequence ~ length^p, over the longer half of the lengths measured and at least four; ± its standard error."
+FIGURES: list[Figure] = [
+    Lines("speed_training", "Training speed by length of the sequence", "speed", "length", "training tok/s", x_label="length (tokens)", y_label="training (tokens/s)", log_x=True),
+    Lines("speed_forward", "Forward speed by length of the sequence", "speed", "length", "forward tok/s", x_label="length (tokens)", y_label="forward (tokens/s)", log_x=True),
+    Lines("speed_memory", "Peak memory of training by length of the sequence", "speed", "length", "training GiB", x_label="length (tokens)", y_label="peak memory of training (GiB)", log_x=True),
+]  # fmt: skip
+
+
+def run(kinds: list[str], config: Config, device: torch.device, lengths: list[int], tokens: int, budget: float = 2.0) -> Iterator[Result]:
+    """Measure every kind at every length. One that fails is a row that says why, and is not measured at further lengths.
 
     Args:
+        kinds: see `arms.of_kind`.
         config: the model, but for its kind.
         tokens: about how many a step has.
         budget: seconds to time each number for.
@@ -124,19 +181,23 @@ def run(kinds: list[Kind], config: Config, device: torch.device, lengths: list[i
     Yields:
         What is measured so far.
     """
-    plots = [
-        Plot("speed_training.png", "Training speed", "length", "training tok/s", ("model",)),
-        Plot("speed_forward.png", "Forward speed", "length", "forward tok/s", ("model",)),
-        Plot("speed_memory.png", "Peak memory of training", "length", "training GiB", ("model",)),
-    ]
+    caption = f"Speed of whole models on random tokens, about {tokens:,} a step, and peak memory. {SPREAD}."
     rows: list[Row] = []
+    calls: list[Row] = []
     with env.progress(total=len(kinds) * len(lengths), desc="speed") as bar:
         for kind in kinds:
-            for n in lengths:
+            for done, n in enumerate(lengths, 1):
                 bar.set_postfix_str(f"{kind}, N {n:,}")
-                rows.append(measure(of_length(replace(config, model=replace(config.model, kind=kind)), n, tokens), device, budget))
-                bar.update()
-                notes = [growth(rows, kind) for kind in dict.fromkeys(row["model"] for row in rows)]
+                found = attempt(partial(measure, kind, budget=budget), of_length(of_kind(config, kind), n, tokens), device)
+                failed = isinstance(found, Failure)
+                row, own = ({"model": kind, "length": n, "failed": found.why}, []) if failed else found
+                rows.append(row)
+                calls += own
+                grown, notes = growth(rows)
                 if config.train.residence == "host":
                     notes.append("forward: weights come from host memory as they are used, as in an evaluation")
-                yield Result("speed", list(rows), notes, plots)
+                tables = [Table("speed", list(rows), caption), Table("growth", grown, GROWTH), Table("calls", list(calls), shown=False)]
+                yield Result("speed", tables, notes, FIGURES)
+                bar.update(len(lengths) - done + 1 if failed else 1)
+                if failed:
+                    break

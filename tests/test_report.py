@@ -1,0 +1,334 @@
+"""What a benchmark leaves: tables as text and as LaTeX, figures, files that are whole or not there, and all of it read back."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure as Canvas
+
+from hyperlm.bench import figures, report
+from hyperlm.bench.report import Bars, Disk, Heatmap, Lines, Result, Table
+from hyperlm.runs import RunError
+
+MACHINE = {"torch": "2.13", "cpu": "of_a kind", "gpu": ""}
+KINDS = ("phase7", "phase8", "softmax", "hybrid")
+
+
+def losses(shift: float = 0.0) -> list[report.Row]:
+    return [{"model": m, "seed": s, "length": n, "loss": 3 + i / 10 + s / 100 + 50 / n + shift} for i, m in enumerate(KINDS) for s in (0, 1) for n in (64, 128, 256)]
+
+
+def points(shift: float = 0.0) -> list[report.Row]:
+    return [{"x": 0.9 * math.cos(i + shift), "y": 0.9 * math.sin(i), "label": f"word {i}", "group": "ab"[i % 2], "head": i % 2} for i in range(20)]
+
+
+FIGURES = {
+    "lines": Lines("lines", "Loss by length", "t", "length", "loss", over="seed", x_label="length (tokens)", log_x=True, levels={"chance": 5.5}),
+    "settings": Lines("settings", "Loss by length and seed", "t", "length", "loss", ("model", "seed"), log_y=True),
+    "bars": Bars("bars", "Loss", "t", "model", "loss", "loss (nats)"),
+    "heatmap": Heatmap("heatmap", "Loss by length and seed", "t", "length", "seed", "loss"),
+    "disk": Disk("disk", "Tokens", "points", panels="head"),
+}
+
+
+def result(shift: float = 0.0, names: str = "bars") -> Result:
+    return Result("quality", [Table("t", losses(shift), "In nats."), Table("points", points(shift), shown=False)], ["a note"], [FIGURES[n] for n in names.split()])
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1, 22222], ["1", "22,222"]),
+        ([1234.5, None], ["1,234", ""]),
+        ([3.04, 3.1234], ["3.040", "3.123"]),  # as many decimals each
+        ([5e-4, 2e-3], ["0.0005", "0.0020"]),
+        ([1e-9, 5.0], ["1e-09", "5"]),  # or the small one would be nothing
+        ([2.0, 100.0, 0.0], ["2", "100", "0"]),
+        ([float("nan"), 1.5], ["nan", "1.5"]),
+        ([True, "3.12 ± 0.01", "two\nlines"], ["True", "3.12 ± 0.01", "two lines"]),
+    ],
+)
+def test_cells(values, shown):
+    assert report.column(values) == shown
+
+
+def test_tables_align_numbers_to_the_right_and_show_what_is_missing():
+    lines = report.table([{"model": "a|b", "x": "3.1 ± 0.1"}, {"model": "phase7", "x": "12 ± 1", "failed": "out of memory"}]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split("|")[1:4] == [":" + "-" * 8, "-" * 10 + ":", ":" + "-" * 14]
+    assert lines[2].split("|")[1:3] == [" a\\", "b   "] and lines[3].split("|")[2] == "    12 ± 1 " and report.table([]) == ""
+
+
+# -- LaTeX -----------------------------------------------------------------------------------------------------------------------------
+
+HOSTILE = ["50 % & more_of {it}", "$x^2$ ~ #1 \\ 'quoted' <a>", "[128, 256)", "--data.sources runs/中", "β ± 1 → ∞"]
+
+
+def balanced(tex: str) -> None:
+    """Braces and environments are closed in order, rows have as many cells as their table, and nothing that LaTeX reads as more is bare."""
+    bare = re.sub(r"\\[\\{}%&$#_^]|(?m:^%.*$)", lambda m: "" if m[0] != "\\\\" else "\\\\", tex)
+    depth = 0
+    for c in bare:
+        depth += (c == "{") - (c == "}")
+        assert depth >= 0
+    assert depth == 0
+    open_ones = []
+    for what, name in re.findall(r"\\(begin|end)\{(\w+\*?)\}", tex):
+        open_ones.append(name) if what == "begin" else None
+        assert what == "begin" or open_ones.pop() == name
+    assert not open_ones
+    for spec, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", tex, re.S):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert rows and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(spec) - 1}
+        assert not re.search(r"(?m)^\s*\[", body)  # would be an argument of the rule or line break before it
+    outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", bare, flags=re.S)
+    assert not re.search(r"[&$#^]", outside.replace(r"\ensuremath{^", "")) and not re.search(r"\\item \[", tex)
+    assert all(ord(c) < report.LATIN for c in tex)
+
+
+def test_latex_is_whole_whatever_the_words():
+    rows = [{words: words, "n": i, "loss": 1.5} for i, words in enumerate(HOSTILE)]
+    wide = [{f"a long name of column {i}": float(i) for i in range(9)} for _ in range(report.PAGE + 1)]
+    tables = [Table("t", rows, caption=words) for words in HOSTILE] + [Table("wide", wide), Table("none", []), Table("hidden", rows, shown=False)]
+    record = {"command": " ".join(HOSTILE), "commit": "", "date": "today", "machine": {"cpu_model": HOSTILE[0]}}
+    tex = report.latex(record, [Result("a_suite", tables, HOSTILE, [FIGURES["lines"], FIGURES["bars"]])], {"lines"})
+    balanced(tex)
+    assert tex.count(r"\begin{table}") == len(HOSTILE) + 2 and tex.count("(continued)") == 1 and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
+    assert r"\includegraphics{lines.pdf}" in tex and "bars.pdf" not in tex and r"\label{tab:a-suite-wide-2}" in tex and "-{}-data.sources" in tex
+
+
+def test_a_table_can_be_lifted_out_of_latex():
+    tex = report.known(report.latex_table("recall", Table("by width", [{"model": "phase7", "recall": "0.91 ± 0.02"}, {"model": "phase8", "recall": "1"}], "Accuracy.")))
+    assert tex == r"""\begin{table}[t]
+\centering\small
+\caption{Accuracy.}
+\label{tab:recall-by-width}
+\begin{tabular}{lr}
+\toprule
+ model   &      recall \\
+\midrule
+ phase7  & 0.91 \ensuremath{\pm} 0.02 \\
+ phase8  &           1 \\
+\bottomrule
+\end{tabular}
+\end{table}"""
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_drawn_as_png_and_pdf_and_follow_the_data(name):
+    content = {}
+    for shift in (0.0, 0.0, 0.3):
+        folder = Path(str(len(content)))
+        folder.mkdir()
+        assert figures.draw(FIGURES[name], result(shift).tables, folder)
+        content[folder] = {path.suffix: path.read_bytes() for path in folder.iterdir()}
+    first, again, other = content.values()
+    assert first[".png"].startswith(b"\x89PNG") and int.from_bytes(first[".png"][16:20], "big") == round(figures.WIDTH * figures.DPI)
+    assert first[".pdf"].startswith(b"%PDF") and b"/Type3" not in first[".pdf"]  # fonts are embedded as they are
+    assert first == again and first[".png"] != other[".png"] and first[".pdf"] != other[".pdf"]
+
+
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES.keys())
+@pytest.mark.parametrize("rows", [[], [{"model": "phase7", "failed": "out of memory"}], [{"model": "phase7", "length": 64, "seed": 0, "loss": math.nan}], [{"model": "phase7", "length": 64, "seed": 0, "loss": "out of memory", "x": math.nan, "y": 0.0}]])
+def test_where_there_is_nothing_to_draw_no_figure_is_left(figure, rows, tmp_path):
+    assert not figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) and not list(tmp_path.iterdir())
+
+
+def drawn(figure: report.Figure, rows: list[report.Row]) -> Canvas:
+    with matplotlib.rc_context(figures.STYLE):
+        canvas = figures.DRAW[type(figure)](figure, rows)
+        canvas.draw_without_rendering()
+    return canvas
+
+
+def lines_of(canvas: Canvas, colour: str) -> list[Any]:
+    return [line for line in canvas.axes[0].lines if line.get_color() == colour]
+
+
+def test_a_line_is_the_mean_over_seeds_in_a_band_from_the_least_to_the_largest():
+    canvas = drawn(FIGURES["lines"], losses())
+    (line,) = lines_of(canvas, figures.COLOURS["phase8"])
+    assert line.get_xdata().tolist() == [64, 128, 256]
+    assert line.get_ydata() == pytest.approx([3.1 + 0.005 + 50 / n for n in (64, 128, 256)])
+    band = canvas.axes[0].collections[1].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(3.1 + 50 / 256) and band[:, 1].max() == pytest.approx(3.11 + 50 / 64)
+
+
+def test_seeds_that_were_measured_at_other_moments_are_interpolated_where_all_were_measured():
+    rows = [{"model": "phase7", "seed": s, "seconds": x, "loss": 10 * x + s} for s, xs in enumerate([(1, 2, 4), (1.5, 3, 5)]) for x in xs]
+    x, (mean, least, most) = figures.curve(rows, Lines("f", "", "t", "seconds", "loss", over="seed"))
+    assert x == [1.5, 2, 3, 4] and mean == pytest.approx(10 * np.array(x) + 0.5) and least == pytest.approx(mean - 0.5) and most == pytest.approx(mean + 0.5)
+
+
+def test_a_model_has_one_colour_and_marker_whatever_stands_beside_it():
+    looks = set()
+    for models in (KINDS, KINDS[::-1], ("runs/x", "softmax")):
+        canvas = drawn(FIGURES["lines"], [{"model": m, "length": n, "loss": 1.0 + n} for m in models for n in (1, 2)])
+        (line,) = lines_of(canvas, figures.COLOURS["softmax"])
+        looks.add((line.get_marker(), line.get_linestyle()))
+    grey = sorted(np.array([0.299, 0.587, 0.114]) @ figures.to_rgb(figures.COLOURS[kind]) for kind in KINDS)
+    assert len(looks) == 1 and min(np.diff(grey)) > 0.14  # told apart without colour
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "least", "most"),
+    [
+        ([3.0, 3.02], None, None, (0, 2.95), (3.1, 3.3)),  # 0.7 % does not fill the axis
+        ([3.0, 5.0], None, None, (2.5, 3.0), (5.0, 5.3)),
+        ([10.0, 100.0], None, None, (0, 0), (100, 110)),  # from zero where it costs little
+        ([-0.1, 0.2], None, None, (-0.2, -0.1), (0.2, 0.25)),
+        ([3.0, 9.0], None, 4.0, (2.5, 3.0), (4, 4)),
+        ([0.0, 0.0], 0.0, 1.0, (0, 0), (1, 1)),
+        ([0.0], None, None, (-1, 0), (0.1, 1)),
+        ([-5.0], None, None, (-6, -5), (-5, -4)),
+    ],
+)
+def test_limits_are_honest(values, low, high, least, most):
+    found = figures.limits(values, low, high)
+    assert least[0] <= found[0] <= least[1] and most[0] <= found[1] <= most[1]
+
+
+def test_an_axis_that_does_not_begin_at_zero_or_ends_early_says_so():
+    figure = Lines("f", "", "t", "length", "loss", y_label="loss (nats)", high=3.5)
+    assert re.fullmatch(r"loss \(nats\)\n\(axis from 3\.\d+; above 3\.5 not shown\)", drawn(figure, losses()).axes[0].get_ylabel())
+    assert drawn(figure, [{"model": "a", "length": n, "loss": n / 100} for n in range(300)]).axes[0].get_ylabel() == "loss (nats)"
+
+
+def test_bars_begin_at_zero_and_marks_take_their_place_where_that_would_hide_all():
+    bars = drawn(FIGURES["bars"], [{"model": m, "loss": x} for m, x in zip(KINDS, (0.1, 1.0, -0.5, 2.0), strict=True)]).axes[0]
+    assert [patch.get_x() for patch in bars.patches] == [0] * 4 and "axis from" not in bars.get_xlabel()
+    marks = drawn(FIGURES["bars"], losses()).axes[0]
+    assert not marks.patches and "axis from" in marks.get_xlabel()
+
+
+def test_cells_of_panels_share_one_scale_of_colours():
+    canvas = drawn(Heatmap("f", "", "t", "length", "seed", "loss", low=0, high=8), losses())
+    panels = [axes for axes in canvas.axes if axes.images]
+    assert len(panels) == len(KINDS) and {axes.images[0].get_clim() for axes in panels} == {(0, 8)}
+    assert [text.get_text() for text in panels[1].texts] == [f"{3.1 + s / 100 + 50 / n:.2f}" for s in (0, 1) for n in (64, 128, 256)]
+
+
+def test_labels_of_points_cover_neither_points_nor_one_another():
+    rng = np.random.default_rng(0)
+    rows = [{"x": x, "y": y, "label": f"token {i}", "group": "g"} for i, (x, y) in enumerate(rng.uniform(-0.6, 0.6, (80, 2)))]
+    axes = drawn(Disk("f", "", "t"), rows).axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("token")]
+    assert 30 < len(boxes) < 80  # what has no place is left out
+    assert not any(figures.overlap(a.extents, b.extents) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*axes.transData.transform((row["x"], row["y"]))) for box in boxes for row in rows)
+
+
+def test_hostile_words_are_drawn_as_they_are(recwarn, tmp_path):
+    rows = [{"model": f"{i}{words}", "length": n, "seed": 0, "loss": 1.0, "x": 0.1 * i, "y": 0.3, "label": words, "group": words, "head": words} for i, words in enumerate(HOSTILE) for n in (1, 2)]
+    assert all(figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) for figure in FIGURES.values()) and not recwarn.list
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_back_and_can_be_written_again():
+    odd = Table("odd", [{"n": np.float32(0.5), "m": np.int64(3), "bad": math.nan, "worse": np.float32("inf")}])
+    written = Result("quality", [*result().tables, odd], ["a note"], list(FIGURES.values()))
+    report.write(Path("b"), [written], MACHINE, "python bench.py")
+    (found,) = report.load(Path("b"))
+    assert found.figures == written.figures and found.notes == written.notes and found.tables[:2] == written.tables[:2]
+    assert found.tables[2].rows[0] | {"bad": 0, "worse": 0} == {"n": 0.5, "m": 3, "bad": 0, "worse": 0} and all(math.isnan(found.tables[2].rows[0][x]) for x in ("bad", "worse"))
+    record = json.loads(Path("b/results.json").read_text(), parse_constant=pytest.fail)
+    assert record["command"] == "python bench.py" and record["machine"] == MACHINE and re.fullmatch(r"[0-9]{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", record["date"])
+    report.write(Path("c"), [found], MACHINE, "python bench.py")
+    assert {path.name for path in Path("b").iterdir()} == {path.name for path in Path("c").iterdir()} >= {"report.md", "report.tex", "lines.png", "disk.pdf"}
+    assert Path("b/lines.pdf").read_bytes() == Path("c/lines.pdf").read_bytes()
+
+
+def test_a_report_shows_what_is_shown():
+    report.write(Path("b"), [result()], MACHINE, "python bench.py")
+    text = Path("b/report.md").read_text()
+    assert "`python bench.py`" in text and "- cpu: of_a kind" in text and "gpu" not in text and "### t\n\nIn nats.\n\n| model" in text and "- a note" in text
+    assert "### points" not in text and "![Loss](bars.png)" in text and "word 1" not in text
+    assert report.text(result()).startswith("quality, t\n| model") and "word 1" not in report.text(result()) and report.text(result()).endswith("a note")
+
+
+def test_results_grow_and_models_beside_them_stay():
+    first, more = Result("speed", [Table("t", losses()[:3])]), result()
+    report.write(Path("b"), [first], MACHINE, "x")
+    Path("b/phase7").mkdir()
+    report.write(Path("b"), [first, more], MACHINE, "x")
+    assert report.load(Path("b")) == [first, more] and Path("b/phase7").is_dir() and Path("b/bars.pdf").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_written_before_is_kept_when_writing_is_interrupted(error, monkeypatch):
+    def stopped(*_: Any) -> bool:
+        raise error
+
+    report.write(Path("b"), [result()], MACHINE, "x")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    monkeypatch.setattr(figures, "draw", stopped)
+    for folder in ("b", "new"):
+        with pytest.raises(type(error)):
+            report.write(Path(folder), [result(1.0)], MACHINE, "x")
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before and [path.name for path in Path().iterdir()] == ["b"]
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_note(capsys):
+    report.write(Path("b"), [Result("quality", [Table("t", losses())], [], [Bars("f", "Loss", "no such table", "model", "loss")])], MACHINE, "x")
+    assert "- f is not drawn: KeyError: 'no such table'" in Path("b/report.md").read_text() and "f is not drawn" in capsys.readouterr().out
+    assert report.load(Path("b"))[0].notes == []
+
+
+def test_reports_of_several_benchmarks_are_joined():
+    for name, shift in (("a", 0.0), ("b", 1.0)):
+        report.write(Path(name), [result(shift), Result(name, [Table(name, [{"x": shift}])])], MACHINE, f"bench of {name}")
+    both, a, b = report.join([Path("a"), Path("b")])
+    assert both.suite == "quality" and [t.name for t in both.tables] == ["t", "points"] and both.tables[0].rows == [*losses(), *losses(1.0)]
+    assert both.figures == [FIGURES["bars"]] and [note[:13] for note in both.notes] == ["a: bench of a", "a note", "b: bench of b"]
+    assert (a.suite, b.suite) == ("a", "b") and b.tables[0].rows == [{"x": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no results.json in it"),
+        ("{", "cannot be read"),
+        ("[]", "holds no results"),
+        ('{"command": "x", "results": [{"suite": "speed", "rows": []}]}', "of another version"),
+        ('{"command": "x", "results": [3]}', "damaged"),
+        ('{"command": "x", "results": [{"suite": "s", "tables": [], "notes": [], "figures": [{"kind": "Pie"}]}]}', "damaged"),
+    ],
+)
+def test_results_that_cannot_be_read_are_named(content, message):
+    Path("b").mkdir()
+    if content is not None:
+        Path("b/results.json").write_text(content)
+    for read in (lambda: report.load(Path("b")), lambda: report.join([Path("b")])):
+        with pytest.raises(RunError, match=message):
+            read()
+
+
+def test_the_commit_of_the_code_is_told_apart_from_changed_code(tmp_path, monkeypatch):
+    import subprocess
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    code = tmp_path / "hyperlm/bench/report.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("")
+    monkeypatch.setattr(report, "__file__", str(code))
+    assert report.commit() == ""  # no checkout
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    assert git("rev-parse", "HEAD").startswith(report.commit()) and len(report.commit()) == 12
+    code.write_text("x")
+    assert report.commit().endswith("+changes")
