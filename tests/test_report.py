@@ -64,7 +64,7 @@ def test_tables_align_numbers_to_the_right_and_show_what_is_missing():
     lines = report.table([{"model": "a|b", "x": "3.1 ± 0.1"}, {"model": "phase7", "x": "12 ± 1", "failed": "out of memory"}]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split("|")[1:4] == [":" + "-" * 8, "-" * 10 + ":", ":" + "-" * 14]
-    assert lines[2].split("|")[1:3] == [" a\\", "b   "] and lines[3].split("|")[2] == "    12 ± 1 " and report.table([]) == ""
+    assert lines[2].split("|")[1:3] == [" a\\", "b    "] and lines[3].split("|")[2] == "    12 ± 1 " and report.table([]) == ""
 
 
 # -- LaTeX -----------------------------------------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def balanced(tex: str) -> None:
         open_ones.append(name) if what == "begin" else None
         assert what == "begin" or open_ones.pop() == name
     assert not open_ones
-    for spec, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", tex, re.S):
+    for spec, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", tex, re.DOTALL):
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert rows and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(spec) - 1}
         assert not re.search(r"(?m)^\s*\[", body)  # would be an argument of the rule or line break before it
-    outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", bare, flags=re.S)
+    outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", bare, flags=re.DOTALL)
     assert not re.search(r"[&$#^]", outside.replace(r"\ensuremath{^", "")) and not re.search(r"\\item \[", tex)
     assert all(ord(c) < report.LATIN for c in tex)
 
