@@ -226,10 +226,8 @@ def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[
             state = finetune.first_state(base, step, config, device)
             event["init"] = finetune.origin(base, step)
             print(f"weights    {checkpoint.folder_of(base, step)}")
-        runs.write_config(run, config)
-        runs.write_text(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
-        runs.write_json(run / "tokenizer_config.json", tok.settings(corpus.tokenizer, chat=corpus.chat))
-        runs.write_json(run / "env.json", {**env.describe(device), "kernels": kernel_facts(config, device), "command": command_line(argv)})
+        facts = {**env.describe(device), "kernels": kernel_facts(config, device), "command": command_line(argv)}
+        runs.describe(run, config, corpus.tokenizer, corpus.chat, facts)
         runs.remember(run, event)
     except BaseException:
         runs.remove(run)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
 
+from hyperlm import tokenizer as tok
 from hyperlm.config import Config, from_dict, resolve, to_dict
 from hyperlm.files import digest, read_json
 from hyperlm.startup import command
@@ -156,6 +158,15 @@ def write_config(run: Path, config: Config) -> None:
     """Store the settings of a run, with a digest."""
     values = to_dict(config)
     write_json(run / "config.json", {**values, "digest": digest(values)})
+
+
+def describe(run: Path, config: Config, tokenizer: Tokenizer, chat: bool, facts: dict[str, Any]) -> None:
+    """Write what a new run says of itself beside its checkpoints: settings, tokenizer (with what other libraries ask of it; `chat` if the text had
+    conversations), and facts of the machine."""
+    write_config(run, config)
+    write_text(run / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_json(run / "tokenizer_config.json", tok.settings(tokenizer, chat=chat))
+    write_json(run / "env.json", facts)
 
 
 def read_config(run: Path) -> Config:

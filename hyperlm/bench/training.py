@@ -1,11 +1,30 @@
 """One model trained from nothing by the same rules as every other: what suites that compare kinds have in common."""
 
+import math
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from hyperlm import checkpoint, data, env, evals, plan, runs
+from hyperlm import tokenizer as tok
+from hyperlm.batch import Batch
+from hyperlm.bench.arms import PEERS
+from hyperlm.bench.peers import gpt
 from hyperlm.config import Config
+from hyperlm.files import file_digest
+from hyperlm.loss import IGNORE
+from hyperlm.optim import Schedule, new_schedule
+from hyperlm.step import init_state, make_settle, make_step, weights
+
+EVALUATIONS = 10  # on the way
+BAD_STEPS = 5  # without a finite gradient, in a row, after which a model has diverged
 
 
 @dataclass(frozen=True)
@@ -33,17 +52,128 @@ class Outcome:
     """What a job came to."""
 
     parameters: int
-    val: dict[str, float]  # of the last step, as `evals.evaluate` returns it: val_loss, val_bpb, ...
+    val: dict[str, float]  # of the last step, as `evals.evaluate` returns it: val_loss, val_bpb, ...; nan where training diverged
     curve: list[Point]
     tokens_per_second: float  # of training alone
-    gib: float  # peak memory
+    gib: float  # peak memory of training
     extra: dict[str, float] = field(default_factory=dict)
+
+
+class Learner(NamedTuple):
+    """What is trained: a model of hyperlm, or a peer."""
+
+    parameters: int
+    step: Callable[[Batch], tuple[Tensor, bool]]  # -> nats a learnt token, on its device; and whether the step was skipped, since it was not finite
+    evaluate: Callable[[], dict[str, float]]
+    save: Callable[[Path, float], None]  # (folder, validation loss)
 
 
 def train(job: Job, device: torch.device) -> Outcome:
     """Train the model of a job on the text of its configuration, on one device, and evaluate it ten times on the way.
 
+    A model that diverges is an outcome with losses that are nan, and leaves no folder; nor does a peer, which is no run of hyperlm.
+
     Raises:
         DataError: if the text cannot be read.
     """
-    raise NotImplementedError
+    config = job.config
+    env.prepare(device)
+    corpus = data.prepare(config, say=lambda line: None)
+    order = data.batches(corpus, config, say=lambda line: None)
+    total = config.train.total_steps(order.steps_per_epoch)
+    env.reset_peak_memory(device)
+    learner = (peer if job.label in PEERS else own)(job, corpus, new_schedule(config.optim, total), device)
+    moments = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+
+    curve: list[Point] = []
+    val = dict.fromkeys(("val_loss", "val_ppl", "val_bpb"), math.nan)
+    seconds, timed, tokens, bad, gib = 0.0, 0, 0, 0, 0.0
+    nats, learnt = torch.zeros((), device=device), 0  # since the point before
+    since = time.perf_counter()
+    for now in range(1, total + 1):
+        batch = order.at(now - 1)
+        count = int((batch.targets != IGNORE).sum())
+        loss, skipped = learner.step(batch)
+        nats, learnt, tokens = nats + loss * count, learnt + count, tokens + count
+        timed += batch.tokens.numel()
+        bad = bad + 1 if skipped else 0
+        if now == 1 and total > 1:  # kernels were compiled in it
+            wait(device)
+            timed, since = 0, time.perf_counter()
+        if now not in moments and bad < BAD_STEPS:
+            continue
+        wait(device)
+        seconds += time.perf_counter() - since
+        gib = gib or env.peak_memory(device) / env.GIB
+        diverged = bad == BAD_STEPS or not math.isfinite((found := learner.evaluate())["val_loss"])
+        val_loss = math.nan if diverged else found["val_loss"]
+        curve.append(Point(now, tokens, seconds, float(nats) / max(1, learnt), val_loss))
+        if diverged:
+            break
+        if now == total:
+            val = found
+        nats, learnt = torch.zeros_like(nats), 0
+        since = time.perf_counter()
+
+    if job.keep and math.isfinite(val["val_loss"]):
+        learner.save(job.keep, val["val_loss"])
+    return Outcome(learner.parameters, val, curve, timed / seconds if timed else math.nan, gib)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def own(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:
+    """A model of hyperlm: what train.py makes of the same configuration."""
+    config = job.config
+    state, step, settle = init_state(config, device), make_step(config, schedule, device), make_settle(config, schedule, device)
+
+    def learn(batch: Batch) -> tuple[Tensor, bool]:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["loss"], metrics["skipped"]
+
+    def evaluate() -> dict[str, float]:
+        nonlocal state
+        state = settle(state)
+        return evals.evaluate(weights(config, state, device), corpus, config, device)
+
+    def save(run: Path, val_loss: float) -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+        runs.describe(run, config, corpus.tokenizer, corpus.chat, env.describe(device))
+        facts = checkpoint.Facts(config, schedule, corpus.fingerprint, file_digest(run / "tokenizer.json"), corpus.chat)
+        with checkpoint.writing(run, 1) as writer:
+            checkpoint.save(writer, state, facts, val_loss, None, in_place=config.train.residence == "host")
+
+    return Learner(sum(plan.parameters(config).values()), learn, evaluate, save)
+
+
+def peer(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:
+    """A GPT of the size of the configuration's model."""
+    config, shape = job.config, gpt.shape(job.config)
+    torch.manual_seed(config.train.seed)  # of dropout
+    model = gpt.GPT(shape, config.train.seed, device)
+    step = gpt.make_step(model, config, schedule, device, muon=job.label.endswith("muon"))
+    evaluate = partial(validate, partial(gpt.token_nats, model), corpus, config, device)
+    return Learner(shape.parameters, step, evaluate, lambda run, val_loss: None)
+
+
+def validate(nats: Callable[[Tensor, Tensor], Tensor], corpus: data.Corpus, config: Config, device: torch.device) -> dict[str, float]:
+    """What `evals.evaluate` tells of all sources together, for anything that has nats (B, N) of the targets (B, N) of tokens (B, N)."""
+    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
+    sums, learnt, size, documents = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, 0  # nats of all tokens, and of those that stand for text
+    for shard in (shard for shard in corpus.shards if len(shard.val)):
+        sequences, of_text = data.validation_sequences(shard, config.data, config.eval.max_tokens)
+        documents += data.validation_documents(shard, config.eval.max_tokens)
+        if not of_text:
+            continue
+        size, learnt = size + of_text, learnt + int((sequences.targets != IGNORE).sum())
+        for tokens, targets in zip(*(x.split(config.train.batch_size) for x in (sequences.tokens, sequences.targets)), strict=True):
+            targets = targets.to(device)
+            found = nats(tokens.to(device), targets).double()
+            sums += torch.stack([found.sum(), found[~torch.isin(targets, special)].sum()])
+    loss, text = sums[0].item() / learnt, sums[1].item()
+    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text / math.log(2) / size, "val_documents": documents}
