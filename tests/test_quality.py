@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_prose
 
 import hyperlm
 from hyperlm import evals

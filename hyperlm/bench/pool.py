@@ -1,18 +1,30 @@
-"""Measurements side by side: one process a GPU, the next job to whichever is free."""
+"""Measurements side by side: one process a GPU, the next job to whichever is free.
 
+Processes are made by hand, and not by an executor of the standard library, of which all jobs fail once one process is killed.
+"""
+
+import gc
+import io
 import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import cycle
-from typing import TypeVar
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from hyperlm import env, startup
+from hyperlm import env
 
 Job = TypeVar("Job")
 Found = TypeVar("Found")
+PATIENCE = 5.0  # seconds that a process is given to end
 
 
 @dataclass(frozen=True)
@@ -35,22 +47,100 @@ def attempt(work: Callable[[Job, torch.device], Found], job: Job, device: torch.
         return work(job, device)
     except torch.OutOfMemoryError:
         return Failure("out of memory")
-    except Exception as e:
-        return Failure(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}")
+    except Exception as e:  # noqa: BLE001
+        return Failure(f"{type(e).__name__}: {next(iter(str(e).splitlines()), 'no reason given')}")
     finally:
+        gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a device whose last call failed
+                torch.cuda.empty_cache()
 
 
-def begin(device: torch.device) -> None:
-    """What a process of the pool does first."""
-    startup.quiet()
+# -- in a process of its own -----------------------------------------------------------------------------------------------------------
+
+
+class Plain(io.TextIOWrapper):
+    """A terminal for words alone: progress bars of several processes would write over each other."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def end_with_parent() -> None:
+    """Whatever ended it: nobody waits for a result any more."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def serve(channel: Connection, device: torch.device, threads: int) -> None:
+    """Do the jobs that come, (work, job) each, until one fails: after an error of a GPU nothing more works in its process."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.stderr = Plain(sys.stderr.buffer, line_buffering=True, write_through=True)
+    torch.set_num_threads(threads)
     env.prepare(device)
+    failed = False
+    while not failed:
+        try:
+            work, job = channel.recv()
+        except EOFError:  # who asked has enough
+            return
+        found = attempt(work, job, device)
+        failed = isinstance(found, Failure)
+        try:
+            message = pickle.dumps(found)
+        except Exception as e:  # noqa: BLE001
+            message = pickle.dumps(Failure(f"its result cannot be sent: {e}"))
+        channel.send_bytes(message)
 
 
-def attempt_in_process(work: Callable[[Job, torch.device], Found], job: Job, device: torch.device) -> Found | Failure:
-    begin(device)
-    return attempt(work, job, device)
+class Worker(NamedTuple):
+    process: BaseProcess
+    channel: Connection
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. One that comes meanwhile is kept."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start(device: torch.device, threads: int) -> Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, device, threads), daemon=True)
+    with uninterrupted():
+        process.start()
+    there.close()  # so that what is read here ends when the process does
+    return Worker(process, here)
+
+
+def end(worker: Worker) -> None:
+    worker.channel.close()
+    worker.process.terminate()
+    worker.process.join(PATIENCE)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join(PATIENCE)
+
+
+def answer(worker: Worker) -> Any:
+    """What came of a job, or why nothing did."""
+    try:
+        return pickle.loads(worker.channel.recv_bytes())
+    except (EOFError, OSError):
+        worker.process.join(PATIENCE)
+        code = worker.process.exitcode
+        return Failure(f"its process was ended by {signal.Signals(-code).name}" if code and code < 0 else f"its process ended with exit code {code}")
+    except Exception as e:  # noqa: BLE001
+        return Failure(f"its result cannot be read: {e}")
 
 
 def side_by_side(
@@ -58,30 +148,44 @@ def side_by_side(
 ) -> Iterator[tuple[Job, Found | Failure]]:
     """work(job, device) of each job, as many at a time as there are devices, `each` on every one; in pairs with the job, as they end.
 
-    With one place alone everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function of a module.
+    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function of a
+    module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller stops, is
+    stopped or killed, all processes end at once.
     """
-    places = [device for _ in range(each) for device in devices]
+    places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:
         if len(places) == 1:
             for job in jobs:
                 yield job, attempt(work, job, places[0])
                 bar.update()
             return
+        threads = max(1, torch.get_num_threads() // len(places))
         free, waiting = list(reversed(places)), list(reversed(jobs))
-        running: dict[Future, tuple[Job, torch.device]] = {}
-        pool = ProcessPoolExecutor(min(len(places), len(jobs)), mp_context=multiprocessing.get_context("spawn"))
+        idle: dict[torch.device, list[Worker]] = {}
+        running: dict[Connection, tuple[Worker, Job, torch.device]] = {}
+        workers: list[Worker] = []
         try:
             while waiting or running:
                 while waiting and free:
                     job, device = waiting.pop(), free.pop()
-                    running[pool.submit(attempt_in_process, work, job, device)] = job, device
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job, device = running.pop(future)
+                    if idle.get(device):
+                        worker = idle[device].pop()
+                    else:
+                        workers.append(worker := start(device, threads))
+                    running[worker.channel] = worker, job, device
+                    with suppress(OSError):  # it died: found out below
+                        worker.channel.send((work, job))
+                for channel in wait(list(running)):
+                    worker, job, device = running.pop(channel)
+                    found = answer(worker)
                     free.append(device)
-                    died = future.exception()
-                    yield job, Failure(f"its process ended: {died}") if died else future.result()
+                    if isinstance(found, Failure):
+                        end(worker)
+                        workers.remove(worker)
+                    else:
+                        idle.setdefault(device, []).append(worker)
+                    yield job, found
                     bar.update()
-        finally:  # at once, when interrupted
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            for worker in workers:
+                end(worker)

@@ -1,0 +1,104 @@
+"""What must hold before a number is worth anything: that a model looks back only, and that its kernels compute what their references do.
+
+Axes: B batch, N sequence, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperlm import kernels, tree
+from hyperlm import model as decoder
+from hyperlm.config import Config, ModelConfig
+from hyperlm.env import compute_dtype
+from hyperlm.loss import head_nats
+from hyperlm.precision import compute_copy
+from hyperlm.tree import Tree
+
+LENGTH = 256  # tokens that are checked: several chunks and tiles of every kernel
+CUTS = (1, 2, 63, 64, 65, 200)  # positions from which on tokens change; at the first ones a token that is seen too early weighs most
+VOCABULARY = 4096  # at most: embedding and head of a large model are not what is checked
+# Of nats before a cut, in what computes in bf16 with work that is split by what comes later; fp32 on a CPU is exact.
+ROUNDED = 5e-3
+# Relative error of a whole gradient in bf16 that is let pass; or, where torch in bf16 is as far from fp32, TIMES its own.
+GRADIENT, TIMES = 0.05, 2.0
+
+
+class CheckFailed(Exception):
+    """A model or a kernel that does not compute what it claims to: none of its numbers means anything."""
+
+
+def random_tokens(vocabulary: int, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@torch.no_grad()
+def causal(nats: Callable[[Tensor, Tensor], Tensor], vocabulary: int, device: torch.device, length: int = LENGTH) -> None:
+    """Check that tokens from position n on change no nats before n.
+
+    Args:
+        nats: (tokens, targets), both (B, N) int64 on `device`, -> nats (B, N) of the targets.
+        vocabulary: ids that there are.
+        length: N, at least 2.
+
+    Raises:
+        CheckFailed: if one changes, or is not finite.
+    """
+    cuts = [n for n in CUTS if n < length]
+    tokens = random_tokens(vocabulary, (1, length), 1, device).repeat(1 + len(cuts), 1)
+    for row, n in enumerate(cuts, 1):  # another token at each place: never the same one
+        tokens[row, n:] = (tokens[row, n:] + 1 + random_tokens(vocabulary - 1, (length - n,), 1 + row, device)) % vocabulary
+    found = nats(tokens, random_tokens(vocabulary, (1, length), 0, device).expand_as(tokens).contiguous()).double()
+    if not torch.isfinite(found).all():
+        raise CheckFailed("its nats are not finite")
+    for row, n in enumerate(cuts, 1):
+        most = float((found[row, :n] - found[0, :n]).abs().max())
+        if most > (0 if device.type == "cpu" else ROUNDED):
+            raise CheckFailed(f"it is not causal: tokens from position {n} on change nats before it by {most:.1e}")
+
+
+def model(config: Config, device: torch.device) -> None:
+    """Check a model of this kind, width and heads, with initial weights: that it is causal, and, where it does not run by the references alone, that loss
+    and gradient are as near to theirs in fp32 as rounding allows. It has as few layers as have all its mixers.
+
+    Raises:
+        CheckFailed: if not.
+    """
+    cfg = few_layers(config.model)
+    params = compute_copy(decoder.init(cfg, 0, device=device), compute_dtype(device))
+
+    def nats(tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = decoder.apply(params, tokens, cfg, kernels=config.kernels).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    causal(nats, cfg.vocab_size, device)
+    ops = (*decoder.ops(cfg), "pull_logits", "take_logits")
+    if all(kernels.select(op, device, config.kernels, cfg.head_dim, compute_dtype(device)).backend == "torch" for op in ops):
+        return
+    truth, exact = gradient(params, cfg, "torch", torch.float32)
+    _, plain = gradient(params, cfg, "torch", compute_dtype(device))
+    loss, found = gradient(params, cfg, config.kernels, compute_dtype(device))
+    if not abs(loss - truth) <= 1e-2:
+        raise CheckFailed(f"its kernels give a loss of {loss:.4f}, and their references in fp32 {truth:.4f}")
+    error, allowed = float((found - exact).norm() / exact.norm()), float((plain - exact).norm() / exact.norm())
+    if not error <= max(GRADIENT, TIMES * allowed):
+        raise CheckFailed(f"the gradient of its kernels is off by {error:.1%}, that of their references in the same dtype by {allowed:.1%}")
+
+
+def few_layers(cfg: ModelConfig) -> ModelConfig:
+    """Two layers, or as many as it takes to have all mixers; and no more vocabulary than is needed."""
+    return replace(cfg, n_layers=min(cfg.n_layers, max(2, cfg.exact_every)), vocab_size=min(cfg.vocab_size, VOCABULARY), dropout=0.0)
+
+
+def gradient(params: Tree, cfg: ModelConfig, backend: str, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """Nats a token of random tokens, and their gradient with respect to all parameters, one after the other, fp32; computed in `dtype` by `backend`."""
+    weights = tree.map(lambda p: p.to(dtype if p.dim() > 1 else p.dtype).requires_grad_(), params)
+    device = tree.leaves(params)[0].device
+    tokens, targets = (random_tokens(cfg.vocab_size, (2, LENGTH), seed, device) for seed in (3, 4))
+    features = decoder.hidden(weights, tokens, cfg, kernels=backend).flatten(0, 1)
+    nats, count = head_nats(features, weights["head"]["weight"], targets.flatten(), kernels=backend)
+    grads = torch.autograd.grad(nats / count, tree.leaves(weights))
+    return float(nats / count), torch.cat([g.float().flatten() for g in grads])
