@@ -53,4 +53,17 @@ def max_ssm() -> Config:
     return replace(config, model=replace(config.model, ssm=True))
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm}
+def study() -> Config:
+    """The size at which kinds are compared: d 512, 12 layers, a vocabulary of 8,192, 23.6 M parameters; 32 x 1,024 tokens a step, 1,000 steps.
+
+    `python bench.py phase7 phase8 softmax hybrid --suite quality --preset study`
+    """
+    return Config(
+        model=ModelConfig(vocab_size=8192),
+        data=DataConfig(seq_len=1024),
+        train=TrainConfig(batch_size=16, grad_accum=2, steps=1000),
+        eval=EvalConfig(every=100, max_tokens=500_000),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study}

@@ -64,7 +64,7 @@ class Asked:
     """What a command is to do."""
 
     preset: str = "standard"
-    """small, standard, max or max-ssm: the settings that the rest of the command line starts from."""
+    """small, standard, max, max-ssm or study: the settings that the rest of the command line starts from."""
     resume: str = ""
     """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
     init: str = ""

@@ -1,6 +1,7 @@
 """Kinds and peers trained side by side: what a number rests on, which rate is chosen, what is kept; the peers themselves."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 
 import hyperlm
-from hyperlm import evals
-from hyperlm.bench import training
+from hyperlm import evals, kernels
+from hyperlm.bench import checks, quality, training
 from hyperlm.bench.arms import of_kind
+from hyperlm.bench.checks import CheckFailed
 from hyperlm.bench.peers import gpt
-from hyperlm.bench.training import Job, train
-from hyperlm.config import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig, resolve
+from hyperlm.bench.pool import Failure
+from hyperlm.bench.training import Job, Outcome, Point, train
+from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, TrainConfig, resolve
+from hyperlm.kernels import OPS
 
 CPU = torch.device("cpu")
 
@@ -114,3 +118,164 @@ def test_a_model_that_diverges_is_an_outcome_without_a_folder(label, prose, tmp_
     config = replace(config, optim=replace(config.optim, lr=1e20, clip=0.0))
     found = train(Job(label, config, tmp_path / "kept"), CPU)
     assert math.isnan(found.val["val_loss"]) and math.isnan(found.curve[-1].val_loss) and not (tmp_path / "kept").exists()
+
+
+# -- the suite -------------------------------------------------------------------------------------------------------------------------
+
+
+def outcome(loss: float, seconds: float = 10.0, tokens: int = 100) -> Outcome:
+    """Of a curve that is a straight line from 6 nats at half of the time."""
+    points = [Point(1, tokens // 2, seconds / 2, 6.0, 6.0), Point(2, tokens, seconds, loss, loss)]
+    return Outcome(7, {"val_loss": loss, "val_bpb": loss / 2}, points, tokens / seconds, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1.0, [0.5, 1, 2]),  # inside
+        (4.0, [0.5, 1, 2, 4, 8]),  # one beyond the best
+        (0.25, [0.5, 1, 2, 0.25, 0.125]),
+        (1e9, [0.5, 1, 2, 4, 8, 16]),  # three times, and no further
+        (None, [0.5, 1, 2]),  # nothing works anywhere
+    ],
+)
+def test_the_grid_goes_on_where_the_best_rate_is_at_its_edge(best, tried):
+    """Then come the other seeds, at the best."""
+    trials: list[quality.Trial] = []
+    while asked := quality.wanted(trials, [0.5, 1, 2], [0, 1, 2]):
+        for rate, seed in asked:
+            found = Failure("no") if best is None else outcome(math.nan if rate > 2 * best else 3 + abs(math.log2(rate / best)))
+            trials.append(quality.Trial(rate, seed, found))
+    assert [trial.rate for trial in trials if trial.seed == 0] == tried
+    others = [(trial.rate, trial.seed) for trial in trials if trial.seed != 0]
+    assert others == ([] if best is None else [(min(best, 16), 1), (min(best, 16), 2)])
+
+
+@pytest.mark.parametrize(("seconds", "loss"), [(4.9, None), (5.0, 6.0), (7.5, 4.5), (10.0, 3.0), (11.0, 3.0)])
+def test_the_loss_at_a_time_lies_between_two_evaluations(seconds, loss):
+    assert quality.loss_at(outcome(3.0).curve, seconds) == loss
+
+
+def fake(job: Job, device: torch.device) -> Outcome:
+    """Best at the rule's rate; softmax is the quickest, phase7 better by 0.1 and a tenth of that a seed, phase8 fails."""
+    if job.label == "phase8":
+        raise CheckFailed("it is not causal")
+    if job.keep:
+        job.keep.mkdir(parents=True)
+        (job.keep / "rate").write_text(f"{job.config.optim.lr:g}")
+    off = abs(math.log2(job.config.optim.lr * 128))
+    seed = job.config.train.seed
+    return outcome(3 + off + 0.1 * seed, 8.0) if job.label == "softmax" else outcome(2.9 + off + 0.11 * seed, 10.0)
+
+
+def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "measure", fake)
+    results = list(quality.run(["softmax", "phase7", "phase8"], tiny(prose), [CPU], seeds=[0, 1], folder=tmp_path / "models"))
+    assert len(results) == 3 * 3 + 2 and len(results[0].tables) == 4  # the first rates of three arms, then a seed of two; no pairs at first
+    tables = {table.name: table.rows for table in results[-1].tables}
+    softmax, phase7, phase8 = tables["quality"]
+    assert softmax["best rate"] == phase7["best rate"] == 1 / 128
+    assert (softmax["loss"], softmax["spread"], softmax["seeds"]) == (pytest.approx(3.05), pytest.approx(0.1), 2)
+    assert softmax["loss at equal seconds"] == softmax["loss"]
+    assert phase7["loss at equal seconds"] == pytest.approx(6 - (6 - 2.955) * 3 / 5)  # after 8 of 10 seconds
+    assert phase8 == {"model": "phase8", "failed": "CheckFailed: it is not causal"}
+    (pairs,) = tables["paired differences"]
+    assert pairs.pop("model") == "phase7" and pairs == pytest.approx({"mean": -0.095, "seed 0": -0.1, "seed 1": -0.09})
+    assert [(r["rate"] * 128, r["seed"]) for r in tables["rates"] if r["model"] == "softmax"] == [(0.5, 0), (1, 0), (1, 1), (2, 0)]
+    assert len(tables["curves"]) == 2 * 4 * 2 and {r["rate"] for r in tables["best curves"]} == {1 / 128}
+    kept = {path.name: (path / "rate").read_text() for path in (tmp_path / "models").iterdir()}
+    assert kept == {"softmax": f"{1 / 128:g}", "phase7": f"{1 / 128:g}"}
+    columns = {table.name: {name for row in table.rows for name in row} for table in results[-1].tables}
+    for figure in results[-1].figures:
+        assert {figure.x, figure.y, *figure.series, *filter(None, [figure.over])} <= columns[figure.table]
+
+
+def test_kinds_and_peers_are_trained_and_what_they_leave_can_be_loaded(prose, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "EXTENSIONS", 0)
+    config = of_kind(tiny(prose, steps=4), "phase7")
+    quality.check(["phase7", "nanogpt"], config, [CPU])
+    *_, last = quality.run(["phase7", "nanogpt"], config, [CPU], rates=[1e-4, 4e-3], folder=tmp_path / "models")
+    phase7, nanogpt = last.tables[0].rows
+    assert phase7["best rate"] == 4e-3 and nanogpt["loss"] > 0 and phase7["tokens"] == nanogpt["tokens"] == 4 * 256
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["phase7"]
+    kept = hyperlm.load(tmp_path / "models" / "phase7", device="cpu")
+    corpus = hyperlm.data.prepare(config, say=lambda line: None)
+    assert evals.evaluate(kept.params, corpus, config, CPU)["val_loss"] == phase7["loss"] and kept.config.optim.lr == phase7["best rate"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "change", "message"),
+    [
+        (["phase9"], {}, "choose from phase7, phase8, softmax, hybrid, nanogpt, nanogpt-muon"),
+        (["hybrid"], {}, "--model.n-layers 2: a hybrid has a layer of phase7 in every 4"),
+        (["phase8"], {"d_model": 1 << 16, "head_dim": 128}, "training phase8 needs"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_trained(labels, change, message, prose):
+    config = tiny(prose)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        quality.check(labels, replace(config, model=replace(config.model, **change)), [CPU])
+
+
+# -- checks before numbers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_table():
+    """The dispatch table is asked anew, before a test and after it."""
+    cached = kernels.table, kernels.select
+    for each in cached:
+        each.cache_clear()
+    yield
+    for each in cached:
+        each.cache_clear()
+
+
+def next_value(attention):
+    """Attention to the value of the token after each."""
+    return lambda q, k, v: attention(q, k, v.roll(-1, -2))
+
+
+def test_a_model_that_sees_the_next_token_fails(monkeypatch, fresh_table):
+    config = Config(model=ModelConfig(kind="softmax", d_model=32, n_layers=2, head_dim=8, vocab_size=320))
+    checks.model(config, CPU)
+    kernels.table.cache_clear()
+    kernels.select.cache_clear()
+    monkeypatch.setitem(OPS["softmax_attention"], "torch", next_value(OPS["softmax_attention"]["torch"]))
+    with pytest.raises(CheckFailed, match="it is not causal: tokens from position 1 on change nats before it"):
+        checks.model(config, CPU)
+
+
+def test_models_of_every_kind_look_back_only(cfg):
+    checks.model(Config(model=cfg), CPU)
+
+
+def test_nats_that_are_not_finite_are_no_pass():
+    with pytest.raises(CheckFailed, match="not finite"):
+        checks.causal(lambda tokens, targets: torch.full(tokens.shape, math.nan), 320, CPU)
+
+
+def test_kernels_with_a_wrong_gradient_fail(monkeypatch, fresh_table):
+    """One that scales by 1.3 in the backward pass alone, in the place of a kernel of Triton."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d):
+            return 1.3 * d
+
+    config, select = Config(model=ModelConfig(kind="softmax", d_model=32, n_layers=1, head_dim=8, vocab_size=320)), kernels.select
+
+    def chosen(op, device, asked, *rest):
+        return kernels.Choice(op, "triton", "") if (op, asked) == ("readout", "auto") else select(op, device, asked, *rest)
+
+    monkeypatch.setattr(kernels, "select", chosen)
+    monkeypatch.setitem(OPS["readout"], "triton", OPS["readout"]["torch"])
+    checks.model(config, CPU)
+    kernels.table.cache_clear()
+    monkeypatch.setitem(OPS["readout"], "triton", lambda *arguments: Wrong.apply(OPS["readout"]["torch"](*arguments)))
+    with pytest.raises(CheckFailed, match="its kernels' gradient of blocks/0/mixer.* is off by"):
+        checks.model(config, CPU)

@@ -50,8 +50,8 @@ def attempt(work: Callable[[Job, torch.device], Found], job: Job, device: torch.
     except Exception as e:  # noqa: BLE001
         return Failure(f"{type(e).__name__}: {next(iter(str(e).splitlines()), 'no reason given')}")
     finally:
-        gc.collect()
         if device.type == "cuda":
+            gc.collect()
             with suppress(RuntimeError):  # a device whose last call failed
                 torch.cuda.empty_cache()
 
