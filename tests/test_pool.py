@@ -41,7 +41,8 @@ def test_a_process_that_dies_is_the_failure_of_its_job_alone():
     """Two processes on one device; those that failed are replaced, the others go on, and all are gone in the end."""
     jobs = [("die", 1), ("unpicklable", 2), ("do", 3), ("do", 4), ("do", 5)]
     found = dict(side_by_side(work, jobs, [CPU], each=2))
-    assert found["die", 1] == Failure("its process was ended by SIGKILL") and found["unpicklable", 2].why.startswith("its result cannot be sent")
+    assert found["die", 1] == Failure("its process was ended by SIGKILL")
+    assert found["unpicklable", 2].why.startswith("its result cannot be sent")
     pids = {found["do", number][0] for number in (3, 4, 5)}
     assert [found["do", number][1] for number in (3, 4, 5)] == [3, 4, 5] and len(pids) <= 2
     assert os.getpid() not in pids and not any(map(psutil.pid_exists, pids))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import hyperlm
 from hyperlm import evals, kernels
-from hyperlm.bench import checks, quality, training
+from hyperlm.bench import checks, grid, quality, training
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.checks import CheckFailed
 from hyperlm.bench.peers import gpt
@@ -89,7 +90,7 @@ def test_the_gpt_reads_what_came_before_and_guesses_at_first(prose):
 
 @pytest.mark.parametrize("label", ["nanogpt", "nanogpt-muon"])
 def test_peers_learn_by_the_schedule_of_all(label, prose):
-    """Better than single tokens, of which the model knows nothing at first; the same every time; one micro-batch of eight learns what two of four do."""
+    """By far more than a nat below guessing; and one micro-batch of eight learns what two of four do."""
     config = tiny(prose, steps=40)
     config = replace(config, optim=replace(config.optim, lr=4e-3))
     found = train(Job(label, config), CPU)
@@ -106,7 +107,8 @@ def test_peers_are_validated_on_the_text_that_models_are(prose):
 
     def nats(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = hyperlm.api.decoder.apply(params, tokens, training_.config.model).flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=training.IGNORE, reduction="none").view(targets.shape)
+        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=training.IGNORE, reduction="none")
+        return nats.view(targets.shape)
 
     found = training.validate(nats, training_.corpus, training_.config, CPU)
     assert found == pytest.approx(evals.evaluate(params, training_.corpus, training_.config, CPU), rel=1e-6)
@@ -141,11 +143,11 @@ def outcome(loss: float, seconds: float = 10.0, tokens: int = 100) -> Outcome:
 )
 def test_the_grid_goes_on_where_the_best_rate_is_at_its_edge(best, tried):
     """Then come the other seeds, at the best."""
-    trials: list[quality.Trial] = []
-    while asked := quality.wanted(trials, [0.5, 1, 2], [0, 1, 2]):
+    trials: list[grid.Trial] = []
+    while asked := grid.wanted(trials, [0.5, 1, 2], [0, 1, 2]):
         for rate, seed in asked:
             found = Failure("no") if best is None else outcome(math.nan if rate > 2 * best else 3 + abs(math.log2(rate / best)))
-            trials.append(quality.Trial(rate, seed, found))
+            trials.append(grid.Trial(rate, seed, found))
     assert [trial.rate for trial in trials if trial.seed == 0] == tried
     others = [(trial.rate, trial.seed) for trial in trials if trial.seed != 0]
     assert others == ([] if best is None else [(min(best, 16), 1), (min(best, 16), 2)])
@@ -169,7 +171,7 @@ def fake(job: Job, device: torch.device) -> Outcome:
 
 
 def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "measure", fake)
+    monkeypatch.setattr(grid, "measure", fake)
     results = list(quality.run(["softmax", "phase7", "phase8"], tiny(prose), [CPU], seeds=[0, 1], folder=tmp_path / "models"))
     assert len(results) == 3 * 3 + 2 and len(results[0].tables) == 4  # the first rates of three arms, then a seed of two; no pairs at first
     tables = {table.name: table.rows for table in results[-1].tables}
@@ -191,7 +193,7 @@ def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
 
 
 def test_kinds_and_peers_are_trained_and_what_they_leave_can_be_loaded(prose, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "EXTENSIONS", 0)
+    monkeypatch.setattr(grid, "EXTENSIONS", 0)
     config = of_kind(tiny(prose, steps=4), "phase7")
     quality.check(["phase7", "nanogpt"], config, [CPU])
     *_, last = quality.run(["phase7", "nanogpt"], config, [CPU], rates=[1e-4, 4e-3], folder=tmp_path / "models")

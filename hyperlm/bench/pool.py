@@ -101,7 +101,7 @@ class Worker(NamedTuple):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. One that comes meanwhile is kept."""
+    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. It is not lost here."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -137,8 +137,8 @@ def answer(worker: Worker) -> Any:
         return pickle.loads(worker.channel.recv_bytes())
     except (EOFError, OSError):
         worker.process.join(PATIENCE)
-        code = worker.process.exitcode
-        return Failure(f"its process was ended by {signal.Signals(-code).name}" if code and code < 0 else f"its process ended with exit code {code}")
+        code = worker.process.exitcode or 0
+        return Failure(f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}")
     except Exception as e:  # noqa: BLE001
         return Failure(f"its result cannot be read: {e}")
 
@@ -148,9 +148,9 @@ def side_by_side(
 ) -> Iterator[tuple[Job, Found | Failure]]:
     """work(job, device) of each job, as many at a time as there are devices, `each` on every one; in pairs with the job, as they end.
 
-    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function of a
-    module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller stops, is
-    stopped or killed, all processes end at once.
+    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function of
+    a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller stops,
+    is stopped or killed, all processes end at once.
     """
     places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:

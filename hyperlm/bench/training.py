@@ -63,7 +63,7 @@ class Learner(NamedTuple):
     """What is trained: a model of hyperlm, or a peer."""
 
     parameters: int
-    step: Callable[[Batch], tuple[Tensor, bool]]  # -> nats a learnt token, on its device; and whether the step was skipped, since it was not finite
+    step: Callable[[Batch], tuple[Tensor, bool]]  # -> nats a learnt token, and whether it was skipped, not being finite
     evaluate: Callable[[], dict[str, float]]
     save: Callable[[Path, float], None]  # (folder, validation loss)
 
@@ -164,7 +164,8 @@ def peer(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device
 def validate(nats: Callable[[Tensor, Tensor], Tensor], corpus: data.Corpus, config: Config, device: torch.device) -> dict[str, float]:
     """What `evals.evaluate` tells of all sources together, for anything that has nats (B, N) of the targets (B, N) of tokens (B, N)."""
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
-    sums, learnt, size, documents = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, 0  # nats of all tokens, and of those that stand for text
+    learnt, size, documents = 0, 0, 0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats of all tokens, and of those that stand for text
     for shard in (shard for shard in corpus.shards if len(shard.val)):
         sequences, of_text = data.validation_sequences(shard, config.data, config.eval.max_tokens)
         documents += data.validation_documents(shard, config.eval.max_tokens)

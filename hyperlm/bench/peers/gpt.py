@@ -1,7 +1,7 @@
 """A plain GPT as nanoGPT has it: learned positions, pre-LayerNorm without biases, GELU, a tied head; trained by AdamW, or by Muon.
 
-It has the width and the heads of the models that it stands beside, and as many layers as come nearest to their number of parameters. It reads the same
-batches, clips alike and follows the same schedule; on a GPU it computes in bf16 by autocast with fp32 weights, compiled by torch.compile.
+It has the width and the heads of the models that it stands beside, and as many layers as come nearest to their number of parameters. It reads
+the same batches, clips alike and follows the same schedule; on a GPU it computes in bf16 by autocast with fp32 weights, compiled by torch.compile.
 Axes: B batch, N sequence, D width, H heads, K head dim, V vocabulary, L layers.
 """
 
@@ -41,7 +41,7 @@ class Shape:
 
 
 def shape(config: Config) -> Shape:
-    """Of the width of the configuration's model, with the number of layers, at least one, that comes nearest to the parameters of its Euclidean twin."""
+    """Of the width of the configuration's model, with as many layers, at least one, as come nearest to the parameters of its Euclidean twin."""
     m = config.model
     twin = replace(config, model=replace(m, kind="softmax", exact_every=0))
     none = Shape(m.d_model, 0, m.n_heads, m.vocab_size, config.data.seq_len, m.dropout)
@@ -102,7 +102,7 @@ def autocast(device: torch.device) -> AbstractContextManager:
 def optimizers(model: GPT, config: Config, *, muon: bool) -> list[torch.optim.Optimizer]:
     """AdamW of matrices, with decay, and vectors; or Muon of the blocks' matrices and AdamW of the rest.
 
-    Both have the rate of the configuration: Muon's updates are scaled to the root mean square that AdamW's have (Liu et al. 2025), so that one rate fits both.
+    Both have the rate of the configuration: Muon's updates are scaled to the root mean square that AdamW's have (Liu et al. 2025).
     """
     o = config.optim
     blocks = [p for p in model.blocks.parameters() if p.dim() > 1] if muon else []
@@ -117,10 +117,13 @@ def optimizers(model: GPT, config: Config, *, muon: bool) -> list[torch.optim.Op
     return found
 
 
-def make_step(model: GPT, config: Config, schedule: Schedule, device: torch.device, *, muon: bool) -> Callable[[Batch], tuple[Tensor, bool]]:
-    """step(batch) of (A, B, N) tokens and targets -> (nats a learnt token, whether it was skipped, since they or the gradient were not finite).
+Step = Callable[[Batch], tuple[Tensor, bool]]
 
-    The gradient is that of total nats / learnt targets over all micro-batches, as in `hyperlm.step`.
+
+def make_step(model: GPT, config: Config, schedule: Schedule, device: torch.device, *, muon: bool) -> Step:
+    """step(batch) of (A, B, N) tokens and targets -> nats a learnt token, and whether it was skipped, not being finite.
+
+    The gradient is that of total nats / learnt targets over all micro-batches, clipped by its whole norm, as in `hyperlm.step`.
     """
     lr, rules, updates = learning_rate(schedule, config.optim), optimizers(model, config, muon=muon), 0
 
