@@ -1,7 +1,8 @@
-"""Evaluation: validation loss, perplexity and bits per byte, whole and per source; the radius gauges of each layer."""
+"""Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; the radius gauges of each layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from hyperlm.config import Config
 from hyperlm.data import Corpus, validation_documents, validation_sequences
 from hyperlm.env import progress
 from hyperlm.geometry import R_MAX
-from hyperlm.loss import head_nats
+from hyperlm.loss import IGNORE
+from hyperlm.loss import token_nats as nats_of_features
 from hyperlm.tree import Tree
 
-APART = 4096  # tokens
 BINS = 80  # of radii
 
 
@@ -33,6 +34,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         val_loss (nats a learnt token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
         sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text that is learnt, of
         conversations that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
+        Also val_loss/positions_<from>_<to>, nats a learnt token by its place in the sequence: see `position_losses`.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     batch = batch or config.train.batch_size
@@ -42,8 +44,15 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq")
     results: dict[str, float] = {}
     nats, tokens, text_nats, size = 0.0, 0, 0.0, 0
+    by_position = torch.zeros(2, config.data.seq_len, dtype=torch.float64, device=device)  # nats, and of how many targets
     for name, (sequences, source_bytes) in sets.items():
-        source_nats, source_tokens, special_nats = nats_of(params, sequences, config, device, batch, apart=special, done=bar.update)
+        source_nats, source_tokens, special_nats = 0.0, 0, 0.0
+        for targets, found in each_nats(params, sequences, config, device, batch):
+            counted, apart = targets != IGNORE, torch.where(torch.isin(targets, special), found, 0)
+            by_position += torch.stack([found.sum(0, dtype=torch.float64), counted.sum(0)])
+            sums = torch.stack([found.sum(dtype=torch.float64), counted.sum(), apart.sum(dtype=torch.float64)]).tolist()
+            source_nats, source_tokens, special_nats = source_nats + sums[0], source_tokens + int(sums[1]), special_nats + sums[2]
+            bar.update(len(targets))
         if len(sets) > 1:
             results[f"val_bpb/{name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
         nats, tokens = nats + source_nats, tokens + source_tokens
@@ -51,46 +60,44 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     bar.close()
     loss = nats / tokens
     documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
-    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results, "val_documents": documents}
+    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results, "val_documents": documents}
+    return found | position_losses(by_position)
+
+
+def position_losses(sums: Tensor) -> dict[str, float]:
+    """Nats a target by its place in a sequence of N, {"val_loss/positions_0_64": ...}: the first eighth, and from there on to twice that, to N.
+
+    Args:
+        sums: (2, N), summed nats and how many targets at each place. Where there are none, nothing is said.
+    """
+    n = sums.shape[1]
+    edges = sorted({0, n // 8, n // 4, n // 2, n})
+    parts = {f"val_loss/positions_{low}_{high}": sums[:, low:high].sum(1).tolist() for low, high in pairwise(edges)}
+    return {name: nats / count for name, (nats, count) in parts.items() if count}
 
 
 @torch.no_grad()
-def nats_of(
-    params: Tree,
-    sequences: Batch,
-    config: Config,
-    device: torch.device,
-    batch: int,
-    *,
-    apart: Tensor | None = None,
-    done: Callable[[int], object] = lambda count: None,
-) -> tuple[float, int, float]:
-    """Summed nats of the targets of sequences (W, N), how many there are, and the nats of those among the ids `apart`.
+def token_nats(params: Tree, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
+    """Cross entropy of each target after the tokens up to its place: (B, N) int64 each -> (B, N), at least fp32; 0 where a target is IGNORE.
 
-    `batch` sequences at a time; `done` is told of each.
+    Logits exist for a chunk of the vocabulary at a time.
     """
-    nats, tokens, nats_apart = torch.zeros((), dtype=torch.float64), 0, torch.zeros((), dtype=torch.float64)
-    few: list[tuple[Tensor, Tensor]] = []  # features and targets apart, which go through the head once more when they are enough for a pass
+    features = model.hidden(params, tokens, config.model, kernels=config.kernels).flatten(0, 1)
+    return nats_of_features(features, params["head"]["weight"], targets.flatten(), kernels=config.kernels).view_as(targets)
 
-    def head(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return head_nats(features, params["head"]["weight"], targets, kernels=config.kernels)
 
-    for read, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
-        features = model.hidden(params, read.to(device), config.model, kernels=config.kernels).flatten(0, 1)
-        targets = targets.to(device).flatten()
-        part_nats, part_tokens = head(features, targets)
-        nats += part_nats.cpu()
-        tokens += int(part_tokens)
-        if apart is not None:
-            among = torch.isin(targets, apart)
-            few.append((features[among], targets[among]))
-            if sum(len(t) for _, t in few) >= APART:
-                nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
-                few.clear()
-        done(len(read))
-    if few:
-        nats_apart += head(*map(torch.cat, zip(*few, strict=True)))[0].cpu()
-    return float(nats), tokens, float(nats_apart)
+def each_nats(params: Tree, sequences: Batch, config: Config, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets of sequences (W, N) and their nats, both on the device and (B, N) with B at most `batch`, one part after the other."""
+    for tokens, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
+        targets = targets.to(device)
+        yield targets, token_nats(params, tokens.to(device), targets, config)
+
+
+def nats_of(params: Tree, sequences: Batch, config: Config, device: torch.device, batch: int) -> tuple[float, int]:
+    """Summed nats of the targets of sequences (W, N), `batch` sequences at a time, and how many targets there are."""
+    parts = each_nats(params, sequences, config, device, batch)
+    sums = [(float(nats.sum(dtype=torch.float64)), int((targets != IGNORE).sum())) for targets, nats in parts]
+    return sum(nats for nats, _ in sums), sum(tokens for _, tokens in sums)
 
 
 @torch.no_grad()

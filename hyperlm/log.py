@@ -51,6 +51,7 @@ VALIDATION = {
     "val_bpb": "loss/validation, bits a byte",
 }
 PER_SOURCE = "per source"
+BY_POSITION = "loss by position"
 HISTOGRAMS = {"radius/q_counts": "radius/queries", "radius/k_counts": "radius/keys"}
 FLUSH = 20  # seconds after which TensorBoard sees what was recorded
 
@@ -117,6 +118,9 @@ def record(log: Log, step: int, values: dict[str, Any]) -> None:
                 log.board.validation.add_scalar(VALIDATION[name], value, step)
             elif name.startswith("val_bpb/"):
                 log.board.validation.add_scalar(f"{PER_SOURCE}/{name.removeprefix('val_bpb/')}, bits a byte", value, step)
+            elif name.startswith("val_loss/positions_"):
+                low, high = map(int, name.removeprefix("val_loss/positions_").split("_"))
+                log.board.validation.add_scalar(f"{BY_POSITION}/{low:06d} to {high:06d}, nats a token", value, step)
             elif name in HISTOGRAMS:
                 add_counts(log.board.training, HISTOGRAMS[name], value, step)
             elif isinstance(value, str):

@@ -5,6 +5,8 @@ head's gradient is a single product over all tokens, with no sum beside it. The 
 Axes: T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,24 @@ def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
     return [slice(start, min(vocabulary, start + size)) for start in range(0, vocabulary, size)]
 
 
+def taken(
+    features: Tensor, weight: Tensor, targets: Tensor, parts: list[slice], ops: dict[str, Callable]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Once through the chunks: log normaliser and logit of the target of each token, (T,) each and wide; the memory of a chunk, and in it the last one's logits."""
+    log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
+    picked = torch.zeros_like(log_z)
+    room = features.new_empty(len(features) * parts[0].stop)  # for one chunk at a time
+    for part in parts:
+        logits = logits_of(features, weight[part], room)
+        ops["take_logits"](logits, part.start, targets, log_z, picked)
+    return log_z, picked, room, logits
+
+
+def logits_of(features: Tensor, rows: Tensor, room: Tensor) -> Tensor:
+    """Of one chunk, (T, C), in the memory of `room`."""
+    return torch.mm(features, rows.mT, out=room[: len(features) * len(rows)].view(len(features), len(rows)))
+
+
 class HeadNats(Function):
     """(features, weight, targets, backend, at_once, pulled) -> nats, with the gradients found on the way if `pulled`."""
 
@@ -38,17 +58,7 @@ class HeadNats(Function):
         ops = table.table(OPS, features.device, backend)
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
         d_features, d_weight = (torch.empty_like(features), torch.empty_like(weight)) if pulled else (None, None)  # first, while there are large gaps
-        log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
-        picked = torch.zeros_like(log_z)
-        room = features.new_empty(len(features) * parts[0].stop)  # for one chunk at a time
-
-        def logits_of(part: slice) -> Tensor:
-            rows = weight[part]
-            return torch.mm(features, rows.mT, out=room[: len(features) * len(rows)].view(len(features), len(rows)))
-
-        for part in parts:
-            logits = logits_of(part)
-            ops["take_logits"](logits, part.start, targets, log_z, picked)
+        log_z, picked, room, logits = taken(features, weight, targets, parts, ops)
         counted = targets != IGNORE
         nats = torch.where(counted, log_z - picked, 0).sum(dtype=log_z.dtype if pulled else torch.float64)
         if not pulled:
@@ -57,7 +67,7 @@ class HeadNats(Function):
         log_z = torch.where(counted, log_z, torch.inf)  # what is ignored then has no probability anywhere
         sums: list[Tensor] = []  # of d_features, by TOKENS of them
         for part in reversed(parts):
-            logits = logits if part is parts[-1] else logits_of(part)  # the last ones are still there
+            logits = logits if part is parts[-1] else logits_of(features, weight[part], room)  # the last ones are still there
             ops["pull_logits"](logits, part.start, targets, log_z)
             for number, (own, to) in enumerate(zip(logits.split(TOKENS), d_features.split(TOKENS), strict=True)):
                 if len(parts) == 1:
@@ -104,3 +114,12 @@ def head_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str
     """
     pulled = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     return HeadNats.apply(features, weight, targets, kernels, at_once, pulled)[0], (targets != IGNORE).sum()
+
+
+@torch.no_grad()
+def token_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str = "auto", at_once: int = 0) -> Tensor:
+    """Cross entropy of each next token, (T,), at least fp32, and 0 where it is ignored; arguments as of `head_nats`, whose sum this has to the last bit."""
+    ops = table.table(OPS, features.device, kernels)
+    parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, kernels))
+    log_z, picked, *_ = taken(features, weight, targets, parts, ops)
+    return torch.where(targets != IGNORE, log_z - picked, 0)

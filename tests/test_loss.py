@@ -37,6 +37,16 @@ def test_without_gradients_the_same_value_comes_out(at_once):
         torch.testing.assert_close(loss.head_nats(x, w, y, at_once=at_once)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum"))
 
 
+@at_once
+def test_nats_of_each_token_equal_torch_and_add_up_to_the_last_bit(at_once):
+    x, w, y = inputs()
+    nats = loss.token_nats(x, w, y, at_once=at_once)
+    torch.testing.assert_close(nats, F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="none"))
+    assert nats.dtype == torch.float64 and not nats.requires_grad and (nats[::5] == 0).all()
+    with torch.no_grad():
+        assert nats.sum() == loss.head_nats(x, w, y, at_once=at_once)[0]
+
+
 def test_the_backward_pass_needs_no_more_memory():
     class Made(TorchDispatchMode):
         largest = 0
