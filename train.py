@@ -37,6 +37,7 @@ from hyperlm import (
     health,
     log,
     model,
+    passkey,
     plan,
     runs,
     sample,
@@ -477,6 +478,7 @@ def main(argv: list[str]) -> int:
         announce(config, device)
 
         corpus = data.prepare(with_own_tokenizer(Path(command.resume), config) if command.resume else config)
+        passkey.check(config.eval.passkey, config.data.seq_len, corpus.tokenizer)
         order = data.batches(corpus, config)
         total = config.train.total_steps(order.steps_per_epoch)
         if command.resume:

@@ -166,6 +166,8 @@ class EvalConfig:
     """Length of the text generated after an evaluation; 0 for none."""
     prompt: str = ""
     """How that text begins; by default as a held-out document does, or with the question of a held-out conversation."""
+    passkey: int = 0
+    """Trials of passkey retrieval at an evaluation: a number hidden in validation text of --data.seq-len tokens, asked for at its end; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,11 @@ class Config:
 # -- checks and storage ----------------------------------------------------------------------------------------------------------------
 
 LARGEST_FLOAT = 1e30  # below the end of fp32, so that products with a few such numbers are infinite and not an error
-LARGEST = {"train.batch_size": 1 << 20, "train.grad_accum": 1 << 20, "model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30}  # far above what anyone trains: a typing error, or damage
+LARGEST = {"train.batch_size": 1 << 20, "train.grad_accum": 1 << 20, "model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30, "eval.passkey": 1 << 10}  # far above what anyone trains: a typing error, or damage
 PROSPECTIVE = (  # what concerns the future of a run only, and may change when it is resumed
     "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip", "optim.clip_scope",
     "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute",
-    "kernels", "ckpt.every", "ckpt.keep", "eval.every", "eval.max_tokens", "eval.sample_tokens", "eval.prompt", "log.every", "data.cache",
+    "kernels", "ckpt.every", "ckpt.keep", "eval.every", "eval.max_tokens", "eval.sample_tokens", "eval.prompt", "eval.passkey", "log.every", "data.cache",
 )  # fmt: skip
 SPLIT = ("train.batch_size", "train.grad_accum")  # may change while their product stays
 
@@ -243,6 +245,7 @@ def resolve(config: Config) -> Config:
         ("eval.every", config.eval.every, 1),
         ("eval.max-tokens", config.eval.max_tokens, 0),
         ("eval.sample-tokens", config.eval.sample_tokens, 0),
+        ("eval.passkey", config.eval.passkey, 0),
         ("log.every", config.log.every, 1),
     ]:
         require(value >= low, flag, value, f"must be at least {low}")

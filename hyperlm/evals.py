@@ -1,14 +1,14 @@
 """Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; the radius gauges of each layer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperlm import model
+from hyperlm import model, passkey
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.config import Config
@@ -34,7 +34,8 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         val_loss (nats a learnt token over all sources, special tokens included), val_ppl, val_bpb (bits per byte of text), with several
         sources val_bpb/<source>, and val_documents, how many all that rests on. Bits and bytes are those of text that is learnt, of
         conversations that of the assistant: tokens that stand for none, of the ends of texts and turns and of roles, count in neither.
-        Also val_loss/positions_<from>_<to>, nats a learnt token by its place in the sequence: see `position_losses`.
+        Also val_loss/positions_<from>_<to>, nats a learnt token by its place in the sequence: see `position_losses`;
+        and if config.eval.passkey asks for it, val_passkey and val_passkey_choice, shares of trials: see `passkey.Grade`.
     """
     special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     batch = batch or config.train.batch_size
@@ -43,25 +44,18 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
     bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq")
     results: dict[str, float] = {}
-    nats, tokens, text_nats, size = 0.0, 0, 0.0, 0
-    by_position = torch.zeros(2, config.data.seq_len, dtype=torch.float64, device=device)  # nats, and of how many targets
+    nats, tokens, text_nats, size, by_position = 0.0, 0, 0.0, 0, torch.zeros(())
     for name, (sequences, source_bytes) in sets.items():
-        source_nats, source_tokens, special_nats = 0.0, 0, 0.0
-        for targets, found in each_nats(params, sequences, config, device, batch):
-            counted, apart = targets != IGNORE, torch.where(torch.isin(targets, special), found, 0)
-            by_position += torch.stack([found.sum(0, dtype=torch.float64), counted.sum(0)])
-            sums = torch.stack([found.sum(dtype=torch.float64), counted.sum(), apart.sum(dtype=torch.float64)]).tolist()
-            source_nats, source_tokens, special_nats = source_nats + sums[0], source_tokens + int(sums[1]), special_nats + sums[2]
-            bar.update(len(targets))
+        source = nats_of(params, sequences, config, device, batch, special=special, done=bar.update)
         if len(sets) > 1:
-            results[f"val_bpb/{name}"] = (source_nats - special_nats) / math.log(2) / source_bytes
-        nats, tokens = nats + source_nats, tokens + source_tokens
-        text_nats, size = text_nats + source_nats - special_nats, size + source_bytes
+            results[f"val_bpb/{name}"] = (source.nats - source.special) / math.log(2) / source_bytes
+        nats, tokens, by_position = nats + source.nats, tokens + source.tokens, by_position + source.by_position
+        text_nats, size = text_nats + source.nats - source.special, size + source_bytes
     bar.close()
     loss = nats / tokens
     documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results, "val_documents": documents}
-    return found | position_losses(by_position)
+    return found | position_losses(by_position) | passkeys(params, corpus, config, device, batch)
 
 
 def position_losses(sums: Tensor) -> dict[str, float]:
@@ -76,6 +70,16 @@ def position_losses(sums: Tensor) -> dict[str, float]:
     return {name: nats / count for name, (nats, count) in parts.items() if count}
 
 
+def passkeys(params: Tree, corpus: Corpus, config: Config, device: torch.device, batch: int) -> dict[str, float]:
+    """How often a number hidden in validation text is found, the same one each time: at depths from the beginning to the end of a sequence."""
+    if not config.eval.passkey:
+        return {}
+    depths = torch.linspace(0, 1, config.eval.passkey).tolist()
+    texts = passkey.trials(passkey.words_of(corpus.tokenizer), passkey.hay_of(corpus), config.data.seq_len, depths)
+    found = passkey.graded(passkey.reader(params, config, device), texts, batch)
+    return {"val_passkey": float(found.said.mean()), "val_passkey_choice": float(found.chosen.mean())}
+
+
 @torch.no_grad()
 def token_nats(params: Tree, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
     """Cross entropy of each target after the tokens up to its place: (B, N) int64 each -> (B, N), at least fp32; 0 where a target is IGNORE.
@@ -86,18 +90,42 @@ def token_nats(params: Tree, tokens: Tensor, targets: Tensor, config: Config) ->
     return nats_of_features(features, params["head"]["weight"], targets.flatten(), kernels=config.kernels).view_as(targets)
 
 
-def each_nats(params: Tree, sequences: Batch, config: Config, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Targets of sequences (W, N) and their nats, both on the device and (B, N) with B at most `batch`, one part after the other."""
-    for tokens, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
+class Sums(NamedTuple):
+    """Of the targets of some sequences of N."""
+
+    nats: float
+    tokens: int  # how many there are
+    special: float  # nats of those that stand for no text
+    by_position: Tensor  # (2, N) fp64, on the CPU: nats, and how many targets, at each place
+
+
+def nats_of(
+    params: Tree,
+    sequences: Batch,
+    config: Config,
+    device: torch.device,
+    batch: int,
+    *,
+    special: Tensor | None = None,
+    done: Callable[[int], object] = lambda count: None,
+) -> Sums:
+    """Sums over the targets of sequences (W, N), `batch` sequences at a time.
+
+    Args:
+        special: ids, on the device.
+        done: is told how many sequences were read, each time.
+    """
+    nats, tokens, special_nats = 0.0, 0, 0.0
+    by_position = torch.zeros(2, sequences.tokens.shape[1], dtype=torch.float64, device=device)
+    for read, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
         targets = targets.to(device)
-        yield targets, token_nats(params, tokens.to(device), targets, config)
-
-
-def nats_of(params: Tree, sequences: Batch, config: Config, device: torch.device, batch: int) -> tuple[float, int]:
-    """Summed nats of the targets of sequences (W, N), `batch` sequences at a time, and how many targets there are."""
-    parts = each_nats(params, sequences, config, device, batch)
-    sums = [(float(nats.sum(dtype=torch.float64)), int((targets != IGNORE).sum())) for targets, nats in parts]
-    return sum(nats for nats, _ in sums), sum(tokens for _, tokens in sums)
+        found, counted = token_nats(params, read.to(device), targets, config), targets != IGNORE
+        apart = found.new_zeros(()) if special is None else torch.where(torch.isin(targets, special), found, 0)
+        sums = torch.stack([found.sum(dtype=torch.float64), counted.sum(), apart.sum(dtype=torch.float64)]).tolist()
+        nats, tokens, special_nats = nats + sums[0], tokens + int(sums[1]), special_nats + sums[2]
+        by_position += torch.stack([found.sum(0, dtype=torch.float64), counted.sum(0)])
+        done(len(read))
+    return Sums(nats, tokens, special_nats, by_position.cpu())
 
 
 @torch.no_grad()

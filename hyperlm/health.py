@@ -28,7 +28,7 @@ def sample_of(order: Batches, config: Config) -> Batch:
 
 def loss_of(weights: Tree, sample: Batch, config: Config, device: torch.device, batch: int) -> float:
     """Nats a learnt token on `sample`; `batch` sequences at a time."""
-    nats, tokens = evals.nats_of(weights, sample, config, device, batch)
+    nats, tokens, *_ = evals.nats_of(weights, sample, config, device, batch)
     return nats / tokens
 
 

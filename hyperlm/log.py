@@ -18,6 +18,7 @@ from hyperlm.config import Config, flag_of, flat, to_dict
 from hyperlm.env import GIB
 from hyperlm.files import finite
 from hyperlm.geometry import R_MAX
+from hyperlm.passkey import CHOICES
 from hyperlm.runs import RunError
 from hyperlm.state import State
 from hyperlm.step import Metrics
@@ -49,6 +50,8 @@ TRAINING = {
 VALIDATION = {
     "val_loss": "loss/nats a token",
     "val_bpb": "loss/validation, bits a byte",
+    "val_passkey": "passkey/share of trials, said",
+    "val_passkey_choice": f"passkey/share of trials, chosen among {CHOICES}",
 }
 PER_SOURCE = "per source"
 BY_POSITION = "loss by position"
@@ -246,13 +249,16 @@ def step_line(step: int, total: int, r: dict[str, Any]) -> str:
 
 
 def eval_line(step: int, total: int, r: dict[str, Any], tokens: int) -> str:
-    """Of an evaluation after so many tokens; bits a byte of each source, if there are several, below."""
+    """Of an evaluation after so many tokens; bits a byte of each source, if there are several, and passkeys below."""
     line = (
         f"eval {step:>{len(str(total))}}/{total}  loss {nats(r['val_loss']):<6}  ppl {count(r['val_ppl'])}"
         f"  bits per byte {r['val_bpb']:.3f}  {count(tokens)} tokens"
     )
     sources = ", ".join(f"{name.removeprefix('val_bpb/')} {value:.3f}" for name, value in r.items() if name.startswith("val_bpb/"))
-    return line + ("\n" + labelled("", sources) if sources else "")
+    found = ""
+    if "val_passkey" in r:
+        found = f"passkey said in {r['val_passkey']:.0%} of trials, chosen among {CHOICES} in {r['val_passkey_choice']:.0%} (chance {1 / CHOICES:.0%})"
+    return "\n".join([line, *(labelled("", text) for text in (sources, found) if text)])
 
 
 def summary_lines(run: Path, r: dict[str, Any]) -> str:

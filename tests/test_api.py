@@ -175,7 +175,7 @@ def test_nats_of_a_text_are_the_evaluation_s(model):
     """A cross entropy as the README has it, against the evaluation's own function."""
     text = "Some more words, and some more."
     ids = hyperlm.encode(model, text)
-    nats, tokens = evals.nats_of(model.params, next_tokens(ids[None]), model.config, model.device, 1)
+    nats, tokens, *_ = evals.nats_of(model.params, next_tokens(ids[None]), model.config, model.device, 1)
     loss = F.cross_entropy(hyperlm.logits(model, text)[:-1], ids[1:])
     assert tokens == len(ids) - 1 and float(loss) == pytest.approx(nats / tokens, rel=1e-5)
 

@@ -113,16 +113,16 @@ def test_tensorboard_has_both_losses_in_one_chart_then_the_machine_and_gauges_la
     records = log.open_log(tmp_path, 0)
     log.record(records, 1, step(1, 1e-3))
     gauges = evals.radius_gauges(model.init(cfg, 0), tokens, Config(model=cfg))
-    log.record(
-        records, 1, {"val_loss": 9.0, "val_ppl": 8103.0, "val_bpb": 3.0, "val_bpb/b": 3.1, "val_loss/positions_64_128": 2.0, "val_documents": 7, "sample": "def", **gauges}
-    )
+    losses = {"val_loss": 9.0, "val_ppl": 8103.0, "val_bpb": 3.0, "val_bpb/b": 3.1, "val_documents": 7}
+    more = {"val_loss/positions_64_128": 2.0, "val_passkey": 0.0, "val_passkey_choice": 0.3}
+    log.record(records, 1, {**losses, **more, "sample": "def", **gauges})
     log.tell_settings(records, Config(model=cfg), 0)
     log.close(records)
     training, validation = shown(tmp_path), shown(tmp_path / "validation")
     assert training["loss/nats a token"] == [(1, 10.0)] and validation["loss/nats a token"] == [(1, 9.0)]
     groups = sorted({name.split("/")[0] for name in [*training, *validation]})  # as TensorBoard sorts them
     assert validation["loss by position/000064 to 000128, nats a token"] == [(1, 2.0)]
-    assert groups == ["loss", "loss by position", "machine", "optimizer", "per source", "radius"]
+    assert groups == ["loss", "loss by position", "machine", "optimizer", "passkey", "per source", "radius"]
     assert [name for name in training if name.startswith("radius")] == ["radius/queries", "radius/keys"]  # however many layers
     (event,) = training["radius/keys"]
     assert event.histogram_value.num == 9 * cfg.n_heads * 8 and event.histogram_value.sum == pytest.approx(

@@ -60,7 +60,7 @@ class NotTokenised(Exception):
 
 
 def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: bool = False) -> Corpus:
-    """Tokenise the sources, or find them in the cache.
+    """Tokenise the sources, or find them in the cache. Without `sources`, all of `val_sources` is text to evaluate on, and there is none to train on.
 
     Args:
         say: is told in one line each what was found, assumed, left out or mended.
@@ -86,7 +86,7 @@ def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: 
         selections = hold_out(selections, cfg.val_fraction, lambda k, i: nth(documents(training[k], readings), i), say)
     held_out = [s._replace(val=s.use) for s in held_out]
     selections = drop_copies(selections, held_out, say)
-    if not any(s.train.any() for s in selections):
+    if training and not any(s.train.any() for s in selections):
         raise DataError("all of the text is held out, none is left to train on: add text, or take it out of --data.val-sources")
     sources, selections = training + validation, selections + held_out
 

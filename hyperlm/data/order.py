@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from hyperlm.batch import Batch
 from hyperlm.config import Config, DataConfig
@@ -209,11 +210,12 @@ def first_documents(shard: Shard, max_tokens: int) -> np.ndarray:
     return shard.val_documents[: validation_documents(shard, max_tokens)] if len(shard.val_documents) else shard.val_documents
 
 
-def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int) -> tuple[Batch, int]:
+def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int, stride: int = 0) -> tuple[Batch, int]:
     """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N) like those that are trained on: texts in
     windows one after the other, conversations packed, or each apart; and the bytes of what is learnt.
 
-    Each token that is learnt is a target once.
+    Each token that is learnt is a target once. Where windows of texts are `stride` tokens apart, fewer than N, it is one in the window in which it has
+    the most text before it: N - stride tokens at least, but at the beginning.
     """
     n, everything = cfg.seq_len, cfg.loss == "all"
     size, raw, said, talk = first_documents(shard, max_tokens).T
@@ -234,8 +236,11 @@ def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int) -> tupl
         sequences = packed(texts)
     else:
         stream = texts.tokens.astype(np.int64)
-        count = -(-(len(stream) - 1) // n)
-        inputs, targets = np.full(count * n, end), np.full(count * n, IGNORE)
-        inputs[: len(stream) - 1], targets[: len(stream) - 1] = stream[:-1], stream[1:]
-        sequences = list(zip(inputs.reshape(count, n), targets.reshape(count, n), strict=True))
+        learnt, stride = len(stream) - 1, stride or n
+        count = (learnt > 0) + -(-max(0, learnt - n) // stride)
+        inputs, targets = np.full(n + count * stride, end), np.full(n + count * stride, IGNORE)
+        inputs[:learnt], targets[:learnt] = stream[:-1], stream[1:]
+        inputs, targets = (sliding_window_view(x, n)[: count * stride : stride].copy() for x in (inputs, targets))
+        targets[1:, : n - stride] = IGNORE
+        sequences = list(zip(inputs, targets, strict=True))
     return stacked(sequences + packed(together(talk == 1)), n), int((raw if everything else said).sum())

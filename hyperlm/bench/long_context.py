@@ -1,0 +1,311 @@
+"""Suite `long-context`: what models do with more text than they were trained on, N tokens at a time: loss by position, and passkey retrieval.
+
+Loss by position: a model reads windows of 16 N tokens from the first to the last. Beside the loss of a token stands its loss with N/2 to N tokens before it
+alone, as in training: what is between them, window by window, is what the text farther back is worth to the model, or what it costs.
+Axes: W windows, L their length, N the length of training.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hyperlm import data, env, model, passkey, trained
+from hyperlm.bench import pool, scoring
+from hyperlm.bench.report import Figure, Heatmap, Lines, Result, Row, Table
+from hyperlm.bench.scoring import Scorer
+from hyperlm.config import DataConfig
+from hyperlm.loss import IGNORE
+from hyperlm.passkey import CHOICES, Reader
+from hyperlm.trained import Model
+
+ENOUGH = 8  # windows within documents; where there are fewer, documents are joined
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a key in a text
+
+check = scoring.check
+
+
+# -- loss by position ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Long texts."""
+
+    tokens: Tensor  # (W, L) int64
+    targets: Tensor  # (W, L)
+    documents: int  # that they are from
+    joined: bool  # whether they go on from one document to the next
+
+    def __str__(self) -> str:
+        count, length = self.tokens.shape
+        what = "documents joined, as too few are that long" if self.joined else "documents at least that long"
+        return f"{count} window{'s' * (count > 1)} of {length:,} tokens, from {self.documents} {what}"
+
+
+def texts_of(corpus: data.Corpus) -> list[np.ndarray]:
+    """Validation texts, conversations left out, in an order that mixes sources: the ids of each, between ends of texts."""
+    texts = []
+    for shard in corpus.shards:
+        ends = np.cumsum(shard.val_documents[:, 0])
+        for (size, _, _, is_talk), end in zip(shard.val_documents.tolist(), ends.tolist(), strict=True):
+            if not is_talk:
+                texts.append(shard.val[end - size : end + 1])
+    return [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+
+
+def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Windows:
+    """At most `most` windows of `times` N tokens, or of half of that and so on where there is not as much text.
+
+    Windows are parts of documents, the beginnings first; where there are fewer than ENOUGH, of documents that follow each other.
+
+    Raises:
+        DataError: if no window has 2 N tokens.
+    """
+    total = sum(len(text) - 1 for text in texts)
+    while times >= 2 and total < times * n:
+        times //= 2
+    if times < 2:
+        raise data.DataError(f"{total:,} tokens of texts to evaluate on, fewer than twice the {n:,} of training: name more by --data.sources")
+    length = times * n
+    places = sorted((i, k) for k, text in enumerate(texts) for i in range((len(text) - 1) // length))[:most]
+    if joined := len(places) < min(ENOUGH, most, total // length):
+        stream = np.concatenate([texts[0][:1], *(text[1:] for text in texts)])[: most * length + 1].astype(np.int64)
+        found = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
+        documents = int((np.concatenate([window[:-1] for window in found]) == stream[0]).sum())
+    else:
+        found = [texts[k][i * length : (i + 1) * length + 1].astype(np.int64) for i, k in places]
+        documents = len({k for _, k in places})
+    windows = torch.from_numpy(np.stack(found))
+    return Windows(windows[:, :-1], windows[:, 1:], documents, joined)
+
+
+def nats_by_place(score: Scorer, windows: Windows, n: int, at_once: int) -> tuple[Tensor, Tensor]:
+    """Nats of every target, (W, L) on the CPU: with all that stands before it in its window, and with N/2 to N tokens before it, but at the beginning.
+
+    Args:
+        at_once: tokens that are read together, but for windows that are longer.
+    """
+    count, length = windows.tokens.shape
+    step = n // 2
+    parts = 1 + -(-(length - n) // step)
+    pad = (0, n + (parts - 1) * step - length)
+    tokens, targets = F.pad(windows.tokens, pad), F.pad(windows.targets, pad, value=IGNORE)
+    whole, recent = torch.zeros(count, length), torch.zeros(tokens.shape)
+    few = max(1, at_once // n)
+    with env.progress(desc="loss by position", total=2 * count, unit=" windows") as bar:
+        for rows in torch.arange(count).split(max(1, at_once // length)):
+            whole[rows] = score(windows.tokens[rows], windows.targets[rows]).float().cpu()
+            bar.update(len(rows))
+        for row in range(count):
+            own, learnt = tokens[row].unfold(0, n, step), targets[row].unfold(0, n, step).clone()  # (parts, N)
+            learnt[1:, : n - step] = IGNORE
+            found = torch.cat([score(*pair).float().cpu() for pair in zip(own.split(few), learnt.split(few), strict=True)])
+            for part, nats in enumerate(found):
+                recent[row, part * step : part * step + n] += nats
+            bar.update()
+    return whole, recent[:, :length]
+
+
+def edges_of(n: int, length: int) -> list[int]:
+    """Where buckets begin and end: powers of two times N, from N/16."""
+    edges = {0, length, *(n >> i for i in range(5))}
+    while n < length:
+        edges.add(n)
+        n *= 2
+    return sorted(edges)
+
+
+def buckets(whole: Tensor, recent: Tensor, n: int) -> list[Row]:
+    """Means over (W, L) nats of each part of the windows, with standard errors over windows."""
+    rows = []
+    for low, high in pairwise(edges_of(n, whole.shape[1])):
+        own, other = whole[:, low:high].double().mean(1), recent[:, low:high].double().mean(1)
+        rows.append(
+            {
+                "from": low,
+                "to": high,
+                "loss": float(own.mean()),
+                "standard error": error_of(own),
+                "loss of N": float(other.mean()),
+                "gain": float((other - own).mean()),
+                "error of gain": error_of(other - own),
+            }
+        )
+    return rows
+
+
+def error_of(means: Tensor) -> float:
+    """Standard error of the mean of (W,); nan of a single one."""
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else math.nan
+
+
+# -- passkeys --------------------------------------------------------------------------------------------------------------------------
+
+
+def cells(read: Reader, words: passkey.Words, hay: np.ndarray, lengths: Sequence[int], trials: int, at_once: int) -> list[Row]:
+    """Shares of trials in which the key is said and chosen, for each length and depth; with keys and texts of its own."""
+    rows = []
+    with env.progress(desc="passkeys", total=len(DEPTHS) * sum(lengths), unit=" tokens a trial") as bar:
+        for length in lengths:
+            for number, depth in enumerate(DEPTHS):
+                texts = passkey.trials(words, hay, length, [depth] * trials, seed=number)
+                found = passkey.graded(read, texts, max(1, at_once // length))
+                rows.append({"length": length, "depth": depth, "trials": trials, "said": float(found.said.mean()), "chosen": float(found.chosen.mean())})
+                bar.update(length)
+    return rows
+
+
+def over_depths(rows: Sequence[Row]) -> list[Row]:
+    """Means of cells over depths, with the standard error of `chosen`, that of so many trials."""
+    means = []
+    for length in dict.fromkeys(row["length"] for row in rows):
+        own = [row for row in rows if row["length"] == length]
+        trials, said, chosen = sum(row["trials"] for row in own), *(float(np.mean([row[name] for row in own])) for name in ("said", "chosen"))
+        means.append({"length": length, "trials": trials, "said": said, "chosen": chosen, "standard error": (chosen * (1 - chosen) / trials) ** 0.5})
+    return means
+
+
+# -- the suite -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of the suite, of one model."""
+
+    label: str
+    run: Path
+    text: DataConfig | None
+    kernels: str
+    part: Literal["positions", "passkeys"]
+    weights: Literal["trained", "untrained"]
+    times: int
+    count: int  # windows, or trials of a cell
+
+
+@dataclass(frozen=True)
+class Found:
+    rows: list[Row]
+    fingerprints: tuple[str, str]  # of text and tokens
+    note: str
+
+
+def measure(job: Job, device: torch.device) -> Found:
+    """Raises what loading a run or its text raises; Unsound of a model that sees ahead."""
+    loaded = trained.load_model(job.run, "latest", str(device), job.kernels)
+    if job.weights == "untrained":
+        loaded = replace(loaded, params=untrained(loaded))
+    corpus = scoring.text_for(loaded, job.run, job.text)
+    fingerprints = scoring.fingerprints(corpus)
+    score, n, at_once = scoring.scorer(loaded), loaded.config.data.seq_len, scoring.tokens_at_once(device)
+    some = torch.from_numpy(np.resize(passkey.hay_of(corpus), n + 1).astype(np.int64))[None]
+    scoring.require_causal(score, some[:, :-1], some[:, 1:])
+    if job.part == "positions":
+        windows = windows_of(texts_of(corpus), n, job.times, job.count)
+        rows = buckets(*nats_by_place(score, windows, n, at_once), n)
+        note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {math.log(loaded.config.model.vocab_size):.2f} nats a token"
+    else:
+        words = passkey.words_of(corpus.tokenizer)
+        lengths = [n // 2 * 2**i for i in range(1 + int(math.log2(2 * job.times))) if n // 2 * 2**i >= words.size]
+        rows = cells(passkey.reader(loaded.params, loaded.config, device), words, passkey.hay_of(corpus), lengths, job.count, at_once)
+        note = f"{job.label}: lengths below {words.size} tokens have no room for a key and its question" if n // 2 < words.size else ""
+    own = {"model": job.label, "weights": job.weights} if job.part == "passkeys" else {"model": job.label, "text": fingerprints[0]}
+    return Found([own | row for row in rows], fingerprints, note)
+
+
+def untrained(loaded: Model) -> dict:
+    """The weights that the model had before training."""
+    dtype = env.compute_dtype(loaded.device)
+    keep = {True: lambda values: values.to(dtype), False: lambda values: values}  # matrices, and vectors
+    return model.init(loaded.config.model, loaded.config.train.seed, device=loaded.device, keep=lambda values: keep[values.dim() > 1](values))
+
+
+def run(
+    models: Mapping[str, Path],
+    text: DataConfig | None,
+    devices: Sequence[torch.device],
+    *,
+    kernels: str = "auto",
+    times: int = 16,
+    windows: int = 32,
+    trials: int = 20,
+) -> Iterator[Result]:
+    """Loss by position of each run, and passkey retrieval of each with its trained and with its first weights. Yields what is measured so far.
+
+    Args:
+        models: label -> folder of a run.
+        text: `sources` and how they are read; None for each run's own validation text.
+        times: the longest text as a multiple of the length of training, a power of two.
+        windows: of the longest text, at most.
+        trials: of each length and depth.
+    """
+    kinds = [("positions", "trained", windows), ("passkeys", "trained", trials), ("passkeys", "untrained", trials)]
+    jobs = [Job(label, folder, text, kernels, part, weights, times, count) for part, weights, count in kinds for label, folder in models.items()]
+    found: dict[Job, Found | pool.Failure] = {}
+    for job, outcome in pool.side_by_side(measure, jobs, devices, desc="long-context"):
+        found[job] = outcome
+        yield result({job: found[job] for job in jobs if job in found})
+
+
+def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
+    """Tables, notes and figures of what is found so far."""
+    rows: dict[tuple[str, str], list[Row]] = {("positions", "trained"): [], ("passkeys", "trained"): [], ("passkeys", "untrained"): []}
+    lengths: list[Row] = []
+    for job, outcome in found.items():
+        own = outcome.rows if isinstance(outcome, Found) else [{"model": job.label, "weights": job.weights, "failed": outcome.why}]
+        rows[job.part, job.weights] += own
+        if job.part == "passkeys":
+            labels = {"model": job.label, "weights": job.weights}
+            lengths += [labels | row for row in over_depths(own)] if isinstance(outcome, Found) else own
+    outcomes = [outcome for outcome in found.values() if isinstance(outcome, Found)]
+    notes = [*dict.fromkeys(outcome.note for outcome in outcomes if outcome.note), *scoring.comparable(outcome.fingerprints for outcome in outcomes)]
+    tables = [
+        Table(
+            "loss by position",
+            rows["positions", "trained"],
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of the same tokens with at "
+            "most as many before them as in training; `gain`: what the text farther back is worth, paired by window, negative where it costs.",
+        ),
+        Table(
+            "passkey by length",
+            lengths,
+            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits hidden in a text is `said` "
+            f"(greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; chance {1 / CHOICES}), with the standard error of the latter.",
+        ),
+        Table("passkey by length and depth", rows["passkeys", "trained"], "The same by depth.", shown=False),
+        Table("passkey by length and depth, untrained", rows["passkeys", "untrained"], "The same with the weights before training.", shown=False),
+    ]
+    return Result("long-context", [table for table in tables if table.rows], notes, figures({table.name for table in tables if table.rows}))
+
+
+def figures(tables: set[str]) -> list[Figure]:
+    position = {"x": "to", "x_label": "position (tokens)", "log_x": True}
+    length = {"x": "length", "x_label": "length (tokens)"}
+    chance = {"chance": 1 / CHOICES}
+    drawn: list[Figure] = [
+        Lines("long_context_loss", "Loss by position", "loss by position", y="loss", y_label="loss (nats a token)", **position),
+        Lines(
+            "long_context_gain", "What text farther back than in training is worth", "loss by position", y="gain", y_label="gain (nats a token)",
+            levels={"nothing": 0.0}, **position,
+        ),
+        Lines(
+            "long_context_passkey", "Pass keys told from other numbers", "passkey by length", y="chosen", y_label="share of trials",
+            series=("model", "weights"), log_x=True, levels=chance, **length,
+        ),
+        Heatmap(
+            "long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", "passkey by length and depth", y="depth", value="chosen",
+            y_label="depth of the key", low=0, high=1, **length,
+        ),
+        Heatmap(
+            "long_context_passkey_said", "Pass keys said", "passkey by length and depth", y="depth", value="said", y_label="depth of the key", low=0, high=1,
+            **length,
+        ),
+    ]  # fmt: skip
+    return [figure for figure in drawn if figure.table in tables]

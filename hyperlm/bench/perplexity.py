@@ -1,0 +1,131 @@
+"""Suite `perplexity`: loss, perplexity and bits per byte of trained runs on a text, or on their own validation text, by source and as a whole.
+
+Windows have the length N of a run's training. Side by side (stride N) a token has from none to N - 1 tokens before it, as in training; at stride N/2
+it counts in the second half of a window alone, with N/2 tokens before it at least, which is nearer to what the model can do.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hyperlm import data, evals, trained
+from hyperlm import tokenizer as tok
+from hyperlm.bench import pool, scoring
+from hyperlm.bench.report import Result, Row, Table
+from hyperlm.config import DataConfig
+from hyperlm.loss import IGNORE
+
+WHOLE = "all"  # of several sources
+
+check = scoring.check
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to evaluate."""
+
+    label: str
+    run: Path
+    text: DataConfig | None
+    kernels: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Found:
+    rows: list[Row]
+    fingerprints: tuple[str, str]  # of text and tokens
+
+
+def measure(job: Job, device: torch.device) -> Found:
+    """Rows of a run: for each stride, of every source and of all.
+
+    Raises:
+        DataError: if its text is gone; and what loading it raises. Unsound: if it sees ahead.
+    """
+    model = trained.load_model(job.run, "latest", str(device), job.kernels)
+    corpus = scoring.text_for(model, job.run, job.text)
+    fingerprints = scoring.fingerprints(corpus)
+    own = {"model": job.label, "step": model.step, "text": fingerprints[0]}
+    n = model.config.data.seq_len
+    rows = [own | row for stride in (n, n // 2) for row in at_stride(model, corpus, stride, job.max_tokens)]
+    return Found(rows, fingerprints)
+
+
+def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens: int) -> list[Row]:
+    """A row for each source, if there are several, and one for all of the text."""
+    config, device = model.config, model.device
+    batch = max(1, scoring.tokens_at_once(device) // config.data.seq_len)
+    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
+    rows, sums, counts = [], [], torch.zeros(config.model.vocab_size, dtype=torch.float64)
+    for shard in corpus.shards:
+        sequences, size = data.validation_sequences(shard, config.data, max_tokens, stride) if len(shard.val) else (None, 0)
+        if not size:
+            continue
+        if not sums:
+            scoring.require_causal(scoring.scorer(model), sequences.tokens[:1], sequences.targets[:1])
+        found = evals.nats_of(model.params, sequences, config, device, batch, special=special)
+        own = torch.bincount(sequences.targets[sequences.targets != IGNORE], minlength=len(counts))
+        sums.append((found.nats, found.tokens, found.special, size))
+        rows.append(row_of(shard.name, stride, *sums[-1], own))
+        counts += own
+    if not sums:
+        raise data.DataError("there is nothing in this text that the model learns to say: with conversations, set --data.loss all in training")
+    return [*rows, row_of(WHOLE, stride, *(sum(column) for column in zip(*sums, strict=True)), counts)] if len(rows) > 1 else rows
+
+
+def row_of(source: str, stride: int, nats: float, tokens: int, special: float, size: int, counts: torch.Tensor) -> Row:
+    """Args:
+    nats, special: of all targets, and of those that stand for no text.
+    size: bytes of what is learnt.
+    counts: (V,) how often each token is a target.
+    """
+    loss, p = nats / tokens, counts[counts > 0].double() / counts.sum()
+    return {
+        "source": source,
+        "stride": stride,
+        "tokens": tokens,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 80)),
+        "bits per byte": (nats - special) / math.log(2) / size,
+        "no context": -float((p * p.log()).sum()),
+    }
+
+
+def run(
+    models: Mapping[str, Path], text: DataConfig | None, devices: Sequence[torch.device], *, kernels: str = "auto", max_tokens: int = 0
+) -> Iterator[Result]:
+    """Evaluate the newest checkpoint of each run. Yields what is measured so far.
+
+    Args:
+        models: label -> folder of a run.
+        text: `sources` and how they are read; None for each run's own validation text.
+        max_tokens: of each source, in whole documents; 0 for all.
+    """
+    jobs = [Job(label, folder, text, kernels, max_tokens) for label, folder in models.items()]
+    found: dict[str, Found | pool.Failure] = {}
+    for job, outcome in pool.side_by_side(measure, jobs, devices, desc="perplexity"):
+        found[job.label] = outcome
+        yield result({label: found[label] for label in models if label in found}, own=text is None)
+
+
+def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
+    """The table of what is found so far, models in their order."""
+    rows: list[Row] = []
+    for label, outcome in found.items():
+        rows += outcome.rows if isinstance(outcome, Found) else [{"model": label, "failed": outcome.why}]
+    notes = [f"{label}: its loss is not finite: it diverged" for label in diverged(rows)]
+    notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
+    caption = (
+        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of guessing by this text's "
+        "own token frequencies. Windows are as long as in training: side by side, or half a window apart, where a token is scored with at least half a "
+        "window before it (texts alone; conversations are scored as they are trained on). Bits per byte leave out tokens that stand for no text."
+    )
+    return Result("perplexity", [Table("perplexity", rows, caption)], notes)
+
+
+def diverged(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows if "loss" in row and not math.isfinite(row["loss"])))

@@ -1,0 +1,93 @@
+"""What suites that evaluate models have in common: the text, a model as a function from tokens to nats, and a look that it does not see ahead."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperlm import checkpoint, data, evals, runs, trained
+from hyperlm.config import DataConfig
+from hyperlm.data.sources import parse_sources
+from hyperlm.trained import Model
+
+Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of each target, (B, N); 0 where that is loss.IGNORE
+
+AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 12}  # tokens that are read together, by device
+TOLERANCE = 1e-3  # nats: what rounding may change
+
+
+class Unsound(ValueError):
+    """A model whose numbers would mean nothing."""
+
+
+def check(models: Mapping[str, Path], text: DataConfig | None) -> None:
+    """Raises RunError, CheckpointError or TokenizerError where a run cannot be read, and DataError where `text` is not there, as far as a moment tells."""
+    for run in models.values():
+        trained.load_tokenizer(run, checkpoint.latest(run), runs.read_config(run))
+    if text is not None:
+        parse_sources(text.sources)
+
+
+def tokens_at_once(device: torch.device) -> int:
+    return AT_ONCE.get(device.type, AT_ONCE["cpu"])
+
+
+def scorer(model: Model) -> Scorer:
+    """A trained model as such a function."""
+
+    def score(tokens: Tensor, targets: Tensor) -> Tensor:
+        return evals.token_nats(model.params, tokens.to(model.device), targets.to(model.device), model.config)
+
+    return score
+
+
+def require_causal(score: Scorer, tokens: Tensor, targets: Tensor) -> None:
+    """Raises Unsound if nats of a sequence, tokens and targets (1, N), change where what comes later is another text."""
+    middle = tokens.shape[1] // 2 + 1
+    changed = tokens.clone()
+    changed[:, middle:] = tokens[:, : tokens.shape[1] - middle].flip(1)
+    apart = float((score(tokens, targets) - score(changed, targets))[:, :middle].abs().max())
+    if not apart <= TOLERANCE:
+        raise Unsound(f"it sees ahead: what comes later changes the loss of a token by {apart:.2g} nats")
+
+
+def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
+    """What a model is evaluated on: all of `text`, in tokens of its own; without that the validation text of its run.
+
+    Raises:
+        DataError: if that changed since, or has nothing to evaluate on.
+    """
+    config = model.config
+    if text is not None:
+        own = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
+        return data.prepare(replace(config, data=own), say=lambda line: None)
+    corpus = data.prepare(config, say=lambda line: None)
+    if checkpoint.read_meta(run, model.step)["fingerprint"] != corpus.fingerprint:
+        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was trained: its validation text is gone; name a text by --data.sources")
+    return corpus
+
+
+def fingerprints(corpus: data.Corpus) -> tuple[str, str]:
+    """Of the text that is evaluated on, whatever the tokenizer, and of its tokens."""
+    text, tokens = hashlib.blake2b(digest_size=4), hashlib.blake2b(digest_size=4)
+    for shard in corpus.shards:
+        ends = np.cumsum(shard.val_documents[:, 0])
+        documents = [ids.tolist() for ids in np.split(np.asarray(shard.val), ends)]
+        for document in corpus.tokenizer.decode_batch(documents, skip_special_tokens=True):
+            text.update(document.encode() + b"\0")
+        tokens.update(np.asarray(shard.val, np.int64).tobytes())
+    return text.hexdigest(), tokens.hexdigest()
+
+
+def comparable(texts: Iterable[tuple[str, str]]) -> list[str]:
+    """What must be said of models that were evaluated on these, as `fingerprints` gives them."""
+    texts = list(texts)
+    if len({text for text, _ in texts}) > 1:
+        return ["models were evaluated on different texts (column `text`): their losses cannot be compared"]
+    if len({tokens for _, tokens in texts}) > 1:
+        return ["models have different tokenizers: of their losses on this text, bits per byte alone can be compared"]
+    return []
