@@ -35,8 +35,9 @@ class ModelConfig:
     """Put a phase7 mixer in every n-th layer (hybrid); 0 for none."""
     ssm: bool = False
     """Add the tangent-space recurrence as an extra branch before every mixer (experimental)."""
-    score: Literal["logcosh", "distance"] = "logcosh"
-    """Score of phase7: -beta log cosh d, or -beta d."""
+    score: Literal["logcosh", "distance", "cosine", "bias", "gain", "first-order"] = "logcosh"
+    """Score of phase7: -beta log cosh d, or -beta d; or, to compare with, a part of the first that is a dot product: beta times the cosine of the
+    directions, with the key's bias -beta log cosh r alone, with the gain of the radii alone (tanh r for 1), or with both, its first order."""
     dropout: float = 0.0
     """Dropout rate on the embedding, on what a mixer read and gated, and on each branch's output. Texts of a few MB want 0.2 to 0.3."""
 

@@ -165,8 +165,8 @@ def skeleton(cfg: ModelConfig) -> Skeleton:
 @lru_cache
 def ops(cfg: ModelConfig) -> tuple[str, ...]:
     """The operations of the dispatch table that a model needs."""
-    kinds = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
-    return tuple(sorted({"add", "add_norm", "mlp", *(op for kind in kinds for op in kind.ops)}))
+    parts = [MIXERS[cfg.layer_kind(layer)] for layer in range(cfg.n_layers)] + ([SSM] if cfg.ssm else [])
+    return tuple(sorted({"add", "add_norm", "mlp", *(op for part in parts for op in part.ops(cfg))}))
 
 
 def declaration(cfg: ModelConfig) -> Params:

@@ -20,6 +20,7 @@ TINY = ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=64)
 CASES = {
     "phase7": replace(TINY, kind="phase7"),
     "phase7-distance": replace(TINY, kind="phase7", score="distance"),
+    "phase7-first-order": replace(TINY, kind="phase7", score="first-order"),
     "phase8": replace(TINY, kind="phase8"),
     "softmax": replace(TINY, kind="softmax"),
     "hybrid": replace(TINY, kind="phase8", n_layers=3, exact_every=2),

@@ -128,9 +128,8 @@ class Radius(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Base of all mixers: what comes before and after. A kind declares its own parameters and defines `mix` and `init_cache`."""
+    """Base of all mixers: what comes before and after. A kind declares its own parameters and defines `mix`, `ops` and `init_cache`."""
 
-    ops: tuple[str, ...]  # that it needs
     cache_grows = True  # with the length of the text
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -157,6 +156,11 @@ class Mixer(nn.Module):
     def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """Convolution, the kind's core, and `readout`: qkv (B, N, 3 D), gate (B, N, D) and the products of `narrow` (B, N, numbers) -> (B, N, D)
         and the next cache."""
+        raise NotImplementedError
+
+    @staticmethod
+    def ops(cfg: ModelConfig) -> tuple[str, ...]:
+        """The operations of the dispatch table that the kind needs."""
         raise NotImplementedError
 
     @staticmethod

@@ -20,7 +20,6 @@ SLOWEST, FASTEST = 1e-2, 1.0  # initial decay rates per token, spread over the h
 
 
 class Phase8(Mixer):
-    ops = ("radii", "tangent_features", "linear_attention", "readout", "tangent_step")
     cache_grows = False
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -46,6 +45,10 @@ class Phase8(Mixer):
         q, k, v, tail = ctx.ops["tangent_features"](qkv, self.conv, r, self.beta, tail)
         o, state = ctx.ops["linear_attention"](q, k, v, log_decay, state)
         return self.readout(o, gate, ctx), {"tail": tail, "state": state}
+
+    @staticmethod
+    def ops(cfg: ModelConfig) -> tuple[str, ...]:
+        return "radii", "tangent_features", "linear_attention", "readout", "tangent_step"
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

@@ -11,8 +11,6 @@ from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
 
 
 class Softmax(Mixer):
-    ops = ("causal_conv", "softmax_attention", "readout")
-
     def mix(self, qkv: Tensor, gate: Tensor, few: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         q, k, v, tail = ctx.ops["causal_conv"](qkv, self.conv, self.n_heads, None if cache is None else cache["tail"])
         q = (rotate(direction(widen(q)), ctx.cos, ctx.sin) * self.beta[:, None, None]).to(v.dtype)
@@ -24,6 +22,10 @@ class Softmax(Mixer):
             k, v = (entries[name][:, :, :end] for name in ("k", "v"))
         o = ctx.ops["softmax_attention"](q, k, v)
         return self.readout(o, gate, ctx), {"tail": tail, **entries}
+
+    @staticmethod
+    def ops(cfg: ModelConfig) -> tuple[str, ...]:
+        return "causal_conv", "softmax_attention", "readout"
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:

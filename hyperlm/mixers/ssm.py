@@ -21,8 +21,6 @@ SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over
 
 
 class SSM(nn.Module):
-    ops = ("scan",)
-
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         s = cfg.ssm_dim
@@ -40,6 +38,10 @@ class SSM(nn.Module):
         h = ctx.ops["scan"](log_a, b, None if cache is None else cache["ssm"])
         _, s = exp_map(h, R_MAX)
         return F.linear(s.to(x.dtype), self.out), {"ssm": h[:, -1]}
+
+    @staticmethod
+    def ops(cfg: ModelConfig) -> tuple[str, ...]:
+        return ("scan",)
 
     @staticmethod
     def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
