@@ -36,8 +36,8 @@ class ModelConfig:
     ssm: bool = False
     """Add the tangent-space recurrence as an extra branch before every mixer (experimental)."""
     score: Literal["logcosh", "distance", "cosine", "bias", "gain", "first-order"] = "logcosh"
-    """Score of phase7: -beta log cosh d, or -beta d; or, to compare with, a part of the first that is a dot product: beta times the cosine of the
-    directions, with the key's bias -beta log cosh r alone, with the gain of the radii alone (tanh r for 1), or with both, its first order."""
+    """Score of phase7: -beta log cosh d, or -beta d; or, to compare with, what of the first any dot product can do: beta times the cosine of the
+    directions, that with the bias -beta log cosh r of keys, that with a gain of tanh r for queries and keys, or with both, its first order."""
     dropout: float = 0.0
     """Dropout rate on the embedding, on what a mixer read and gated, and on each branch's output. Texts of a few MB want 0.2 to 0.3."""
 

@@ -24,9 +24,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperlm import flops, kernels, model, tree
-from hyperlm.config import ModelConfig
+from hyperlm.bench import checks, nulls, training
+from hyperlm.bench.report import Result
+from hyperlm.bench.training import Job, Outcome, Point
+from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.geometry import R_MAX, R_MIN, direction, distance, lift, time_of
 from hyperlm.kernels.reference import softmax_attention
+from hyperlm.mixers import phase7
 from hyperlm.mixers.frame import rope_angles
 from hyperlm.mixers.phase7 import WITH_BIAS, WITH_GAIN, factors
 
@@ -231,3 +235,168 @@ def test_a_long_sequence_needs_memory_in_proportion(score):
     changed = model.apply(params, tokens % 64, with_score(score, n_layers=1, head_dim=32))
     torch.testing.assert_close(changed[:, : n // 2], logits[:, : n // 2], rtol=0, atol=1e-2)
     assert not torch.equal(changed, logits)
+
+
+# -- the suite -------------------------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+# Validation losses by label, rate and seed. On seed 0, N2 and N4 are best at the second rate, the others at the first.
+LOSSES = {
+    "N0 cosine": {1e-3: [3.10, 3.12, 3.11], 2e-3: [3.20]},
+    "N1 bias": {1e-3: [3.08, 3.09, 3.10], 2e-3: [3.09]},
+    "N2 gain": {1e-3: [3.20], 2e-3: [3.07, 3.06, 3.09]},
+    "N3 first order": {1e-3: [3.05, 3.06, 3.07], 2e-3: [math.nan]},
+    "N4 phase7": {1e-3: [3.50], 2e-3: [3.01, 3.03, 3.02]},
+}
+
+
+def outcome(loss: float, speed: float = 1000.0) -> Outcome:
+    return Outcome(100, {"val_loss": loss, "val_bpb": loss / 3}, [Point(1, 64, 0.1, loss, loss)], speed, 0.5)
+
+
+@pytest.fixture
+def pretended(monkeypatch) -> list[Job]:
+    """No model is trained: its loss is in LOSSES. The jobs that were."""
+    jobs = []
+
+    def learnt(job: Job, device: torch.device) -> Outcome:
+        jobs.append(job)
+        seed, losses = job.config.train.seed, LOSSES[job.label][job.config.optim.lr]
+        if job.keep:
+            job.keep.mkdir(parents=True)
+            (job.keep / "lr").write_text(f"{job.config.optim.lr}")
+        return outcome(losses[seed], 1500.0 if job.config.model.score == "first-order" else 1000.0)
+
+    monkeypatch.setattr(nulls, "learnt", learnt)
+    monkeypatch.setattr(nulls.data, "prepare", lambda *_, **__: None)
+    return jobs
+
+
+def run(**options) -> list[Result]:
+    return list(nulls.run(Config(model=TINY), [CPU], [1e-3, 2e-3], [0, 1, 2], **options))
+
+
+def rows(result: Result, table: str, key: str = "model") -> dict:
+    return {row[key]: row for row in next(t for t in result.tables if t.name == table).rows}
+
+
+def test_each_arm_is_trained_at_every_rate_and_then_with_every_seed_at_its_best(pretended):
+    results = run()
+    tried = [(job.label, job.config.optim.lr, job.config.train.seed) for job in pretended]
+    best = {label: 2e-3 if label in ("N2 gain", "N4 phase7") else 1e-3 for label in LOSSES}
+    assert sorted(tried[:10]) == sorted((label, rate, 0) for label in LOSSES for rate in (1e-3, 2e-3))
+    assert sorted(tried[10:]) == sorted((label, best[label], seed) for label in LOSSES for seed in (1, 2))
+    assert len(results) == 20  # grows by every model
+    assert {job.label: job.config.model.score for job in pretended} == dict(zip(LOSSES, (*NULLS, "logcosh"), strict=True))
+    assert all(job.config.model.kind == "phase7" and job.keep is None for job in pretended)
+
+
+def test_what_is_told_of_losses_by_hand(pretended):
+    result = run()[-1]
+    found = rows(result, "nulls")
+    assert [found[label]["rate"] for label in LOSSES] == [1e-3, 1e-3, 2e-3, 1e-3, 2e-3]
+    assert found["N1 bias"]["loss"] == pytest.approx(3.09) and found["N1 bias"]["spread"] == pytest.approx(0.02) and found["N1 bias"]["seeds"] == 3
+    parts = rows(result, "parts", "difference")
+    geometry = parts["N3 − N4"]  # 0.04, 0.03 and 0.05 of the three seeds: deviation 0.01
+    assert [geometry[f"seed {seed}"] for seed in (0, 1, 2)] == pytest.approx([0.04, 0.03, 0.05])
+    assert geometry["mean"] == pytest.approx(0.04) and geometry["standard error"] == pytest.approx(0.01 / 3**0.5)
+    assert geometry["95 % ±"] == pytest.approx(0.01 / 3**0.5 * 4.302653, rel=1e-4)
+    assert parts["N0 − N2"]["mean"] == pytest.approx((0.03 + 0.06 + 0.02) / 3)
+    assert found["N3 first order"]["N4 − this"] == "-0.0400 ± 0.0058" and found["N4 phase7"]["N0 − this"] == "+0.0900 ± 0.0000"
+    assert "+0.0400 ± 0.0058" in result.notes[0] and result.notes[0].endswith("it lowers the loss")
+    assert any("N3 first order trains at 1.50 times the tokens/s of N4 phase7" in note for note in result.notes)
+    assert any("N3 first order, rate 0.002, seed 0: diverged" in note for note in result.notes)
+    assert len(next(t for t in result.tables if t.name == "tried").rows) == 20
+    for figure in result.figures:  # each column that it is drawn from is there
+        table = next(t for t in result.tables if t.name == figure.table)
+        assert table.rows and all({figure.x, figure.y} <= row.keys() for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "ending"),
+    [
+        ([0.04, 0.03, 0.05], "it lowers the loss"),
+        ([-0.04, -0.03, -0.05], "it raises the loss"),
+        ([0.01, -0.01, 0.0], "no difference can be told from chance; one of up to 0.0248 would fit these runs as well"),
+        ([0.01, 0.05], "no difference can be told from chance; one of up to 0.2841 would fit these runs as well"),  # all above 0, and yet
+        ([0.04], "nothing is decided"),
+        ([], "nothing is decided"),
+    ],
+)
+def test_a_verdict_claims_what_the_seeds_bear(by_seed, ending):
+    rate = {label: {1e-3: [3.0 + x for x in by_seed] if label == "N3 first order" else [3.0] * len(by_seed)} for label in LOSSES}
+    grid = nulls.Grid({(label, 1e-3, i): outcome(x) for label in rate for i, x in enumerate(rate[label][1e-3])}, 0)
+    assert nulls.verdict("geometry:", nulls.difference(grid, "N3 first order", "N4 phase7")).endswith(ending)
+
+
+def test_intervals_are_those_of_students_t():
+    """The share of its density within the quantile, by Simpson's rule, is 95 %."""
+    for pairs, t in nulls.STUDENT.items():
+        f = pairs - 1
+        x = torch.linspace(-t, t, 20001, dtype=torch.float64)
+        weights = torch.ones_like(x)
+        weights[1:-1:2], weights[2:-1:2] = 4, 2
+        scale = math.gamma((f + 1) / 2) / math.gamma(f / 2) / (f * math.pi) ** 0.5
+        share = float((weights * scale * (1 + x**2 / f) ** (-(f + 1) / 2)).sum()) * 2 * t / 20000 / 3
+        assert share == pytest.approx(0.95, abs=1e-4)
+
+
+def test_the_best_model_of_the_first_seed_is_left_and_no_other(pretended, tmp_path):
+    run(folder=tmp_path / "models")
+    assert {path.name: (path / "lr").read_text() for path in (tmp_path / "models").iterdir()} == {
+        "cosine": "0.001", "bias": "0.001", "gain": "0.002", "first-order": "0.001", "logcosh": "0.002",
+    }  # fmt: skip
+
+
+def test_an_arm_that_fails_is_a_row_that_says_why(pretended, monkeypatch):
+    pretend = nulls.learnt
+
+    def learnt(job: Job, device: torch.device) -> Outcome:
+        if job.label == "N3 first order":
+            raise RuntimeError("no such luck")
+        return pretend(job, device)
+
+    monkeypatch.setattr(nulls, "learnt", learnt)
+    result = run()[-1]
+    assert rows(result, "nulls")["N3 first order"] == {"model": "N3 first order", "failed": "RuntimeError: no such luck"}
+    assert "N3 − N4" not in rows(result, "parts", "difference") and rows(result, "parts", "difference")["N0 − N4"]["mean"] == pytest.approx(0.09)
+    assert "nothing is decided" in result.notes[0]
+
+
+def test_a_seed_that_diverges_leaves_the_other_pairs(pretended, monkeypatch):
+    monkeypatch.setitem(LOSSES, "N4 phase7", {1e-3: [3.50], 2e-3: [3.01, math.nan, 3.02]})
+    result = run()[-1]
+    assert rows(result, "nulls")["N4 phase7"]["seeds"] == 2
+    assert {"seed 0", "seed 2"} == {name for name in rows(result, "parts", "difference")["N3 − N4"] if name.startswith("seed")}
+
+
+@pytest.mark.parametrize(("rates", "seeds", "said"), [([], [0], "--rates"), ([0.0], [0], "--rates 0"), ([1e-3, 1e-3], [0], "--rates"), ([1e-3], [], "--seeds"), ([1e-3], [1, 1], "--seeds 1 1")])
+def test_rates_and_seeds_that_cannot_be_trained_with(rates, seeds, said):
+    with pytest.raises(ConfigError, match=said):
+        nulls.check(rates, seeds)
+
+
+def test_a_model_that_is_wrong_is_not_trained(monkeypatch):
+    """A check before the number."""
+    monkeypatch.setattr(nulls.training, "train", lambda job, device: outcome(3.0))
+    job = Job("N3 first order", nulls.of_arm(Config(model=TINY), "N3 first order", 1e-3, 0))
+    assert nulls.learnt(job, CPU).val["val_loss"] == 3.0
+    monkeypatch.setattr(phase7, "factors", lambda t_q, s_q, t_k, s_k, beta, score: (s_q, s_k * torch.nan))
+    with pytest.raises(checks.CheckFailed):
+        nulls.learnt(job, CPU)
+
+
+def test_models_are_trained_as_a_twin_is(prose):
+    """End to end, at toy size: the loss of N0 is that of a softmax model trained by the same rules."""
+    config = Config(
+        model=replace(TINY, vocab_size=300),
+        data=DataConfig(sources=(str(prose),), seq_len=32, val_fraction=0.3),
+        train=TrainConfig(batch_size=4, grad_accum=1, steps=4, device="cpu", residence="device"),
+        optim=OptimConfig(lr=1e-2, warmup_steps=1, state="fp32"),
+        eval=EvalConfig(max_tokens=512),
+    )
+    *_, result = nulls.run(config, [CPU], [1e-2], [0])
+    twin = training.train(Job("softmax", replace(config, model=replace(config.model, kind="softmax"))), CPU)
+    losses = {label: row["loss"] for label, row in rows(result, "nulls").items()}
+    assert losses["N0 cosine"] == pytest.approx(twin.val["val_loss"], rel=1e-5)
+    assert len(set(losses.values())) == 5

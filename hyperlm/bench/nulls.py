@@ -142,7 +142,7 @@ def result(grid: Grid, rates: Sequence[float], seeds: Sequence[int]) -> Result:
     chosen = f"each at the best of the rates {', '.join(f'{rate:g}' for rate in rates)}, chosen on seed {seeds[0]}"
     of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches"
     tables = [
-        Table("nulls", [row for label in ARMS if (row := row_of(grid, label))], f"Validation loss, nats a token, {chosen}; differences are of pairs, ± standard error."),
+        Table("nulls", [row for label in ARMS if (row := row_of(grid, label))], f"Validation loss, nats a token, {chosen}; differences, of pairs, are above 0 where this one is lower; ± is the standard error."),
         Table("parts", [row_of_part(grid, part, *pair) for part, pair in parts.items()], f"{of_parts}; 95 % by Student's t."),
         Table("seeds", [{"model": label, "seed": seed, "loss": x.val["val_loss"]} for label in ARMS for seed, x in grid.at_best(label).items()], shown=False),
         Table("pairs", [{"part": part, "seed": s, "nats": x} for part, pair in parts.items() for s, x in difference(grid, *pair).by_seed.items()], shown=False),
@@ -151,18 +151,20 @@ def result(grid: Grid, rates: Sequence[float], seeds: Sequence[int]) -> Result:
     ]
     figures = [
         Bars("nulls", "Phase 7 and its nulls", "seeds", "model", "loss", "validation loss, nats a token"),
-        Bars("nulls_parts", "What each part of the score brings", "pairs", "part", "nats", "lower loss, nats a token"),
+        Bars("nulls_parts", "What each part of the score brings", "pairs", "part", "nats", "fall of the loss, nats a token"),
     ]
     return Result("nulls", tables, notes(grid, rates, seeds), figures)
 
 
 def notes(grid: Grid, rates: Sequence[float], seeds: Sequence[int]) -> list[str]:
-    told = [verdict("geometry, what exact scores have beyond their first order (N3 − N4):", difference(grid, N3, N4))]
+    told = [verdict(f"geometry, what exact scores have beyond their first order ({name(N3, N4)}):", difference(grid, N3, N4))]
     others = {"the bias of keys alone": (N0, N1), "the gain alone": (N0, N2), "both, the first order": (N0, N3), "all of phase7": (N0, N4)}
     told += [verdict(f"{words} ({name(*pair)}):", d) for words, pair in others.items() if (d := difference(grid, *pair)).by_seed]
     speeds = [statistics.fmean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(label))]
     if len(speeds) == 2:
         told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
+        if (d := difference(grid, N3, N4)).mean - d.margin <= 0:
+            told[-1] += ": nothing here says that exact scores are worth more than that plain attention"
     at_end = [label for label in ARMS if len(rates) > 1 and grid.rate(label) in (min(rates), max(rates))]
     if at_end:
         told.append(f"best at an end of the rates tried, so that one beyond may be better: {', '.join(at_end)}")
