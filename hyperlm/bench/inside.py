@@ -16,9 +16,10 @@ from torch import Tensor
 from hyperlm import model
 from hyperlm.batch import Batch
 from hyperlm.config import ModelConfig
-from hyperlm.geometry import arcosh1p, direction, rotate
+from hyperlm.geometry import arcosh1p, direction, lift, rotate
 from hyperlm.kernels.reference import TIP, causal_conv, widen
 from hyperlm.loss import IGNORE
+from hyperlm.mixers.phase7 import OF_DISTANCE, factors
 from hyperlm.tree import Tree
 
 Ops = dict[str, Callable]
@@ -164,7 +165,7 @@ def scores(at: Polar, queries: Tensor, score: str) -> tuple[Tensor, Tensor, Tens
 
     Args:
         queries: (S,) their positions.
-        score: logcosh or distance, of phase7; tangent, of phase8: the logarithm of its kernel, without decay.
+        score: that of phase7; or "tangent", of phase8: the logarithm of its kernel, without decay.
 
     Returns:
         scores and cosines of the angle between query and key, (B, H, S, N), and which keys are no later than the query, (S, N).
@@ -175,6 +176,9 @@ def scores(at: Polar, queries: Tensor, score: str) -> tuple[Tensor, Tensor, Tens
     if score == "tangent":
         phi_q, phi_k = F.elu(beta * r_q * q) + 1, F.elu(beta * r_k.mT * at.k) + 1
         found = torch.log(phi_q @ phi_k.mT)
+    elif score not in OF_DISTANCE:
+        q, k = factors(*lift(q, r_q[..., 0]), *lift(at.k, at.r_k), at.beta, score)
+        found = q @ k.mT
     else:  # cosh d - 1, in which nothing cancels
         w = torch.cosh(r_q - r_k) - 1 + torch.sinh(r_q) * torch.sinh(r_k) * (1 - cosine).clamp(min=0)
         found = -beta * (torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP))
