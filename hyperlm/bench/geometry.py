@@ -27,6 +27,7 @@ from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
 from hyperlm.tree import Tree
 
+SPARSE = 8  # of so many sequences, one is looked at
 SHUFFLES = 20
 LARGEST = 1 << 28  # radii that are kept: fewer tokens of a model that has more of them
 PAIRED = 1 << 14  # tokens among which scores are looked at
@@ -34,6 +35,7 @@ QUERIES = 64  # of a sequence
 SHOWN = 96  # tokens in the disk
 SEARCHED = 64  # sequences, for these
 SIDES = ("query", "key")
+NO_RADII = "softmax: no radii"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ def read_text(corpus: data.Corpus, config: Config, tokens: int, device: torch.de
 
 
 def validation(shard: data.Shard, config: Config, count: int) -> Batch:
-    """The first `count` sequences of a source's validation text, or all."""
-    return data.validation_sequences(shard, config.data, count * config.data.seq_len * 2)[0].map(lambda x: x[:count])
+    """`count` sequences of a source's validation text, or all there are, evenly over its first documents: several times as much text, as one may be long."""
+    ends = np.cumsum(shard.val_documents[:, 0])
+    enough = ends[min(np.searchsorted(ends, SPARSE * count * config.data.seq_len), len(ends) - 1)]
+    sequences, _ = data.validation_sequences(shard, config.data, int(enough))
+    return sequences.map(lambda x: x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()])
 
 
 def untrained(cfg: ModelConfig, device: torch.device, *, drawn: bool = False) -> Tree:
@@ -115,7 +120,7 @@ def radius_rows(seen: inside.Seen, counted: Tensor, cfg: ModelConfig) -> tuple[l
     for layer in cfg.hyperbolic_layers:
         r = seen.lengths[layer][:, counted]
         low, high = r.sort(-1).values[:, [int(share * (r.shape[1] - 1)) for share in (0.05, 0.95)]].T.tolist()
-        row: Row = {"layer": layer, "mixer": cfg.layer_kind(layer)}
+        row: Row = {"mixer": cfg.layer_kind(layer), "layer": layer}
         for side, own in zip(SIDES, r.chunk(2), strict=True):
             ordered = own.flatten().sort().values
             row[f"{side}: mean"], row[f"{side}: std"] = float(own.mean()), float(own.std(-1).mean())
@@ -345,8 +350,8 @@ def look_into(job: Job, device: torch.device) -> Found:
     size: Row = {"tokens": int(text.counted.sum()), "sequences": len(text.counted), "in documents with brackets": int((text.counted & text.bracketed).sum())}
     found["text"] = [size]
     if not cfg.hyperbolic_layers:
-        none = [{"mixer": cfg.kind, "layer": "no radii: queries and keys are normalised"}]
-        return found | {"radii": none, "variance of scores": [{"mixer": f"{cfg.kind}: no radii"}], "ablations": [{"radii of": "none: no radii"}]}
+        none: Row = {"mixer": NO_RADII}
+        return found | {"radii": [none], "variance of scores": [none | {"heads": cfg.n_layers * cfg.n_heads}], "ablations": [{"radii of": NO_RADII}]}
     found["radii"], found["radii by head"] = radius_rows(seen, text.counted, cfg)
     found["variance by head"] = share_rows(loaded.params, untrained(cfg, device), text, config)
     found["variance of scores"] = share_summary(found["variance by head"])
@@ -438,7 +443,7 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
             "disk: " + "; ".join(f"{row['model']}: {row['in the disk']}" for row in rows["text"] if "in the disk" in row)
             + ". Distances from the centre are tanh(r/2) of true radii; the angle alone is projected, from the principal directions of keys before their rotation by position"
         )  # fmt: skip
-    twins = [row for row in rows["radii"] if row.get("mixer") == "softmax" and str(row["layer"]).startswith("no radii")]
+    twins = [row for row in rows["radii"] if row.get("mixer") == NO_RADII]
     if rows["correlations"] and not twins:
         notes.append("no softmax run was named: the norms of a twin's keys, which correlate too, are not beside")
     return notes
