@@ -30,8 +30,8 @@ from hyperlm.tree import Tree
 SPARSE = 8  # of so many sequences, one is looked at
 SHUFFLES = 20
 LARGEST = 1 << 28  # radii that are kept: fewer tokens of a model that has more of them
-PAIRED = 1 << 14  # tokens among which scores are looked at
-QUERIES = 64  # of a sequence
+PAIRED, SEQUENCES = 1 << 14, 16  # tokens among which scores are looked at, in at most so many sequences
+QUERIES = 64  # of each of these
 SHOWN = 96  # tokens in the disk
 SEARCHED = 64  # sequences, for these
 SIDES = ("query", "key")
@@ -213,6 +213,7 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
                 "mean rho": mean([row["rho"] for row in own]),
                 "mean |rho|": mean([abs(row["rho"]) for row in own]),
                 "untrained |rho|": mean([abs(row["untrained"]) for row in own]),
+                "untrained, largest": max((abs(row["untrained"]) for row in own if math.isfinite(row["untrained"])), default=math.nan),
                 "shuffled, largest": max((row["shuffled"] for row in there), default=math.nan),
                 "strongest head [95 %]": strongest,
                 "layer.head": "" if best is None else f"{best['layer']}.{best['head']}",
@@ -221,7 +222,7 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         for layer in dict.fromkeys(row["layer"] for row in own):
             rho = [row["rho"] for row in own if row["layer"] == layer]
             strong = max((x for x in rho if math.isfinite(x)), key=abs, default=math.nan)
-            layers.append({"layer": layer, "of": of, "with": what, "rho": mean(rho), "strongest head": strong})
+            layers.append({"layer": layer, "of": of, "with": what, "mean |rho|": mean(list(map(abs, rho))), "strongest head": strong})
     return summary, layers
 
 
@@ -229,7 +230,7 @@ def share_rows(params: Tree, null: Tree, text: Text, config: Config) -> list[Row
     """A row for each head: how much of the variance of its scores the angle alone explains, and the key's radius alone."""
     cfg, n = config.model, config.data.seq_len
     tokens = text.batch.tokens[text.counted.all(1)]
-    tokens = (tokens if len(tokens) else text.batch.tokens)[: max(1, PAIRED // n)]
+    tokens = (tokens if len(tokens) else text.batch.tokens)[: max(1, min(SEQUENCES, PAIRED // n))]
     queries = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:QUERIES].sort().values.to(tokens.device) + 1
     found: dict[str, dict[int, Tensor]] = {name: {} for name in ("angle alone", "key's radius alone", "untrained, angle alone")}
 
@@ -282,7 +283,7 @@ def ablation_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -
     sides = {"queries": slice(0, h), "keys": slice(h, 2 * h), "both": slice(0, 2 * h)}
 
     def averaged(layer: int, r: Tensor) -> Tensor:
-        return r[:, text.counted].mean(-1)[:, None, None].expand_as(r)
+        return r[:, text.counted].double().mean(-1).float()[:, None, None].expand_as(r)
 
     def shuffled(layer: int, r: Tensor) -> Tensor:
         return of_equal_frequency(r, text.frequency, text.counted, layer)
@@ -369,7 +370,7 @@ CAPTIONS = {
     "correlations": "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training text, "
     "entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, partial: without what ranks of "
     "frequency and position explain of either, linearly. Intervals: bootstrap over sequences. Nulls: the same of a model that was not trained, with radii that are "
-    f"random functions of its stream (mean |rho|); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the "
+    f"random functions of its stream (mean and largest |rho| of heads); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the "
     "twin's queries and keys, which its scores do not see.",
     "variance of scores": "Share of the variance of scores, each query's mean taken out as softmax does, that a function of the angle between query and key alone "
     "explains (64 steps, the same function for all queries of a head), or of the key's radius alone: mean over heads. Scores of phase7 are functions of angle "
@@ -411,8 +412,8 @@ def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> 
     if rows["correlations by layer"]:
         figures.append(
             Heatmap(
-                "geometry_correlations", "Spearman's rho of keys' radii (softmax: norms), mean over heads", "key correlations by layer",
-                "layer", "with", "rho", y_label="", low=-1, high=1,
+                "geometry_correlations", "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads", "key correlations by layer",
+                "layer", "with", "mean |rho|", low=0,
             )
         )  # fmt: skip
     if rows["radii by head"]:
