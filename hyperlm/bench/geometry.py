@@ -377,7 +377,8 @@ CAPTIONS = {
     "and radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which is no function of the angle even where all radii are equal, as "
     "they are before training.",
     "ablations": "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error over "
-    "sequences. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part of log2 (1 + frequency).",
+    "sequences. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part of log2 (1 + frequency): if "
+    "radii were functions of frequency alone, they would cost nothing.",
 }
 HIDDEN = ("text", "radii by head", "correlations by head", "correlations by layer", "key correlations by layer", "variance by head", "disk")
 
@@ -430,6 +431,7 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     notes = []
     for row in rows["text"]:
         notes.append(f"{row['model']}: {row['tokens']:,} tokens in {row['sequences']:,} sequences, {row['in documents with brackets']:,} in documents with brackets")
+    notes += [goes_with(what, rows["correlations"]) for what in dict.fromkeys(row["with"] for row in rows["correlations"] if "with" in row)]
     for label in models:
         null, *effects = [row for row in rows["ablations"] if row["model"] == label and "nats lost" in row] or [None]
         if null is None:
@@ -448,6 +450,13 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     if rows["correlations"] and not twins:
         notes.append("no softmax run was named: the norms of a twin's keys, which correlate too, are not beside")
     return notes
+
+
+def goes_with(what: str, rows: list[Row]) -> str:
+    """How strongly keys go with something, of all models, beside those that were not trained."""
+    own = [row for row in rows if row.get("with") == what and row["of"].startswith("key")]
+    each = ", ".join(f"{row['model']} {row['mean |rho|']:.2f} ({row['of'].removeprefix('key ')}; untrained {row['untrained |rho|']:.2f})" for row in own)
+    return f"{what}, mean |rho| of keys over heads: {each}"
 
 
 def verdict(effects: list[Row]) -> str:

@@ -168,8 +168,9 @@ def scores(at: Polar, queries: Tensor, score: str) -> tuple[Tensor, Tensor, Tens
         score: that of phase7; or "tangent", of phase8: the logarithm of its kernel, without decay.
 
     Returns:
-        scores and cosines of the angle between query and key, (B, H, S, N), and which keys are no later than the query, (S, N).
+        scores and cosines of the angle between query and key, (B, H, S, N) fp64, and which keys are no later than the query, (S, N).
     """
+    at = Polar(*(x.double() for x in at))  # a product in fp32 may be one of TF32
     q, r_q, beta = at.q[:, :, queries], at.r_q[:, :, queries, None], at.beta[:, None, None]
     r_k = at.r_k[:, :, None, :]
     cosine = q @ at.k.mT
