@@ -107,12 +107,12 @@ OPENING, CLOSING = 16, 32  # + type
 def dyck(seed: Seed, count: int, setting: Setting, vocabulary: int = SMALLEST) -> Sample:
     """Brackets of TYPES types, properly nested; before each that closes, it is the answer. Group: its depth, 1 for an outermost one.
 
-    One that closes what the token before it opened is no answer: that takes no memory.
+    One that closes what the token before it opened is no answer, as that takes no memory: brackets of depth `setting.size` hold such.
     """
     rng, rows = np.random.default_rng(seed), np.arange(count)
-    walk = Walk(rng, count, setting.size)
+    walk = Walk(rng, count, setting.size + 1)
     tokens, targets, group = (np.full((count, setting.length + 1), x, np.int64) for x in (0, IGNORE, 0))
-    stack, opened = np.zeros((count, setting.size + 1), np.int64), np.zeros(count, bool)
+    stack, opened = np.zeros((count, setting.size + 2), np.int64), np.zeros(count, bool)
     for n in range(setting.length + 1):
         move = walk.step(np.ones(count, bool))
         depth = walk.depth + (move < 0)  # of the bracket
