@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hyperlm import cli, model
-from hyperlm.bench import pool, recall, synthetic
-from hyperlm.bench.recall import Job, Outcome, Score, Sizes, Task, answers, config_of, logits_of, scores, state_bytes, tasks
-from hyperlm.bench.synthetic import SMALLEST, TEST, Setting
+from hyperlm.bench import answering, pool, recall, synthetic
+from hyperlm.bench.answering import Job, Outcome, Score, answers, logits_of, scores, state_bytes
+from hyperlm.bench.recall import Sizes, config_of, tasks
+from hyperlm.bench.synthetic import SMALLEST, TEST, Setting, Task
 from hyperlm.config import ConfigError
 from hyperlm.loss import IGNORE
 from hyperlm.step import init_state, weights
@@ -99,7 +100,7 @@ def test_targets_are_what_a_plain_reader_answers_and_nothing_else(draw, setting,
 def test_a_batch_is_a_function_of_seed_and_step(draw, setting, read):
     def at(seed: int, step: int) -> Tensor:
         synthetic.together.cache_clear()  # and not of what was asked for before
-        return synthetic.at_step(draw, seed, step, 3, setting, SMALLEST).batch.tokens
+        return synthetic.at_step(Task("", draw, SMALLEST, (setting,), ()), seed, step, 3 * setting.length).batch.tokens
 
     first = at(0, 0)
     assert torch.equal(first, at(0, 0)) and first.shape == (3, setting.length)
@@ -165,7 +166,7 @@ def test_one_layer_learns_the_parity_of_three_bits(monkeypatch):
     monkeypatch.setattr(recall, "LAYERS", 1)
     task = Task("parity", synthetic.counting, SMALLEST, (Setting(3, 2),), (Setting(3, 2),))
     config = config_of(task, "phase8", 32, 1e-2, 0, replace(TINY, steps=150, tokens=64))
-    outcome = recall.measure(Job(task, "phase8", config, 200), CPU)
+    outcome = answering.measure(Job(task, "phase8", config, 200), CPU)
     assert all(score.right > 0.9 * score.total for score in outcome.tests[Setting(3, 2)].values())
 
 
@@ -185,7 +186,7 @@ def test_every_task_is_measured_and_results_grow():
     assert len(found) == 10
     tables = {table.name: table.rows for table in found[-1].tables}
     assert [row["model"] for row in tables["recall"]] == ["phase8", "hybrid", "chance"]
-    assert tables["recall"][-1] == {"model": "chance", "16, 2": 1 / 2, "32, 4": 1 / 4}
+    assert tables["recall"][-1] == {"model": "chance", "2 in 16": 1 / 2, "4 in 32": 1 / 4}
     assert {row["model"] for row in tables["scopes by depth"]} == {"phase8", "hybrid", "newest value", "chance"}
     assert [row["task"] for row in tables["parity and counting"]] == ["parity"] * 3 + ["modulo 5"] * 3
     assert "position 33-64" in tables["parity and counting"][0] and "depth 15-16" in tables["dyck by depth"][0]
@@ -199,28 +200,29 @@ def outcome_of(validation: float, right: int) -> Outcome:
 
 
 def jobs_of(label: str, sizes: Sizes) -> list[Job]:
-    return recall.jobs_of([label], replace(sizes, tasks=("recall",)), "auto")
+    return recall.jobs_of([label], replace(sizes, tasks=("recall",)))
 
 
 def test_the_rate_is_chosen_by_validation_over_all_seeds_and_seeds_are_told_apart():
     sizes = replace(TINY, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1))
-    outcomes = [outcome_of(2.0, 10), outcome_of(2.0, 10), outcome_of(0.5, 6), outcome_of(1.0, 8), outcome_of(0.1, 10), outcome_of(float("nan"), 0)]
+    told = [(2.0, 10), (2.0, 10), (0.5, 6), (1.0, 8), (0.1, 10), (float("nan"), 0)]
+    outcomes = [outcome_of(*own) for own in told]
     found = list(zip(jobs_of("phase8", sizes), outcomes, strict=True))
     row = recall.result(found, sizes, torch.float32).tables[0].rows[0]
-    assert row["rate"] == 1e-2 and row["16, 2"] == "0.700 ± 0.100" and row["32, 4"] == "0.000 ± 0.000"
+    assert row["rate"] == 1e-2 and row["2 in 16"] == "0.700 ± 0.100" and row["4 in 32"] == "0.000 ± 0.000"
     points = recall.result(found, sizes, torch.float32).tables[1].rows
     assert [(point["seed"], point["pairs"], point["accuracy"]) for point in points] == [(0, 2, 0.6), (1, 2, 0.8), (0, 4, 0.0), (1, 4, 0.0)]
 
 
 def test_a_kind_that_fails_is_a_row_that_says_why(monkeypatch):
-    learnt = recall.learnt
+    learnt = answering.learnt
 
     def failing(job: Job, device: torch.device):
         if job.label == "phase7":
             raise RuntimeError("no phase7 here")
         return learnt(job, device)
 
-    monkeypatch.setattr(recall, "learnt", failing)
+    monkeypatch.setattr(answering, "learnt", failing)
     (*_, last) = recall.run(["phase7", "phase8"], [CPU], replace(TINY, tasks=("recall",)))
     assert last.tables[0].rows[0] == {"model": "phase7", "width": 32, "failed": "RuntimeError: no phase7 here"}
     assert [row["model"] for row in last.tables[0].rows] == ["phase7", "phase8", "chance"]
@@ -232,10 +234,11 @@ def test_a_kind_that_fails_is_a_row_that_says_why(monkeypatch):
 
 def test_columns_take_depths_and_positions_together():
     scopes, dyck, parity, _ = tasks(TINY)[1:]
-    assert recall.bins_of(scopes)[:2] == [(0, 2), (3, 4)] and recall.bins_of(dyck)[0] == (1, 2) and recall.bins_of(parity) == [(1, 8), (9, 16), (17, 32), (33, 64)]
-    job = recall.jobs_of(["phase8"], replace(TINY, tasks=("scopes",)), "auto")[0]
-    test = {0: Score(4, 4), 1: Score(1, 2), 4: Score(2, 4), 5: Score(0, 2), 7: Score(3, 4)}  # depth 0, 0 shadowed, 2, 2 shadowed, 3 shadowed
-    rows, points = recall.line_rows([(job, Outcome(1.0, {scopes.tested[0]: test}))], scopes)
+    assert recall.bins_of(scopes)[:2] == [(0, 2), (3, 4)] and recall.bins_of(dyck)[0] == (1, 2)
+    assert recall.bins_of(parity) == [(1, 8), (9, 16), (17, 32), (33, 64)]
+    job = recall.jobs_of(["phase8"], replace(TINY, tasks=("scopes",)))[0]
+    test = {0: Score(4, 4), 1: Score(1, 2), 4: Score(2, 4), 5: Score(0, 2), 7: Score(3, 4)}  # depth 0, also shadowed, 2, also shadowed, 3
+    rows, points = recall.line_rows([(job, Outcome(1.0, {setting: test for setting in scopes.tested}))], scopes)
     told = {(row["model"], row["answers"]): (row["depth 0-2"], row["depth 3-4"]) for row in rows}
     assert told["phase8", "all"] == (7 / 12, 3 / 4) and told["phase8", "shadowed"] == (1 / 4, 3 / 4)
     assert told["newest value", "all"] == (8 / 12, 0) and told["newest value", "shadowed"] == (0, 0)

@@ -1,7 +1,7 @@
 """Synthetic tasks: sequences whose answers are known, as many as wanted, each batch a pure function of its seed.
 
-Targets are IGNORE but at answers, and an answer is never read before it was due. `group` says what accuracy is told by. Which token means what
-is at the head of each task. Axes: B sequences, N tokens, M names.
+Targets are IGNORE but at answers, and an answer is never read before it was due. `group` says what accuracy is told by. Which token means
+what is at the head of each task. Axes: B sequences, N tokens.
 """
 
 from collections.abc import Callable
@@ -47,13 +47,13 @@ def sample(tokens: np.ndarray, targets: np.ndarray, group: np.ndarray) -> Sample
     return Sample(Batch(tokens, targets), group)
 
 
-# -- multi-query associative recall ------------------------------------------------------------------------------------------------------
+# -- multi-query associative recall ----------------------------------------------------------------------------------------------------
 
 POWER = 0.01  # of the law that gaps follow: p(gap) ~ gap^(POWER - 1)
 
 
 def distinct(rng: np.random.Generator, rows: int, count: int, low: int, high: int) -> np.ndarray:
-    """(rows, count) integers of [low, high), those of a row distinct, every choice equally likely: rows with repetitions are drawn again."""
+    """(rows, count) integers of [low, high), those of a row distinct, all choices equally likely: rows with repetitions are drawn again."""
     found, again = np.empty((rows, count), np.int64), np.arange(rows)
     while len(again):
         found[again] = rng.integers(low, high, (len(again), count))
@@ -65,8 +65,8 @@ def distinct(rng: np.random.Generator, rows: int, count: int, low: int, high: in
 def recall(seed: Seed, count: int, setting: Setting, vocabulary: int) -> Sample:
     """Pairs of a key and its value, then every key once more, at whose place its value is the answer. Group: 0.
 
-    Keys are of the lower half of the vocabulary, values of the upper; 0 fills the rest. Queries stand at even places after the pairs, the gaps by
-    a power law without replacement, so most come soon. Reference: Arora et al. 2023, "Zoology", figure 2.
+    Keys are of the lower half of the vocabulary, values of the upper; 0 fills the rest. Queries stand at even places after the pairs, by a
+    power law without replacement, so that most come soon. Reference: Arora et al. 2023, "Zoology", figure 2.
     """
     rng, pairs, half = np.random.default_rng(seed), setting.size, vocabulary // 2
     keys, values = distinct(rng, count, pairs, 1, half), distinct(rng, count, pairs, half, vocabulary)
@@ -133,11 +133,11 @@ MOVE, BIND = 0.35, 0.7  # a bracket comes where a random number is below MOVE, e
 
 
 def scopes(seed: Seed, count: int, setting: Setting, vocabulary: int = SMALLEST) -> Sample:
-    """Brackets open and close scopes, in which names are bound (name, value); a question (ASK, name) has for an answer, at the name, the value in
-    the nearest enclosing scope that binds it.
+    """Brackets open and close scopes, in which names are bound (name, value); a question (ASK, name) is answered at the name, by its value
+    in the nearest enclosing scope that binds it.
 
-    Half of the questions are for a shadowed name, where there is one: it was bound more recently in a scope that has closed, or with a value that
-    was lost with it, so that its newest value is not the answer. Group: 2 depth + (whether so), depth 0 outside all brackets.
+    About half of the questions are for a shadowed name: a scope that has closed since bound it too, and its newest value is not the answer.
+    Group: 2 depth + (whether shadowed), depth 0 outside all brackets.
     """
     rng, rows, n = np.random.default_rng(seed), np.arange(count), setting.length
     walk = Walk(rng, count, setting.size)
@@ -179,7 +179,7 @@ BIT, COUNT = 16, 32  # BIT + 0 or 1, COUNT + the answer
 
 
 def counting(seed: Seed, count: int, setting: Setting, vocabulary: int = SMALLEST) -> Sample:
-    """Random bits; at each, how many ones there were up to and with it, modulo `setting.size`: parity, if that is 2. Group: the position, from 0."""
+    """Random bits; at each, how many ones there were up to it, modulo `setting.size`: parity, if that is 2. Group: the position."""
     bits = np.random.default_rng(seed).integers(0, 2, (count, setting.length))
     group = np.broadcast_to(np.arange(setting.length), bits.shape)
     return sample(BIT + bits, COUNT + bits.cumsum(axis=1) % setting.size, group)
@@ -188,13 +188,25 @@ def counting(seed: Seed, count: int, setting: Setting, vocabulary: int = SMALLES
 # -- batches -----------------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Task:
+    name: str
+    draw: Draw
+    vocabulary: int
+    learnt: tuple[Setting, ...]  # a batch of one after a batch of another
+    tested: tuple[Setting, ...]
+
+
 @lru_cache(maxsize=8)
 def together(draw: Draw, seed: Seed, count: int, setting: Setting, vocabulary: int) -> Sample:
     return draw(seed, count, setting, vocabulary)
 
 
-def at_step(draw: Draw, seed: int, step: int, count: int, setting: Setting, vocabulary: int) -> Sample:
-    """Batch `step` of the training stream of `seed`: `count` sequences."""
-    block, own = divmod(step, AT_ONCE)
-    made = together(draw, (seed, TRAINING, block), AT_ONCE * count, setting, vocabulary)
+def at_step(task: Task, seed: int, step: int, tokens: int) -> Sample:
+    """What is learnt at a step: sequences of one setting, of about so many tokens."""
+    number, turn = divmod(step, len(task.learnt))
+    setting = task.learnt[turn]
+    count = max(1, tokens // setting.length)
+    block, own = divmod(number, AT_ONCE)
+    made = together(task.draw, (seed, TRAINING, block), AT_ONCE * count, setting, task.vocabulary)
     return made[own * count : (own + 1) * count]
