@@ -66,4 +66,20 @@ def study() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study}
+def nulls() -> Config:
+    """`study` with 8 layers, 17.3 M parameters, and 700 steps: what the five scores of `bench.py --suite nulls` are compared at."""
+    config = study()
+    return replace(config, model=replace(config.model, n_layers=8), train=replace(config.train, steps=700))
+
+
+def glance() -> Config:
+    """What suites of bench.py that train do on a CPU: a second's look at whether all works, at a size at which nothing is learnt that matters."""
+    return Config(
+        model=ModelConfig(d_model=128, n_layers=4, vocab_size=2048),
+        data=DataConfig(max_mib=0.5, seq_len=128),
+        train=TrainConfig(batch_size=8, grad_accum=1, steps=100),
+        eval=EvalConfig(every=100, max_tokens=4096),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study, "nulls": nulls, "glance": glance}
