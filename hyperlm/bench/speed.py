@@ -163,9 +163,9 @@ def growth(rows: list[Row]) -> tuple[list[Row], list[str]]:
 
 GROWTH = "The exponent p of the fit: time of a sequence ~ length^p, over the longer half of the lengths measured and at least four; ± its standard error."
 FIGURES: list[Figure] = [
-    Lines("speed_training", "Training speed by length of the sequence", "speed", "length", "training tok/s", x_label="length (tokens)", y_label="training (tokens/s)", log_x=True),
-    Lines("speed_forward", "Forward speed by length of the sequence", "speed", "length", "forward tok/s", x_label="length (tokens)", y_label="forward (tokens/s)", log_x=True),
-    Lines("speed_memory", "Peak memory of training by length of the sequence", "speed", "length", "training GiB", x_label="length (tokens)", y_label="peak memory of training (GiB)", log_x=True),
+    Lines("speed_training", "Training speed by length of the sequence", "speed", "length", "training tok/s", x_label="length (tokens)", y_label="training (tokens/s)", log_x=True, low=0.0),
+    Lines("speed_forward", "Forward speed by length of the sequence", "speed", "length", "forward tok/s", x_label="length (tokens)", y_label="forward (tokens/s)", log_x=True, low=0.0),
+    Lines("speed_memory", "Peak memory of training by length of the sequence", "speed", "length", "training GiB", x_label="length (tokens)", y_label="peak memory of training (GiB)", log_x=True, low=0.0),
 ]  # fmt: skip
 
 
