@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hyperlm import env, kernels, plan
-from hyperlm.bench import arms, decode, figures, memory, report, speed
+from hyperlm.bench import arms, checks, decode, figures, memory, report, speed
 from hyperlm.bench import kernels as kernel_suites
 from hyperlm.bench.report import Result, Row
 from hyperlm.bench.speed import Timing, exponent
@@ -152,6 +152,22 @@ def test_a_kind_that_fails_is_a_row_that_says_why_and_the_next_is_measured(monke
     assert [(row["model"], row["length"]) for row in found[1:]] == [("phase8", 16), ("phase8", 32)]
 
 
+@pytest.mark.parametrize("suite", [lambda kinds: speed.run(kinds, TINIEST, CPU, [16, 32], 32, 0.0), lambda kinds: decode.run(kinds, TINIEST, CPU, [16, 32], [1], 0.0)], ids=["speed", "decode"])
+def test_a_kind_that_is_wrong_is_not_timed(suite, monkeypatch):
+    """It is looked at once, before the first number."""
+    seen = []
+
+    def model(config: Config, device: torch.device) -> None:
+        seen.append(config.model.kind)
+        if config.model.kind == "phase7":
+            raise checks.CheckFailed("it is not causal")
+
+    monkeypatch.setattr(checks, "model", model)
+    *_, last = suite(["phase7", "phase8"])
+    found = last.tables[0].rows
+    assert found[0]["failed"] == "CheckFailed: it is not causal" and [row["model"] for row in found] == ["phase7", "phase8", "phase8"] and seen == ["phase7", "phase8"]
+
+
 def test_what_does_not_fit_is_said_and_what_was_measured_before_is_kept(monkeypatch):
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError
@@ -165,10 +181,10 @@ def test_what_does_not_fit_is_said_and_what_was_measured_before_is_kept(monkeypa
 
 
 def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone():
-    found = tables(decode.run(["phase7", "phase8", "hybrid"], TINIEST, CPU, [16, 1024], [1, 4], 0.0))
+    found = tables(decode.run(["phase7", "phase8", "hybrid"], TINIEST, CPU, [16, 1024], [2], 0.0))
     size = {(row["model"], row["batch"], row["context"]): row["cache MiB"] for row in found["decode"]}
-    assert size["phase8", 1, 1024] == size["phase8", 1, 16] and size["phase7", 1, 1024] > 10 * size["phase7", 1, 16]
-    grown = {kind: size[kind, 1, 1024] - size[kind, 1, 16] for kind in ("phase7", "hybrid")}
+    assert size["phase8", 2, 1024] == size["phase8", 2, 16] and size["phase7", 2, 1024] > 10 * size["phase7", 2, 16]
+    grown = {kind: size[kind, 2, 1024] - size[kind, 2, 16] for kind in ("phase7", "hybrid")}
     assert grown["hybrid"] == grown["phase7"] / 4  # one layer of four
     for row in found["decode"]:
         each = [c["seconds"] for c in found["calls"] if all(c[name] == row[name] for name in ("model", "batch", "context"))]

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 
 from hyperlm import env, model, sample, tree
+from hyperlm.bench import checks
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
 from hyperlm.bench.report import Figure, Lines, Result, Row, Table
@@ -71,8 +72,8 @@ FIGURES: list[Figure] = [
 def run(
     kinds: list[str], config: Config, device: torch.device, contexts: list[int], batches: list[int], budget: float = 0.5
 ) -> Iterator[Result]:
-    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for. One that fails is a row
-    that says why, and is not measured further. Yields what is measured so far."""
+    """Measure every kind at every batch size and context length; `budget` is the seconds to time each number for. One that fails, or
+    is not right (see checks.py), is a row that says why, and is not measured further. Yields what is measured so far."""
     caption = f"Generating one token after another, and the cache that it reads. {SPREAD}."
     rows: list[Row] = []
     calls: list[Row] = []
@@ -85,7 +86,8 @@ def run(
             notes.append(f"{kind}: {count:,} parameters; caches hold random numbers, as if the context had been read")
             points = list(product(batches, contexts))
             for done, (batch, context) in enumerate(points, 1):
-                found = attempt(partial(measure, kind, weights, batch=batch, context=context, budget=budget), own, device)
+                wrong = attempt(checks.model, own, device) if done == 1 else None
+                found = wrong or attempt(partial(measure, kind, weights, batch=batch, context=context, budget=budget), own, device)
                 failed = isinstance(found, Failure)
                 row, each = ({"model": kind, "batch": batch, "context": context, "failed": found.why}, []) if failed else found
                 rows.append(row)

@@ -6,6 +6,7 @@ begin at zero says so. Legends and titles stand outside the axes: the title is t
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Row, Table
+from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Row, Table, cell
 
 WIDTH = 3.35  # inches: a column of a paper
 DPI = 200
@@ -84,8 +85,10 @@ def short(value: float, _: Any = None) -> str:
 
 
 def exact(value: Any) -> str:
-    """A length or another setting, in all its digits."""
-    return f"{value:,.6g}" if number(value) else printable(value)
+    """A length in all its digits, another setting in three."""
+    if not number(value):
+        return printable(value)
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.3g}"
 
 
 # -- axes ------------------------------------------------------------------------------------------------------------------------------
@@ -161,18 +164,13 @@ def setting_axis(axes: Axes, values: list[Any], words: str, log: bool) -> None:
     place = math.log if log and min(values) > 0 else float
     span = place(values[-1]) - place(values[0]) or 1.0
     axes.xaxis.set_minor_locator(NullLocator())
-    if log or len(values) <= 5:
-        ticks = values if len(values) <= 12 else [2**i for i in range(64) if values[0] <= 2**i <= values[-1]] if power_of_two(values[0]) else None
-        if ticks is None:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 3 else (1,)))
-            axes.xaxis.set_major_formatter(FuncFormatter(short))
-            return
-        labelled = thinned(ticks, place, span * 0.027 * max(4.5, *(len(exact(t)) for t in ticks)))
-        axes.set_xticks(labelled, [exact(t) for t in labelled])
-        axes.set_xticks([t for t in ticks if t not in labelled], minor=True)
+    if len(values) <= 6 or (log and all(map(power_of_two, values))):
+        labelled = thinned(values, place, span * 0.027 * max(4.5, *(len(exact(v)) for v in values)))
+        axes.set_xticks(labelled, [exact(v) for v in labelled])
+        axes.set_xticks([v for v in values if v not in labelled], minor=True)
         axes.xaxis.set_minor_formatter(NullFormatter())
         return
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 6 else (1,)) if place is math.log else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
 
 
@@ -299,7 +297,9 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
             axes.plot([mean, mean], [i - 0.3, i + 0.3], color=colour[names[i]], linewidth=2)
         else:
             axes.barh(i, mean, height=0.62, color=colour[names[i]])
-        if marks or len(own) > 1:
+        if len(own) > FEW:
+            axes.plot(own, [i] * len(own), "|", markersize=5, markeredgecolor="#444444", markeredgewidth=0.4)
+        elif marks or len(own) > 1:
             axes.plot(own, [i] * len(own), "o", markersize=3, markerfacecolor="white", markeredgecolor=colour[names[i]] if marks else "#333333", markeredgewidth=0.6)
     bounds = values if marks else [0.0, *values]
     value_axis(axes, bounds, figure.y_label or figure.y, log=False, along="x")
@@ -314,9 +314,18 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
 # -- heatmaps --------------------------------------------------------------------------------------------------------------------------
 
 
-def in_cell(value: float, least: float, most: float) -> str:
-    """Two decimals of what is within one, and three digits of the rest."""
-    return f"{value:.2f}" if max(abs(least), abs(most)) < 10 else f"{value:.3g}"
+def in_cells(values: np.ndarray, room: float) -> list[str]:
+    """The longest of several ways to write numbers that has room in a width of `room` inches: 0.51, .51, .5, or not at all."""
+    most = np.nanmax(np.abs(values))
+    ways: list[Callable[[float], str]] = [lambda x: cell(float(f"{x:.3g}")), lambda x: cell(float(f"{x:.2g}"))]
+    if most < 10:
+        ways = [lambda x: f"{x:.2f}", lambda x: f"{x:.2f}".replace("0.", "."), lambda x: f"{x:.1f}".replace("0.", ".")]
+    for way in ways:
+        words = ["–" if math.isnan(x) else way(x) for x in values]
+        words = [re.sub(r"^-(?=[0.]*$)", "", word).replace("-", "−") for word in words]  # no sign of what is rounded to zero
+        if max(map(len, words)) * 0.043 <= room:
+            return words
+    return [""] * len(values)
 
 
 def draw_heatmap(figure: Heatmap, rows: list[Row]) -> Canvas | None:
@@ -327,6 +336,9 @@ def draw_heatmap(figure: Heatmap, rows: list[Row]) -> Canvas | None:
     xs, ys = in_order([row[figure.x] for row in rows]), in_order([row[figure.y] for row in rows])
     values = [float(row[figure.value]) for row in rows]
     least, most = (min(values) if figure.low is None else figure.low), (max(values) if figure.high is None else figure.high)
+    signed = least < 0 < most  # two colours, zero between them
+    if signed:
+        least, most = -max(-least, most), max(-least, most)
     across = 2 if len(panels) > 1 and len(xs) <= 6 else 1
     down = math.ceil(len(panels) / across)
     canvas = Canvas(figsize=(WIDTH, 0.55 + down * (0.32 + 0.19 * len(ys))), layout="constrained")
@@ -341,11 +353,11 @@ def draw_heatmap(figure: Heatmap, rows: list[Row]) -> Canvas | None:
         for row in rows:
             if row.get(figure.panels, "") == panels[i]:
                 table[ys.index(row[figure.y]), xs.index(row[figure.x])] = row[figure.value]
-        image = axes.imshow(table, cmap="Blues", vmin=least, vmax=most if most > least else least + 1, aspect="auto")
-        for (y, x), value in np.ndenumerate(table):
-            dark = not math.isnan(value) and (value - least) > 0.55 * (most - least)
-            words = "–" if math.isnan(value) else in_cell(value, least, most)
-            axes.text(x, y, words, ha="center", va="center", fontsize=5 if across == 2 or len(xs) > 8 else SMALL, color="white" if dark else "black")
+        cells = in_cells(table.ravel(), (WIDTH - 0.85 - 0.04 * max(len(exact(y)) for y in ys)) / across / len(xs))
+        image = axes.imshow(table, cmap="RdBu_r" if signed else "Blues", vmin=least, vmax=most if most > least else least + 1, aspect="auto")
+        for ((y, x), value), words in zip(np.ndenumerate(table), cells, strict=True):
+            dark = abs(value) > 0.6 * most if signed else (value - least) > 0.55 * (most - least)
+            axes.text(x, y, words, ha="center", va="center", fontsize=5, color="white" if dark else "black")
         size = 5 if across == 2 else SMALL
         turned = sum(len(exact(x)) for x in xs) > (16 if across == 2 else 40)
         axes.set_xticks(range(len(xs)), [exact(x) for x in xs], fontsize=size, rotation=35 if turned else 0, ha="right" if turned else "center", rotation_mode="anchor")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hyperlm import env, model, plan, tree
 from hyperlm.batch import next_tokens
+from hyperlm.bench import checks
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
 from hyperlm.bench.report import Figure, Lines, Result, Row, Table
@@ -170,7 +171,7 @@ FIGURES: list[Figure] = [
 
 
 def run(kinds: list[str], config: Config, device: torch.device, lengths: list[int], tokens: int, budget: float = 2.0) -> Iterator[Result]:
-    """Measure every kind at every length. One that fails is a row that says why, and is not measured at further lengths.
+    """Measure every kind at every length. One that fails, or is not right (see checks.py), is a row that says why, and is not measured further.
 
     Args:
         kinds: see `arms.of_kind`.
@@ -188,11 +189,13 @@ def run(kinds: list[str], config: Config, device: torch.device, lengths: list[in
         for kind in kinds:
             for done, n in enumerate(lengths, 1):
                 bar.set_postfix_str(f"{kind}, N {n:,}")
-                found = attempt(partial(measure, kind, budget=budget), of_length(of_kind(config, kind), n, tokens), device)
+                own = of_kind(config, kind)
+                wrong = attempt(checks.model, own, device) if done == 1 else None
+                found = wrong or attempt(partial(measure, kind, budget=budget), of_length(own, n, tokens), device)
                 failed = isinstance(found, Failure)
-                row, own = ({"model": kind, "length": n, "failed": found.why}, []) if failed else found
+                row, each = ({"model": kind, "length": n, "failed": found.why}, []) if failed else found
                 rows.append(row)
-                calls += own
+                calls += each
                 grown, notes = growth(rows)
                 if config.train.residence == "host":
                     notes.append("forward: weights come from host memory as they are used, as in an evaluation")
