@@ -206,6 +206,14 @@ def test_an_axis_that_does_not_begin_at_zero_or_ends_early_says_so():
     assert drawn(figure, [{"model": "a", "length": n, "loss": n / 100} for n in range(300)]).axes[0].get_ylabel() == "loss (nats)"
 
 
+@pytest.mark.parametrize("values", [[3.5], [3.5, 3.52], [3.5, 9.0], [1.0, 50.0], [1e-3, 1e6]])
+def test_logarithmic_axes_have_ticks_and_show_small_differences_as_small(values):
+    axes = drawn(Lines("f", "", "t", "at", "loss", log_y=True), [{"model": "a", "at": i, "loss": y} for i, y in enumerate(values)]).axes[0]
+    low, high = axes.get_ylim()
+    assert low < min(values) and high > max(values) and high / low > 1.1
+    assert 2 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 9
+
+
 @pytest.mark.parametrize(
     ("values", "labels"),
     [

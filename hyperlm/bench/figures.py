@@ -1,4 +1,4 @@
-"""The figures of a report: what `report` declares, drawn as PNG and PDF for a column of a paper (3.35 inches).
+"""The figures of a report: what `report` declares, drawn as PNG and PDF for a column of a paper (3.35 inches), or for two where many names want room.
 
 Colour is the model, the same in every figure, and of a lightness of its own, so that grey tells the four kinds apart; marker and dash are the
 setting. Axes are honest: bars begin at zero, no axis makes a difference of less than a tenth of the value fill it, and one that does not
@@ -116,10 +116,13 @@ def value_axis(axes: Axes, values: Sequence[float], words: str, log: bool, low: 
     if log:
         (axes.set_yscale if along == "y" else axes.set_xscale)("log")
         least, most = (min(values) if low is None else low), (max(values) if high is None else high)
-        room = max(1.1, (1 / (1 - SHARE) * least / most) ** 0.5) if most / least < 1 / (1 - SHARE) else (most / least) ** 0.05
+        room = max((most / least) ** 0.05, ((1 - SHARE) * most / least) ** -0.5)  # SHARE is to be seen here too
         set_limits(least / room if low is None else low, most * room if high is None else high)
         decades = math.log10(most / least)
-        axis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 3) if decades > 1.8 else (1, 2, 5) if decades > 0.5 else tuple(range(1, 10))))
+        if decades <= 0.5:
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        else:
+            axis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 3) if decades > 1.8 else (1, 2, 5)))
         axis.set_minor_locator(NullLocator() if decades <= 0.5 else LogLocator(subs=tuple(range(1, 10))))
         axis.set_minor_formatter(NullFormatter())
     else:
@@ -177,7 +180,7 @@ def setting_axis(axes: Axes, values: list[Any], words: str, log: bool) -> None:
 def legend(canvas: Canvas, handles: Sequence[Line2D], where: str = "outside upper center") -> None:
     """Outside the axes, in as many columns as the width has room for."""
     longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), int((WIDTH - 0.1) / (0.42 + 0.052 * longest))))
+    columns = max(1, min(len(handles), int((canvas.get_figwidth() - 0.1) / (0.42 + 0.052 * longest))))
     canvas.legend(handles=by_rows(handles, columns), loc=where, ncols=columns)
 
 
@@ -390,9 +393,10 @@ def draw_disk(figure: Disk, rows: list[Row]) -> Canvas | None:
     panels = list(dict.fromkeys(row.get(figure.panels, "") for row in rows))
     groups = list(dict.fromkeys(row.get(figure.group, "") for row in rows))
     colour = colours(groups)
-    across = 2 if len(panels) > 1 and len(rows) / len(panels) <= SPARSE else 1
+    across = min(2, len(panels))
+    width = WIDTH * across if len(rows) / len(panels) > SPARSE else WIDTH  # both columns of a paper where names need the room
     down = math.ceil(len(panels) / across)
-    canvas = Canvas(figsize=(WIDTH, down * (WIDTH / across + (0.1 if panels != [""] else -0.05)) + 0.2), layout="constrained")
+    canvas = Canvas(figsize=(width, down * (width / across + (0.1 if panels != [""] else -0.05)) + 0.2), layout="constrained")
     grid = canvas.subplots(down, across, squeeze=False)
     for i, axes in enumerate(grid.flat):
         axes.axis("off")

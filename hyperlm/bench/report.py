@@ -171,7 +171,7 @@ def text(result: Result) -> str:
 PREAMBLE = r"""% Compiles alone; each table and figure can be lifted out of it. Needs booktabs and graphicx.
 \documentclass{article}
 \usepackage[T1]{fontenc}
-\usepackage[margin=1in]{geometry}
+\usepackage[margin=0.8in]{geometry}
 \usepackage{booktabs,graphicx}
 \begin{document}
 """
