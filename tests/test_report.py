@@ -169,6 +169,8 @@ def test_a_line_is_the_mean_over_seeds_in_a_band_from_the_least_to_the_largest()
 def test_seeds_that_were_measured_at_other_moments_are_interpolated_where_all_were_measured():
     rows = [{"model": "phase7", "seed": s, "seconds": x, "loss": 10 * x + s} for s, xs in enumerate([(1, 2, 4), (1.5, 3, 5)]) for x in xs]
     x, (mean, least, most) = figures.curve(rows, Lines("f", "", "t", "seconds", "loss", over="seed"))
+    apart = [{"model": "phase7", "seed": s, "seconds": s, "loss": 3.0 + s} for s in (0, 1)]
+    assert figures.curve(apart, Lines("f", "", "t", "seconds", "loss", over="seed"))[1].tolist() == [[3, 4]] * 3
     assert x == [1.5, 2, 3, 4] and mean == pytest.approx(10 * np.array(x) + 0.5) and least == pytest.approx(mean - 0.5) and most == pytest.approx(mean + 0.5)
 
 

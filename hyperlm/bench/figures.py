@@ -8,6 +8,7 @@ begin at zero says so. Legends and titles stand outside the axes: the title is t
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,15 @@ def colours(models: Sequence[Any]) -> dict[Any, str]:
     return {model: COLOURS[model] if model in COLOURS else next(free) for model in models}
 
 
+@cache
+def letters() -> frozenset[int]:
+    """Code points that the font has."""
+    return frozenset(get_font(findfont(STYLE["font.family"])).get_charmap())
+
+
 def printable(words: Any) -> str:
-    """Text that the font has: a box for what it has not."""
-    known = get_font(findfont(STYLE["font.family"])).get_charmap()
-    return "".join(c if ord(c) in known else "□" for c in " ".join(str(words).split()))
+    """Text as far as the font has it: a box for a letter that it has not."""
+    return "".join(c if ord(c) in letters() else "□" for c in " ".join(str(words).split()))
 
 
 def short(value: float, _: Any = None) -> str:
@@ -133,7 +139,7 @@ def value_axis(axes: Axes, values: Sequence[float], words: str, log: bool, low: 
         words += f"\n(axis from {short(bounds[0])}{beyond})" if bounds[0] > 0 else f"\n({beyond[2:]})" if beyond else ""
     axis.set_major_formatter(FuncFormatter(short))
     (axes.set_ylabel if along == "y" else axes.set_xlabel)(printable_lines(words))
-    axes.grid(True, which="major", axis=along)  # type: ignore[arg-type]
+    axes.grid(True, which="major", axis=along)
 
 
 def printable_lines(words: str) -> str:
@@ -193,7 +199,7 @@ def by_rows(handles: Sequence[Line2D], columns: int) -> list[Line2D]:
 
 
 def curve(rows: list[Row], figure: Lines) -> tuple[list[Any], np.ndarray]:
-    """x, and the mean, least and largest y at each (3, points)."""
+    """x, and the mean, least and largest y at each (3, points): of lines interpolated where their x differ and overlap, else of what each x has."""
     each: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         each.setdefault(row.get(figure.over), {}).setdefault(row[figure.x], []).append(float(row[figure.y]))
@@ -201,6 +207,9 @@ def curve(rows: list[Row], figure: Lines) -> tuple[list[Any], np.ndarray]:
     if len(xs) > 1 and all(number(x) for own in each.values() for x in own):
         first, last = max(min(own) for own in each.values()), min(max(own) for own in each.values())
         grid = sorted({x for own in each.values() for x in own if first <= x <= last})
+    else:
+        grid = []
+    if grid:
         lines = [(sorted(own), [np.mean(own[x]) for x in sorted(own)]) for own in each.values()]
         between = np.array([np.interp(grid, x, y) for x, y in lines])
         return grid, np.stack([between.mean(0), between.min(0), between.max(0)])
