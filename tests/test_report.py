@@ -98,11 +98,11 @@ def balanced(tex: str) -> None:
 def test_latex_is_whole_whatever_the_words():
     rows = [{words: words, "n": i, "loss": 1.5} for i, words in enumerate(HOSTILE)]
     wide = [{f"a long name of column {i}": float(i) for i in range(9)} for _ in range(report.PAGE + 1)]
-    tables = [Table("t", rows, caption=words) for words in HOSTILE] + [Table("wide", wide), Table("none", []), Table("hidden", rows, shown=False)]
+    tables = [Table("t", rows, caption=words) for words in HOSTILE] + [Table("[first]", [{words: words} for words in HOSTILE[2:3]]), Table("wide", wide), Table("none", []), Table("hidden", rows, shown=False)]
     record = {"command": " ".join(HOSTILE), "commit": "", "date": "today", "machine": {"cpu_model": HOSTILE[0]}}
     tex = report.latex(record, [Result("a_suite", tables, HOSTILE, [FIGURES["lines"], FIGURES["bars"]])], {"lines"})
     balanced(tex)
-    assert tex.count(r"\begin{table}") == len(HOSTILE) + 2 and tex.count("(continued)") == 1 and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
+    assert tex.count(r"\begin{table}") == len(HOSTILE) + 3 and tex.count("(continued)") == 1 and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
     assert r"\includegraphics{lines.pdf}" in tex and "bars.pdf" not in tex and r"\label{tab:a-suite-wide-2}" in tex and "-{}-data.sources" in tex
 
 
