@@ -255,7 +255,7 @@ def test_scores_are_those_of_phase7(score):
     model.hidden(params, tokens, cfg, run=inside.changed(watch))
     for layer in range(cfg.n_layers):
         scores, cosine, past = inside.scores(found[layer], torch.arange(24), score)
-        o = scores.masked_fill(~past, -torch.inf).softmax(-1) @ values[layer]
+        o = (scores.masked_fill(~past, -torch.inf).softmax(-1) @ values[layer].double()).float()
         torch.testing.assert_close(o, given[layer][..., : o.shape[-1]], rtol=1e-4, atol=1e-5)
         assert cosine.abs().max() < 1 + 1e-5
 
@@ -270,7 +270,8 @@ def test_scores_of_phase8_are_logarithms_of_its_kernel():
 
     model.hidden(params, tokens, cfg, run=inside.changed(watch))
     for layer, (q, k) in features.items():
-        torch.testing.assert_close(inside.scores(found[layer], torch.arange(24), "tangent")[0], torch.log(q @ k.mT), rtol=1e-4, atol=1e-4)
+        scores, _, _ = inside.scores(found[layer], torch.arange(24), "tangent")
+        torch.testing.assert_close(scores.float(), torch.log(q @ k.mT), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["phase7", "phase8", "hybrid", "hybrid-ssm"])
