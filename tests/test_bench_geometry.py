@@ -191,8 +191,11 @@ def test_the_passage_shown_is_code_where_there_is_some_and_of_one_document():
 
 
 def trained_like(cfg, seed: int = 0) -> dict:
-    """Initial weights, with radii that differ."""
+    """Initial weights, with radii that differ, and mixers that matter."""
     params = model.init(cfg, seed)
+    for block in params["blocks"]:
+        block["mixer.qkv"] *= 30
+        block["mixer.out"] *= 30
     for layer in cfg.hyperbolic_layers:
         params["blocks"][layer]["mixer.radius.weight"] = normal(2 * cfg.n_heads, cfg.d_model, seed=layer, dtype=torch.float32) / 3
     return params
@@ -310,9 +313,6 @@ def test_radii_that_are_all_equal_cost_nothing_whatever_replaces_them(kind):
 def test_radii_of_a_model_of_angles_alone_cost_nothing(score, least, most):
     cfg, batch = replace(CASES["phase7"], score=score), windows()
     params = trained_like(cfg)
-    for block in params["blocks"]:
-        block["mixer.qkv"] *= 30
-        block["mixer.out"] *= 30
     seen = inside.observe(params, batch, cfg)
     rows = suite.ablation_rows(params, seen, text_of(batch), Config(model=cfg))
     assert rows[0]["nats lost"] == 0
