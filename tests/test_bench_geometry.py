@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from conftest import CASES, TINY, generator, normal
 
-from hyperlm import geometry, model, runs
+from hyperlm import geometry, model, runs, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import next_tokens
 from hyperlm.bench import geometry as suite
-from hyperlm.bench import inside, statistics, wording
+from hyperlm.bench import inside, radii, statistics, wording
 from hyperlm.config import Config, ConfigError
 from hyperlm.geometry import R_MAX, R_MIN
 from hyperlm.loss import IGNORE
@@ -216,8 +216,7 @@ def test_a_pass_tells_nats_entropies_and_radii(cfg, monkeypatch):
     nats = F.nll_loss(log_p.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none").view(3, 24)
     torch.testing.assert_close(seen.nats, nats, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.entropies, -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5)
-    radii = model.radii(params, batch.tokens, cfg)
-    for layer, own in zip(cfg.hyperbolic_layers, radii, strict=True):
+    for layer, own in zip(cfg.hyperbolic_layers, model.radii(params, batch.tokens, cfg), strict=True):
         torch.testing.assert_close(seen.lengths[layer].transpose(0, 1), torch.cat([own["q"], own["k"]], 1))
         assert (seen.rates[layer] is not None) == (cfg.layer_kind(layer) == "phase8")
 
@@ -284,8 +283,8 @@ def test_radii_that_replace_others_are_used(kind):
     params = trained_like(cfg)
     h = cfg.n_heads
     means = [0.5 + 0.1 * torch.arange(2 * h) for _ in range(cfg.n_layers)]
-    radii = [mean[:, None, None].expand(2 * h, 3, 24) for mean in means]
-    found = inside.with_radii(params, batch, cfg, "torch", radii, slice(h, 2 * h))
+    constant = [mean[:, None, None].expand(2 * h, 3, 24) for mean in means]
+    found = inside.with_radii(params, batch, cfg, "torch", constant, slice(h, 2 * h))
     for layer in range(cfg.n_layers):
         share = (means[layer][h:] - R_MIN) / (R_MAX - R_MIN)
         params["blocks"][layer]["mixer.radius.weight"][h:] = 0
@@ -293,10 +292,10 @@ def test_radii_that_replace_others_are_used(kind):
     torch.testing.assert_close(found, inside.observe(params, batch, cfg).nats, rtol=1e-4, atol=1e-5)
 
 
-def text_of(batch) -> suite.Text:
+def text_of(batch) -> radii.Text:
     frequency = torch.arange(TINY.vocab_size)[batch.tokens] ** 2
     depth = batch.tokens % 3
-    return suite.Text(batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0)
+    return radii.Text(batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0)
 
 
 @pytest.mark.parametrize("kind", ["phase7", "phase8", "hybrid"])
@@ -304,7 +303,7 @@ def test_radii_that_are_all_equal_cost_nothing_whatever_replaces_them(kind):
     cfg, batch = CASES[kind], windows()
     params = model.init(cfg, 0)
     seen = inside.observe(params, batch, cfg)
-    rows = suite.ablation_rows(params, seen, text_of(batch), Config(model=cfg))
+    rows = radii.ablation_rows(params, seen, text_of(batch), Config(model=cfg))
     assert len(rows) == 7 and all(row["nats lost"] == 0 for row in rows)
     assert rows[0]["validation loss before"] == pytest.approx(float(seen.nats.sum()) / 71, rel=1e-5)
 
@@ -314,7 +313,7 @@ def test_radii_of_a_model_of_angles_alone_cost_nothing(score, least, most):
     cfg, batch = replace(CASES["phase7"], score=score), windows()
     params = trained_like(cfg)
     seen = inside.observe(params, batch, cfg)
-    rows = suite.ablation_rows(params, seen, text_of(batch), Config(model=cfg))
+    rows = radii.ablation_rows(params, seen, text_of(batch), Config(model=cfg))
     assert rows[0]["nats lost"] == 0
     assert least <= max(abs(row["nats lost"]) for row in rows) <= most
 
@@ -323,7 +322,7 @@ def test_radii_of_equal_frequency_change_places():
     lengths = normal(4, 3, 50, dtype=torch.float32)
     frequency = torch.randint(40, (3, 50), generator=generator())
     counted = torch.rand(3, 50, generator=generator(1)) < 0.9
-    found = suite.of_equal_frequency(lengths, frequency, counted, 0)
+    found = radii.of_equal_frequency(lengths, frequency, counted, 0)
     kind = torch.tensor([int(math.log2(1 + f)) for f in frequency.flatten().tolist()]).view(3, 50)
     kind[~counted] = -1
     for k in kind.unique():
@@ -334,7 +333,7 @@ def test_radii_of_equal_frequency_change_places():
 def test_points_of_the_disk_keep_their_distances_from_the_origin():
     u, r = geometry.direction(normal(40, 16)), 4 * torch.rand(40, generator=generator(), dtype=torch.float64)
     u[:, 2:] *= 0.1  # most of it in a plane
-    at, kept = suite.projected(u, r)
+    at, kept = radii.projected(u, r)
     t, s = geometry.lift(F.normalize(at, dim=-1), r)
     torch.testing.assert_close(at, geometry.to_poincare(t, s))
     assert kept > 0.8
@@ -343,7 +342,7 @@ def test_points_of_the_disk_keep_their_distances_from_the_origin():
 def test_radii_of_a_model_not_trained_are_drawn_where_they_would_be_equal(cfg):
     batch = windows()
     for drawn in (False, True):
-        seen = inside.observe(suite.untrained(cfg, CPU, drawn=drawn), batch, cfg)
+        seen = inside.observe(radii.untrained(cfg, CPU, drawn=drawn), batch, cfg)
         for layer in cfg.hyperbolic_layers:
             assert (float(seen.lengths[layer].flatten(1).std(-1).min()) > 0.1) == drawn
 
@@ -356,12 +355,12 @@ def test_planted_correlations_are_found_in_their_head_beside_their_nulls():
     lengths = torch.rand(2 * h, 8, 50, generator=generator())
     lengths[h + 1] = 4 - text.frequency / text.frequency.max()
     lengths[1] = text.depth + 0.01 * text.frequency
-    rows = suite.correlation_rows(lengths, torch.ones_like(lengths), suite.quantities(text, torch.rand(8, 50, generator=generator(1))), 0, cfg)
+    rows = radii.correlation_rows(lengths, torch.ones_like(lengths), radii.quantities(text, torch.rand(8, 50, generator=generator(1))), 0, cfg)
     rho = {(row["of"], row["head"], row["with"]): row for row in rows}
     planted = rho["key radius", 1, "log frequency"]
     assert planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shuffled"] < 0.3 and math.isnan(planted["untrained"])
     assert rho["query radius", 1, "depth, partial"]["rho"] > 0.5 > rho["query radius", 1, "bracket depth"]["rho"]
-    summary, layers = suite.correlation_summary(rows)
+    summary, layers = radii.correlation_summary(rows)
     (best,) = [row for row in summary if (row["of"], row["with"]) == ("key radius", "log frequency")]
     assert best["layer.head"] == "0.1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
 
@@ -381,14 +380,14 @@ def models(made, monkeypatch) -> dict[str, Path]:
 def test_runs_of_any_kind_are_looked_into_and_one_that_fails_is_a_row(models, monkeypatch):
     monkeypatch.setattr(statistics, "DRAWS", 20)
     suite.check(models, 300)
-    load = suite.trained.load_model
+    load = trained.load_model
 
     def fails(path, *rest):
         if "broken" in str(path):
             raise RuntimeError("no such luck")
         return load(path, *rest)
 
-    monkeypatch.setattr(suite.trained, "load_model", fails)
+    monkeypatch.setattr(trained, "load_model", fails)
     *_, found = suite.run({**models, "broken": Path("broken")}, [CPU], tokens=300)
     tables = {table.name: table for table in found.tables}
     assert {name for name, table in tables.items() if table.shown} == set(suite.CAPTIONS)
@@ -396,7 +395,7 @@ def test_runs_of_any_kind_are_looked_into_and_one_that_fails_is_a_row(models, mo
         rows = tables[name].rows
         assert rows[-1] == {"model": "broken", "failed": "RuntimeError: no such luck"}
     for name, column in {"radii": "mixer", "variance of scores": "mixer", "ablations": "radii of"}.items():
-        assert [row[column] for row in tables[name].rows if row["model"] == "softmax"] == [suite.NO_RADII]
+        assert [row[column] for row in tables[name].rows if row["model"] == "softmax"] == [radii.NO_RADII]
     assert [(row["mixer"], row["layer"]) for row in tables["radii"].rows if row["model"] == "hybrid"] == [("phase8", 0), ("phase7", 1)]
     assert {row["of"] for row in tables["correlations"].rows if row["model"] == "softmax"} == {"query norm", "key norm"}
     assert tables["ablations"].rows[0]["nats lost"] == 0 and len([row for row in tables["ablations"].rows if row["model"] == "hybrid"]) == 7
