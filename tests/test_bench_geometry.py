@@ -1,4 +1,4 @@
-"""Geometry of trained runs: statistics against hand computations, what is seen inside a model against the model, ablations that must cost nothing."""
+"""Geometry of trained runs: statistics against hand computations, what is seen inside a model against it, ablations that cost nothing."""
 
 import math
 import random
@@ -72,7 +72,9 @@ def test_spearman_and_partial_with_ties_and_without(values):
 
 def test_what_is_explained_entirely_goes_with_nothing():
     x, y = normal(2, 50).unbind()
-    assert math.isnan(float(statistics.partial(x[None], y, x[None].exp()))) and math.isnan(float(statistics.partial(x[None], y, torch.stack([y, y]))))
+    assert math.isnan(float(statistics.partial(x[None], y, x[None].exp()))) and math.isnan(
+        float(statistics.partial(x[None], y, torch.stack([y, y])))
+    )
 
 
 def test_intervals_are_those_of_whole_sequences_drawn_again():
@@ -106,7 +108,11 @@ def pairs(h: int = 2, q: int = 40, m: int = 200) -> tuple[torch.Tensor, torch.Te
     ("scores", "low", "high"),
     [
         (lambda cosine, radius: torch.exp(2 * cosine), 0.99, 1.0),
-        (lambda cosine, radius: torch.exp(2 * cosine) + 100 * torch.arange(40.0)[:, None], 0.99, 1.0),  # what a query adds to all its scores is nothing
+        (
+            lambda cosine, radius: torch.exp(2 * cosine) + 100 * torch.arange(40.0)[:, None],
+            0.99,
+            1.0,
+        ),  # what a query adds to all its scores is nothing
         (lambda cosine, radius: radius.clone(), 0.0, 0.02),
         (lambda cosine, radius: cosine + 2 * radius, 0.45, 0.55),  # variances 1/3 and 4/12
         (lambda cosine, radius: torch.ones_like(cosine), math.nan, math.nan),
@@ -125,7 +131,10 @@ def test_the_share_is_that_of_least_squares():
     cuts = np.sort(cosine[:, there].numpy()[0])[np.arange(1, 4) * int(there.sum()) // 4]
     columns, y = [], []
     for query, key in there.nonzero().tolist():
-        columns.append([float(query == i) for i in range(5)] + [float(np.searchsorted(cuts, float(cosine[0, query, key]), "right") == i) for i in range(4)])
+        columns.append(
+            [float(query == i) for i in range(5)]
+            + [float(np.searchsorted(cuts, float(cosine[0, query, key]), "right") == i) for i in range(4)]
+        )
         y.append(float(scores[0, query, key]))
     columns, y = np.array(columns), np.array(y)
     whole, queries = (np.square(y - a @ np.linalg.lstsq(a, y, rcond=None)[0]).sum() for a in (columns, columns[:, :5]))
@@ -342,7 +351,8 @@ def test_points_of_the_disk_keep_their_distances_from_the_origin():
 def test_radii_of_a_model_not_trained_are_drawn_where_they_would_be_equal(cfg):
     batch = windows()
     for drawn in (False, True):
-        seen = inside.observe(radii.untrained(cfg, CPU, drawn=drawn), batch, cfg)
+        params = radii.untrained(cfg, CPU)
+        seen = inside.observe(radii.with_drawn_radii(params, cfg) if drawn else params, batch, cfg)
         for layer in cfg.hyperbolic_layers:
             assert (float(seen.lengths[layer].flatten(1).std(-1).min()) > 0.1) == drawn
 
@@ -355,10 +365,14 @@ def test_planted_correlations_are_found_in_their_head_beside_their_nulls():
     lengths = torch.rand(2 * h, 8, 50, generator=generator())
     lengths[h + 1] = 4 - text.frequency / text.frequency.max()
     lengths[1] = text.depth + 0.01 * text.frequency
-    rows = radii.correlation_rows(lengths, torch.ones_like(lengths), radii.quantities(text, torch.rand(8, 50, generator=generator(1))), 0, cfg)
+    rows = radii.correlation_rows(
+        lengths, torch.ones_like(lengths), radii.quantities(text, torch.rand(8, 50, generator=generator(1))), 0, cfg
+    )
     rho = {(row["of"], row["head"], row["with"]): row for row in rows}
     planted = rho["key radius", 1, "log frequency"]
-    assert planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shuffled"] < 0.3 and math.isnan(planted["untrained"])
+    assert (
+        planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shuffled"] < 0.3 and math.isnan(planted["untrained"])
+    )
     assert rho["query radius", 1, "depth, partial"]["rho"] > 0.5 > rho["query radius", 1, "bracket depth"]["rho"]
     summary, layers = radii.correlation_summary(rows)
     (best,) = [row for row in summary if (row["of"], row["with"]) == ("key radius", "log frequency")]

@@ -1,7 +1,7 @@
-"""Suite `geometry`: what the radii of a trained run are, what they go with, how much of the scores they make, and what it costs to take them away.
+"""Suite `geometry`: what the radii of a run are, what they go with, how much of the scores they make, and what it costs to take them away.
 
-Of runs of any kind, on their own validation text, each number beside its nulls: radii shuffled over tokens, a model that was not trained, and of
-a softmax twin, which has no radii, the norms of queries and keys before they are normalised.
+Of runs of any kind, on their own validation text, each number beside its nulls: radii shuffled over tokens, a model that was not trained,
+and of a softmax twin, which has no radii, the norms of queries and keys before they are normalised.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,26 +17,36 @@ from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Result, Row
 from hyperlm.config import ConfigError
 
 CAPTIONS = {
-    "radii": "Distance from the origin, from 0.05 to 4, over tokens of the validation text: mean, standard deviation over a head's tokens (mean over heads), "
-    "and 5th and 95th percentile. Half-life: tokens after which a head of phase8 has forgotten half, at its mean decay.",
-    "correlations": "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training text, "
-    "entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, partial: without what ranks of "
-    "frequency and position explain of either, linearly. Intervals: bootstrap over sequences. Nulls: the same of a model that was not trained, with radii that are "
-    f"random functions of its stream (mean and largest |rho| of heads); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the "
-    "twin's queries and keys, which its scores do not see.",
-    "variance of scores": "Share of the variance of scores, each query's mean taken out as softmax does, that a function of the angle between query and key alone "
-    "explains (64 steps, the same function for all queries of a head), or of the key's radius alone: mean over heads. Scores of phase7 are functions of angle "
-    "and radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which is no function of the angle even where all radii are equal, as "
-    "they are before training.",
-    "ablations": "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error over "
-    "sequences. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part of log2 (1 + frequency): if "
-    "radii were functions of frequency alone, they would cost nothing.",
+    "radii": (
+        "Distance from the origin, from 0.05 to 4, over tokens of the validation text: mean, standard deviation over a head's tokens "
+        "(mean over heads), and 5th and 95th percentile. Half-life: tokens after which a head of phase8 has forgotten half, at its "
+        "mean decay."
+    ),
+    "correlations": (
+        "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training "
+        "text, entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, "
+        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over sequences. "
+        "Nulls: the same of a model that was not trained, whose radii are random functions of its stream (mean and largest |rho| of "
+        f"heads); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the twin's queries and "
+        "keys, which its scores do not see."
+    ),
+    "variance of scores": (
+        "Share of the variance of scores, each query's mean taken out as softmax does, that a function of the angle between query and "
+        "key alone explains (64 steps, the same function for all queries of a head), or of the key's radius alone: mean over heads. "
+        "Scores of phase7 are functions of angle and radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which "
+        "is no function of the angle even where all radii are equal, as they are before training."
+    ),
+    "ablations": (
+        "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error "
+        "over sequences. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part "
+        "of log2 (1 + frequency): if radii were functions of frequency alone, they would cost nothing."
+    ),
 }
 HIDDEN = ("text", "radii by head", "correlations by head", "correlations by layer", "key correlations by layer", "variance by head", "disk")
 
 
 def check(models: Mapping[str, Path], tokens: int) -> None:
-    """Raises ConfigError, RunError, CheckpointError, TokenizerError or DataError where a run or its text cannot be read, before anything is measured."""
+    """Raises ConfigError, RunError, CheckpointError, TokenizerError or DataError where a run or its text cannot be read."""
     if tokens < 1:
         raise ConfigError(f"{tokens} tokens: needs at least 1")
     for path in models.values():
@@ -65,14 +75,22 @@ def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> 
     if rows["correlations by layer"]:
         figures.append(
             Heatmap(
-                "geometry_correlations", "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads", "key correlations by layer",
-                "layer", "with", "mean |rho|", low=0,
+                "geometry_correlations", "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads",
+                "key correlations by layer", "layer", "with", "mean |rho|", low=0,
             )
         )  # fmt: skip
     if rows["radii by head"]:
         figures += [
-            Lines("geometry_radii", "Radii by layer, mean and range over heads", "radii by head", "layer", "radius", ("model", "of"), over="head", y_label="radius"),
-            Bars("geometry_variance", "What the angle alone explains of scores", "variance by head", "model", "angle alone", y_label="share of variance"),
+            Lines(
+                "geometry_radii",
+                "Radii by layer, mean and range over heads",
+                "radii by head",
+                "layer",
+                "radius",
+                ("model", "of"),
+                over="head",
+            ),
+            Bars("geometry_variance", "Share of the variance of scores that is the angle's", "variance by head", "model", "angle alone"),
             Disk("geometry_disk", "Keys of one head in the Poincaré disk", "disk", panels="model"),
         ]
     return Result("geometry", tables, notes_on(models, rows), figures)
@@ -82,7 +100,9 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     """What the tables say, in words."""
     texts: dict[str, list[str]] = {}
     for row in rows["text"]:
-        size = f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, {row['in documents with brackets']:,} in documents with brackets"
+        size = (
+            f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, {row['in documents with brackets']:,} in documents with brackets"
+        )
         texts.setdefault(size, []).append(row["model"])
     notes = [f"{', '.join(labels)}: {size}" for size, labels in texts.items()]
     notes += [goes_with(what, rows["correlations"]) for what in dict.fromkeys(row["with"] for row in rows["correlations"] if "with" in row)]
@@ -93,12 +113,14 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
         notes.append(f"{label}: replaced by themselves, radii lose {null['nats lost']:.2g} nats, which should be 0; {verdict(effects)}")
     for row in rows["variance of scores"]:
         if "angle alone" in row:
-            share = f"{row['angle alone']:.0%} of the variance of scores within queries is the angle's alone ({row['untrained, angle alone']:.0%} before training)"
+            before = f"{row['untrained, angle alone']:.0%} before training"
+            share = f"{row['angle alone']:.0%} of the variance of scores within queries is the angle's alone ({before})"
             notes.append(f"{row['model']}, {row['mixer']}: {share}")
     if rows["disk"]:
         notes.append(
             "disk: " + "; ".join(f"{row['model']}: {row['in the disk']}" for row in rows["text"] if "in the disk" in row)
-            + ". Distances from the centre are tanh(r/2) of true radii; the angle alone is projected, from the principal directions of keys before their rotation by position"
+            + ". Distances from the centre are tanh(r/2) of true radii; angles alone are projected, to two principal directions of the keys "
+            "shown, before their rotation by position"
         )  # fmt: skip
     twins = [row for row in rows["radii"] if row.get("mixer") == NO_RADII]
     if rows["correlations"] and not twins:
@@ -109,7 +131,9 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
 def goes_with(what: str, rows: list[Row]) -> str:
     """How strongly keys go with something, of all models, beside those that were not trained."""
     own = [row for row in rows if row.get("with") == what and row["of"].startswith("key")]
-    each = ", ".join(f"{row['model']} {row['mean |rho|']:.2f} ({row['of'].removeprefix('key ')}; untrained {row['untrained |rho|']:.2f})" for row in own)
+    each = ", ".join(
+        f"{row['model']} {row['mean |rho|']:.2f} ({row['of'].removeprefix('key ')}; untrained {row['untrained |rho|']:.2f})" for row in own
+    )
     return f"{what}, mean |rho| of keys over heads: {each}"
 
 
@@ -124,7 +148,11 @@ def verdict(effects: list[Row]) -> str:
 
 
 def run(
-    models: Mapping[str, Path], devices: Sequence[torch.device], *, tokens: int = 200_000, kernels: Literal["auto", "torch", "triton"] = "auto"
+    models: Mapping[str, Path],
+    devices: Sequence[torch.device],
+    *,
+    tokens: int = 200_000,
+    kernels: Literal["auto", "torch", "triton"] = "auto",
 ) -> Iterator[Result]:
     """Look into each run on about so many tokens of its validation text, one run a device. Yields what is measured so far.
 

@@ -1,7 +1,7 @@
 """What happens inside a model on given sequences: its radii, its directions, its scores; and what it loses when radii are replaced.
 
-Operations of the dispatch table are wrapped, layer by layer, in a pass of the model as it is. Where a layer has no radii (softmax), the norms of
-queries and keys before they are normalised stand in their place: its null.
+Operations of the dispatch table are wrapped, layer by layer, in a pass of the model as it is. Where a layer has no radii (softmax), the
+norms of queries and keys before they are normalised stand in their place: its null.
 Axes: W sequences, N tokens of each, B of them at a time, H heads, K head dim, V vocabulary, S sampled queries.
 """
 
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 
 
 def changed(change: Callable[[int, Ops, Tree], Ops]) -> Callable:
-    """`run` of one `model.hidden`, in which a layer has the operations change(layer, ops, its parameters) in place of those of the same names."""
+    """`run` of one `model.hidden`: a layer has the operations change(layer, ops, its parameters) in place of those of the same names."""
     layers = count()
 
     def run(block: model.Block, params: Tree, x: Tensor, cache: None, ctx: Any) -> tuple[Tensor, dict]:
@@ -138,7 +138,9 @@ class Polar(NamedTuple):
 
 
 @torch.no_grad()
-def polar(params: Tree, tokens: Tensor, cfg: ModelConfig, kernels: str, look: Callable[[int, Polar], object], *, rotated: bool = True) -> None:
+def polar(
+    params: Tree, tokens: Tensor, cfg: ModelConfig, kernels: str, look: Callable[[int, Polar], object], *, rotated: bool = True
+) -> None:
     """Show `look` the queries and keys of each layer that has radii, of tokens (B, N), one layer after the other."""
 
     def watch(layer: int, ops: Ops, weights: Tree) -> Ops:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperlm import data, model, trained
+from hyperlm import data, evals, model, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch, joined
 from hyperlm.bench import checks, inside, statistics, wording
@@ -79,27 +79,27 @@ def read_text(corpus: data.Corpus, config: Config, tokens: int, device: torch.de
 
 
 def validation(shard: data.Shard, config: Config, count: int) -> Batch:
-    """`count` sequences of a source's validation text, or all there are, evenly over its first documents: several times as much text, as one may be long."""
+    """`count` sequences of a source's validation text, or all there are, evenly over SPARSE times as many: one document may be long."""
     ends = np.cumsum(shard.val_documents[:, 0])
     enough = ends[min(np.searchsorted(ends, SPARSE * count * config.data.seq_len), len(ends) - 1)]
     sequences, _ = data.validation_sequences(shard, config.data, int(enough))
     return sequences.map(lambda x: x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()])
 
 
-def untrained(cfg: ModelConfig, device: torch.device, *, drawn: bool = False) -> Tree:
-    """A model as it is before training. `drawn`: its radii, which are all equal then, are random functions of the token instead."""
+def untrained(cfg: ModelConfig, device: torch.device) -> Tree:
+    """A model as it is before training."""
     dtype = compute_dtype(device)
-    params = model.init(cfg, 0, device=device, keep=lambda values: values.to(dtype) if values.dim() > 1 else values)
-    for layer in cfg.hyperbolic_layers if drawn else ():
-        weight = params["blocks"][layer]["mixer.radius.weight"]
+    return model.init(cfg, 0, device=device, keep=lambda values: values.to(dtype) if values.dim() > 1 else values)
+
+
+def with_drawn_radii(params: Tree, cfg: ModelConfig) -> Tree:
+    """An untrained model whose radii, which are all equal at first, are random functions of the token instead."""
+    blocks = [dict(block) for block in params["blocks"]]
+    for layer in cfg.hyperbolic_layers:
+        weight = blocks[layer]["mixer.radius.weight"]
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)) / cfg.d_model**0.5
-        params["blocks"][layer]["mixer.radius.weight"] = noise.to(weight)
-    return params
-
-
-def nats_by(params: Tree, config: Config, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Nats (B, N) of the model as it is."""
-    return inside.passed(params, Batch(tokens, targets), config.model, config.kernels, lambda _: lambda *_: {})[0]
+        blocks[layer]["mixer.radius.weight"] = noise.to(weight)
+    return {**params, "blocks": blocks}
 
 
 # -- measurements ----------------------------------------------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def radius_rows(seen: inside.Seen, counted: Tensor, cfg: ModelConfig) -> tuple[l
         half_lives = None if seen.rates[layer] is None else (math.log(2) / seen.rates[layer]).tolist()
         row["half-life of heads, tokens"] = "" if half_lives is None else f"{min(half_lives):.3g} to {max(half_lives):.3g}"
         layers.append(row)
-        for i, (mean, std) in enumerate(zip(r.mean(-1).tolist(), r.std(-1).tolist(), strict=True)):
+        for i, (middle, std) in enumerate(zip(r.mean(-1).tolist(), r.std(-1).tolist(), strict=True)):
             side, head = side_of(i, cfg.n_heads)
-            of_head: Row = {"layer": layer, "head": head, "of": side, "radius": mean, "std": std, "5 %": low[i], "95 %": high[i]}
+            of_head: Row = {"layer": layer, "head": head, "of": side, "radius": middle, "std": std, "5 %": low[i], "95 %": high[i]}
             heads.append(of_head | ({} if half_lives is None else {"half-life": half_lives[head]}))
     return layers, heads
 
@@ -263,8 +263,8 @@ def share_summary(rows: list[Row]) -> list[Row]:
 
 
 def of_equal_frequency(lengths: Tensor, frequency: Tensor, counted: Tensor, seed: int) -> Tensor:
-    """Radii (2 H, W, N), each row in a random order of its own, in which every token has the radius of one that is as frequent: the whole part of
-    log2(1 + frequency) is the same. What is not counted keeps to itself."""
+    """Radii (2 H, W, N), each row in a random order of its own, in which every token has the radius of one that is as frequent: the whole
+    part of log2(1 + frequency) is the same. What is not counted keeps to itself."""
     kind = torch.where(counted, torch.log2(1 + frequency.double()).long(), -1).flatten()
     drawn = torch.rand(len(lengths), len(kind), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(kind.device)
     into, source = kind.argsort(stable=True).expand(len(lengths), -1), (kind + drawn).argsort(-1)
@@ -284,7 +284,11 @@ def ablation_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -
     def shuffled(layer: int, r: Tensor) -> Tensor:
         return of_equal_frequency(r, text.frequency, text.counted, layer)
 
-    ways = {"themselves (null)": (lambda layer, r: r, ["both"]), "the head's mean": (averaged, sides), "those of tokens as frequent": (shuffled, sides)}
+    ways = {
+        "themselves (null)": (lambda layer, r: r, ["both"]),
+        "the head's mean": (averaged, sides),
+        "those of tokens as frequent": (shuffled, sides),
+    }
     counts, rows = text.counted.sum(1).double(), []
     before = float(seen.nats.double().sum() / counts.sum())
     for way, (replaced, which) in ways.items():
@@ -292,7 +296,9 @@ def ablation_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -
         for side in which:
             after = inside.with_radii(params, text.batch, cfg, config.kernels, radii, sides[side])
             lost, error = statistics.mean_and_error((after - seen.nats).double().sum(1), counts)
-            rows.append({"radii of": side, "replaced by": way, "nats lost": lost, "± standard error": error, "validation loss before": before})
+            rows.append(
+                {"radii of": side, "replaced by": way, "nats lost": lost, "± standard error": error, "validation loss before": before}
+            )
     return rows
 
 
@@ -316,11 +322,12 @@ def disk_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -> tu
     pieces = [text.pieces[i] for i in ids[w, those]]
     columns = zip(at.tolist(), wording.labels(pieces), wording.groups(pieces), strict=True)
     rows = [{"x": x, "y": y, "label": label, "group": group} for (x, y), label, group in columns]
-    return rows, f"layer {layer}, head {head} (std of its keys' radii {float(spread.max()):.2f}); two directions hold {kept:.0%} of the variance of directions"
+    shown = f"std of its keys' radii {float(spread.max()):.2f}; two directions hold {kept:.0%} of the variance of their directions"
+    return rows, f"layer {layer}, head {head} ({shown})"
 
 
 def projected(u: Tensor, r: Tensor) -> tuple[Tensor, float]:
-    """Points of the Poincaré disk at their true distances from the origin: unit directions u (P, K), radii r (P,) -> (P, 2). The angle alone is
+    """Points of the Poincaré disk at their true distances from the origin: unit directions u (P, K), radii r (P,) -> (P, 2). Angles alone are
     projected, to the first two principal directions of u; and the share of the variance of u that these hold."""
     u = u - u.mean(0)
     _, s, v = torch.linalg.svd(u.double(), full_matrices=False)
@@ -335,22 +342,31 @@ def look_into(job: Job, device: torch.device) -> Found:
     config, cfg = loaded.config, loaded.config.model
     corpus = data.prepare(config, say=lambda line: None)
     text = read_text(corpus, config, min(job.tokens, LARGEST // (2 * cfg.n_heads * cfg.n_layers)), device)
-    checks.causal(bound(nats_by, loaded.params, config), cfg.vocab_size, device, min(checks.LENGTH, config.data.seq_len))
-    seen = inside.observe(loaded.params, text.batch, cfg, config.kernels)
-    null = untrained(cfg, device, drawn=True)
-    drawn = inside.observe(null, text.batch, cfg, config.kernels).lengths
+    checks.model(config, device)
+    nats = bound(evals.token_nats, loaded.params, config=config)
+    checks.causal(nats, cfg.vocab_size, device, min(checks.LENGTH, config.data.seq_len))
+    seen, null = inside.observe(loaded.params, text.batch, cfg, config.kernels), untrained(cfg, device)
+    drawn = inside.observe(with_drawn_radii(null, cfg), text.batch, cfg, config.kernels).lengths
     those = quantities(text, seen.entropies)
     found: Found = {}
     rows = [row for layer, own in enumerate(seen.lengths) for row in correlation_rows(own, drawn[layer], those, layer, cfg)]
     found["correlations by head"] = rows
     found["correlations"], found["correlations by layer"] = correlation_summary(rows)
-    size: Row = {"tokens": int(text.counted.sum()), "sequences": len(text.counted), "in documents with brackets": int((text.counted & text.bracketed).sum())}
+    size: Row = {
+        "tokens": int(text.counted.sum()),
+        "sequences": len(text.counted),
+        "in documents with brackets": int((text.counted & text.bracketed).sum()),
+    }
     found["text"] = [size]
     if not cfg.hyperbolic_layers:
         none: Row = {"mixer": NO_RADII}
-        return found | {"radii": [none], "variance of scores": [none | {"heads": cfg.n_layers * cfg.n_heads}], "ablations": [{"radii of": NO_RADII}]}
+        return found | {
+            "radii": [none],
+            "variance of scores": [none | {"heads": cfg.n_layers * cfg.n_heads}],
+            "ablations": [{"radii of": NO_RADII}],
+        }
     found["radii"], found["radii by head"] = radius_rows(seen, text.counted, cfg)
-    found["variance by head"] = share_rows(loaded.params, untrained(cfg, device), text, config)
+    found["variance by head"] = share_rows(loaded.params, null, text, config)
     found["variance of scores"] = share_summary(found["variance by head"])
     found["ablations"] = ablation_rows(loaded.params, seen, text, config)
     found["disk"], shown = disk_rows(loaded.params, seen, text, config)

@@ -1,4 +1,4 @@
-"""Rank correlations with what else explains them taken out, their intervals, and shares of variance: plain statistics over many rows at once.
+"""Rank correlations without what else explains them, their intervals, and shares of variance: plain statistics over many rows at once.
 
 Axes: R rows (heads), T tokens, W sequences, Q queries, M keys. Sums are in fp64.
 """
@@ -34,7 +34,7 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
 
 
 def partial(x: Tensor, y: Tensor, others: Tensor) -> Tensor:
-    """`spearman` without what `others` (C, T) explain of either: Pearson's correlation of what linear regressions of ranks on ranks leave."""
+    """`spearman` without what `others` (C, T) explain of either: Pearson's correlation of what regressions of ranks on ranks leave."""
     others = ranks(others)
     return correlation(without(ranks(x), others), without(ranks(y), others))
 
@@ -64,7 +64,7 @@ def interval(x: Tensor, y: Tensor, sequence: Tensor, seed: int = 0) -> tuple[Ten
 
 
 def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """The mean of what adds up to `sums` (W,) over `counts` (W,) tokens of each sequence, and its standard error over sequences; nan for one."""
+    """The mean a token of what adds up to `sums` (W,) over `counts` (W,) tokens, and its standard error over sequences; nan for one."""
     mean = sums.sum() / counts.sum()
     apart = (sums - mean * counts).square().sum()
     w = int((counts > 0).sum())
@@ -72,8 +72,8 @@ def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) -> Tensor:
-    """The share of the variance of scores, within queries, that a function of x explains: of each query's scores their mean is taken out, as a
-    softmax does, and what is fitted is a step function of x, the same for all queries of a head.
+    """The share of the variance of scores, within queries, that a function of x explains: of each query's scores their mean is taken out,
+    as a softmax does, and what is fitted is a step function of x, the same for all queries of a head.
 
     Least squares with a constant for each query and one for each of `bins` bins with equally many pairs.
 

@@ -33,8 +33,8 @@ def frequencies(corpus: Corpus, vocabulary: int) -> np.ndarray:
 
 
 def bracket_depths(tokens: np.ndarray, texts: list[str], end: int) -> np.ndarray:
-    """How many brackets are open before each token, (W, N) ids -> (W, N): of those that opened in the sequence, after the last id `end`, which
-    separates documents. A bracket closes one of any kind; one that closes nothing does not count."""
+    """How many brackets are open before each token, (W, N) ids -> (W, N): of those that opened in the sequence, after the last id `end`,
+    which separates documents. A bracket closes one of any kind; one that closes nothing does not count."""
     steps = {i: found for i, text in enumerate(texts) if (found := [STEPS[c] for c in text if c in STEPS])}
     depths = np.zeros(tokens.shape, np.int64)
     for row, depth in zip(tokens.tolist(), depths, strict=True):
@@ -59,8 +59,8 @@ def documents(tokens: np.ndarray, end: int) -> np.ndarray:
 def groups(pieces: list[str]) -> list[str]:
     """Of each piece of a text: keyword (of Python), name, word, number, bracket, punctuation or space.
 
-    A name is a word that no prose has: with an underscore, a digit, capitals after small letters, after a dot, or before an opening bracket;
-    all pieces of it are.
+    A name is a word that no prose has: with an underscore, a digit, capitals after small letters, after a dot, or before an opening
+    bracket; all pieces of it are.
     """
     text = "".join(pieces)
     found: list[str] = []
@@ -91,7 +91,7 @@ def groups(pieces: list[str]) -> list[str]:
 
 
 def labels(pieces: list[str]) -> list[str]:
-    """How the pieces of a text are written beside points: each text once, where it comes first; nothing for spaces and for parts of characters."""
+    """How the pieces of a text are written beside points: each once, where it comes first; nothing for spaces and parts of characters."""
     seen: set[str] = set()
     written = []
     for piece in pieces:
@@ -102,7 +102,7 @@ def labels(pieces: list[str]) -> list[str]:
 
 
 def passage(tokens: np.ndarray, texts: list[str], end: int, length: int) -> tuple[int, int]:
-    """Where (sequence, position) so many tokens of one document begin that show much: the most different brackets, keywords, names and words."""
+    """Where (sequence, position) so many tokens of one document begin that show much: many different words, names and brackets."""
     best, found = -1, (0, 0)
     span = min(length, tokens.shape[1])
     inside = documents(tokens, end)
