@@ -119,8 +119,8 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     if rows["disk"]:
         notes.append(
             "disk: " + "; ".join(f"{row['model']}: {row['in the disk']}" for row in rows["text"] if "in the disk" in row)
-            + ". Distances from the centre are tanh(r/2) of true radii; angles alone are projected, to two principal directions of the keys "
-            "shown, before their rotation by position"
+            + ". Distances from the centre are tanh(r/2) of true radii; angles alone are projected, to two principal directions of "
+            "the keys shown, before their rotation by position"
         )  # fmt: skip
     twins = [row for row in rows["radii"] if row.get("mixer") == NO_RADII]
     if rows["correlations"] and not twins:

@@ -327,8 +327,8 @@ def disk_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -> tu
 
 
 def projected(u: Tensor, r: Tensor) -> tuple[Tensor, float]:
-    """Points of the Poincaré disk at their true distances from the origin: unit directions u (P, K), radii r (P,) -> (P, 2). Angles alone are
-    projected, to the first two principal directions of u; and the share of the variance of u that these hold."""
+    """Points of the Poincaré disk at their true distances from the origin: unit directions u (P, K), radii r (P,) -> (P, 2). Angles alone
+    are projected, to the first two principal directions of u; and the share of the variance of u that these hold."""
     u = u - u.mean(0)
     _, s, v = torch.linalg.svd(u.double(), full_matrices=False)
     plane = u.double() @ v[:2].mT
