@@ -141,7 +141,7 @@ def notes(trials: Trials, seed: int) -> list[str]:
     geometry = difference(trials, N3, N4, seed)
     told = [verdict(f"geometry, what exact scores have beyond their first order ({names(N3, N4)}):", geometry)]
     others = {"the bias of keys alone": (N0, N1), "the gain alone": (N0, N2), "both, the first order": (N0, N3), "all of phase7": (N0, N4)}
-    told += [verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if (d := difference(trials, *pair, seed)).by_seed]
+    told += [verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair, seed)).by_seed) > 1]
     speeds = [mean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(trials[label], seed))]
     if len(speeds) == 2:
         told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
