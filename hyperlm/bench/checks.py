@@ -23,8 +23,8 @@ CUTS = (1, 2, 63, 64, 65, 200)  # positions from which on tokens change; at the 
 VOCABULARY = 4096  # at most: embedding and head of a large model are not what is checked
 # Of nats before a cut, in what computes in bf16 with work that is split by what comes later; fp32 on a CPU is exact.
 ROUNDED = 5e-3
-# Relative error of a gradient that is let pass; or, where torch in the same dtype is as far from fp32, TIMES its own. Gradients of matrices are
-# compared one by one; those of vectors, too few numbers to tell rounding from mistakes, together.
+# Relative error of a gradient that is let pass; or, where torch in the same dtype is as far from fp32, TIMES its own. Gradients of matrices
+# are compared one by one; those of vectors, too few numbers to tell rounding from mistakes, together.
 GRADIENT, TIMES = 0.05, 3.0
 TINY = 1e-20  # of a gradient that is exactly zero
 
@@ -63,8 +63,8 @@ def causal(nats: Callable[[Tensor, Tensor], Tensor], vocabulary: int, device: to
 
 
 def model(config: Config, device: torch.device) -> None:
-    """Check a model of this kind, width and heads, with initial weights: that it is causal, and, where it does not run by the references alone,
-    that loss and gradient are as near to theirs in fp32 as rounding allows. It has as few layers as have all its mixers.
+    """Check a model of this kind, width and heads, with initial weights: that it is causal, and, where it does not run by the references
+    alone, that loss and gradient are as near to theirs in fp32 as rounding allows. It has as few layers as have all its mixers.
 
     Raises:
         CheckFailed: if not.
@@ -97,7 +97,7 @@ def few_layers(cfg: ModelConfig) -> ModelConfig:
 
 
 def gradient(params: Tree, cfg: ModelConfig, backend: str, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    """Nats a token of random tokens, and their gradient by `backend` in `dtype`: of each matrix by its path, and of all vectors; flat, fp32."""
+    """Nats a token of random tokens, and their gradient by `backend` in `dtype`: of each matrix by path, and of all vectors; flat, fp32."""
     weights = tree.map(lambda p: p.to(dtype if p.dim() > 1 else p.dtype).requires_grad_(), params)
     device = tree.leaves(params)[0].device
     tokens, targets = (random_tokens(cfg.vocab_size, (2, LENGTH), seed, device) for seed in (3, 4))

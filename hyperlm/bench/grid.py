@@ -1,4 +1,4 @@
-"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge, then the other seeds at the best."""
+"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then other seeds at the best."""
 
 import math
 import os
@@ -76,8 +76,8 @@ def beyond(best: float, tried: Sequence[float]) -> float | None:
 
 
 def wanted(trials: Sequence[Trial], rates: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
-    """The (rate, seed) that an arm is to be trained with next, given what was: the grid with the first seed; where the best is at its edge, one
-    rate beyond; then the other seeds at the best. Nothing where all is known, or nothing works."""
+    """The (rate, seed) that an arm is to be trained with next, given what was: the grid with the first seed; where the best is at its edge,
+    one rate beyond; then the other seeds at the best. Nothing where all is known, or nothing works."""
     done = {(trial.rate, trial.seed) for trial in trials}
     if missing := [(rate, seeds[0]) for rate in rates if (rate, seeds[0]) not in done]:
         return missing

@@ -76,7 +76,8 @@ def end_with_parent() -> None:
 def serve(channel: Connection, device: torch.device, threads: int) -> None:
     """Do the jobs that come, (work, job) each, until one fails: after an error of a GPU nothing more works in its process."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.stderr = Plain(sys.stderr.buffer, line_buffering=True, write_through=True)
+    if sys.stderr:
+        sys.stderr = Plain(sys.stderr.buffer, line_buffering=True, write_through=True)
     torch.set_num_threads(threads)
     env.prepare(device)
     failed = False
@@ -101,7 +102,7 @@ class Worker(NamedTuple):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. It is not lost here."""
+    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. Here it is not lost."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -148,9 +149,9 @@ def side_by_side(
 ) -> Iterator[tuple[Job, Found | Failure]]:
     """work(job, device) of each job, as many at a time as there are devices, `each` on every one; in pairs with the job, as they end.
 
-    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function of
-    a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller stops,
-    is stopped or killed, all processes end at once.
+    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function
+    of a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller
+    stops, is stopped or killed, all processes end at once.
     """
     places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:

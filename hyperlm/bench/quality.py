@@ -22,8 +22,8 @@ from hyperlm.config import Config, ConfigError
 
 TWIN = "softmax"  # what geometry is compared with
 PEERS_NOTE = (
-    "nanogpt: learned positions, GELU, a tied head, as many layers as come nearest to the models' parameters; AdamW alone, or torch.optim.Muon for "
-    "the matrices of blocks, its updates scaled to the size of AdamW's, so that one rate holds for both"
+    "nanogpt: learned positions, GELU, a tied head, as many layers as come nearest to the models' parameters; AdamW alone, or torch.optim.Muon "
+    "for the matrices of blocks, its updates scaled to the size of AdamW's, so that one rate holds for both"
 )
 
 
@@ -31,7 +31,9 @@ def arm(config: Config, label: str) -> Config:
     return of_kind(config, label) if label in KINDS else config
 
 
-def check(labels: Sequence[str], config: Config, devices: Sequence[torch.device], rates: Sequence[float] = (), seeds: Sequence[int] = (0,)) -> None:
+def check(
+    labels: Sequence[str], config: Config, devices: Sequence[torch.device], rates: Sequence[float] = (), seeds: Sequence[int] = (0,)
+) -> None:
     """Find out early what would be found out late, and tokenise the text, so that jobs find it in the cache.
 
     Raises:
@@ -96,8 +98,8 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     best = {label: grid.at_best(own, seeds[0]) for label, own in trials.items() if own}
     seconds = min((mean(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
     t, n = config.train, config.data.seq_len
-    told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least to the "
-    told += f"largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
+    told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
+    told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
     at = {label: grid.best_rate(own, seeds[0]) for label, own in trials.items()}
     differences = f"Validation loss less that of {TWIN} with the same seed, nats a token: below 0 is better."
     tables = [
@@ -164,9 +166,9 @@ def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> 
 
 
 def notes(trials: Trials, seed: int, seconds: float) -> list[str]:
-    chosen = f"each learning rate was chosen by the validation loss of seed {seed}, which is told as well: a little lower for it, in all arms alike"
-    then = f"at equal seconds: after {seconds:.3g} s of training alone, the time of the quickest for all its steps, interpolated on curves whose "
-    found = [chosen, then + "schedule was made for all steps, so that slower arms have rates that are still high there"]
+    chosen = f"each learning rate was chosen by the validation loss of seed {seed}, which is told as well: a little lower for it, in all alike"
+    then = f"at equal seconds: after {seconds:.3g} s of training alone, the time of the quickest for all its steps, interpolated on curves "
+    found = [chosen, then + "whose schedule was made for all steps, so that slower arms have rates that are still high there"]
     for label, own in trials.items():
         rate, tried = grid.best_rate(own, seed), [trial.rate for trial in own if trial.seed == seed]
         if rate is not None and grid.beyond(rate, tried):
@@ -185,5 +187,5 @@ def figures(seeds: int) -> list[Figure]:
     return [
         curves("quality_tokens", "Validation loss over tokens, each at its best rate", "tokens", "tokens learnt"),
         curves("quality_seconds", "Validation loss over time, each at its best rate", "seconds", "seconds of training"),
-        Lines("quality_rates", "Validation loss by learning rate", "rates", "rate", "loss", x_label="peak learning rate", y_label=y_label, log_x=True),
+        Lines("quality_rates", "Validation loss by rate", "rates", "rate", "loss", x_label="peak learning rate", y_label=y_label, log_x=True),
     ]

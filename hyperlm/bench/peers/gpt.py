@@ -1,7 +1,8 @@
 """A plain GPT as nanoGPT has it: learned positions, pre-LayerNorm without biases, GELU, a tied head; trained by AdamW, or by Muon.
 
-It has the width and the heads of the models that it stands beside, and as many layers as come nearest to their number of parameters. It reads
-the same batches, clips alike and follows the same schedule; on a GPU it computes in bf16 by autocast with fp32 weights, compiled by torch.compile.
+It has the width and the heads of the models that it stands beside, and as many layers as come nearest to their number of parameters. It
+reads the same batches, clips alike and follows the same schedule; on a GPU it computes in bf16 by autocast with fp32 weights, compiled by
+torch.compile.
 Axes: B batch, N sequence, D width, H heads, K head dim, V vocabulary, L layers.
 """
 
@@ -41,7 +42,7 @@ class Shape:
 
 
 def shape(config: Config) -> Shape:
-    """Of the width of the configuration's model, with as many layers, at least one, as come nearest to the parameters of its Euclidean twin."""
+    """Of the width of the configuration's model, with as many layers (one or more) as come nearest to the parameters of its Euclidean twin."""
     m = config.model
     twin = replace(config, model=replace(m, kind="softmax", exact_every=0))
     none = Shape(m.d_model, 0, m.n_heads, m.vocab_size, config.data.seq_len, m.dropout)
