@@ -184,7 +184,8 @@ def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
     assert phase8 == {"model": "phase8", "failed": "CheckFailed: it is not causal"}
     (pairs,) = tables["paired differences"]
     assert pairs.pop("model") == "phase7" and pairs == pytest.approx({"mean": -0.095, "seed 0": -0.1, "seed 1": -0.09})
-    assert [(r["rate"] * 128, r["seed"]) for r in tables["rates"] if r["model"] == "softmax"] == [(0.5, 0), (1, 0), (1, 1), (2, 0)]
+    tried = [(r["rate"], r["seed"]) for r in tables["rates"] if r["model"] == "softmax"]
+    assert tried == [(0.00391, 0), (0.00781, 0), (0.00781, 1), (0.0156, 0)]
     assert len(tables["curves"]) == 2 * 4 * 2 and {r["rate"] for r in tables["best curves"]} == {1 / 128}
     kept = {path.name: (path / "rate").read_text() for path in (tmp_path / "models").iterdir()}
     assert kept == {"softmax": f"{1 / 128:g}", "phase7": f"{1 / 128:g}"}

@@ -96,7 +96,7 @@ def loss_at(curve: Sequence[Point], seconds: float) -> float | None:
 def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     """Tables, figures and notes of what there is."""
     best = {label: grid.at_best(own, seeds[0]) for label, own in trials.items() if own}
-    seconds = min((mean(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
+    seconds = min((max(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
     t, n = config.train, config.data.seq_len
     told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
     told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
@@ -146,11 +146,12 @@ def paired(best: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
 
 
 def rate_rows(trials: Trials) -> list[Row]:
+    """A row for each training, with the three digits of its rate that a reader wants."""
     rows = []
     for label, own in trials.items():
         for trial in sorted(own, key=lambda trial: (trial.rate, trial.seed)):
             what = {"failed": trial.found.why} if isinstance(trial.found, Failure) else {"loss": trial.found.val["val_loss"]}
-            rows.append({"model": label, "rate": trial.rate, "seed": trial.seed, **what})
+            rows.append({"model": label, "rate": float(f"{trial.rate:.3g}"), "seed": trial.seed, **what})
     return rows
 
 
