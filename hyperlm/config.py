@@ -168,7 +168,7 @@ class EvalConfig:
     prompt: str = ""
     """How that text begins; by default as a held-out document does, or with the question of a held-out conversation."""
     passkey: int = 0
-    """Trials of passkey retrieval at an evaluation: a number hidden in validation text of --data.seq-len tokens, asked for at its end; 0 for none."""
+    """Trials of passkey retrieval at an evaluation: a number hidden in a sequence of validation text, asked for at its end; 0 for none."""
 
 
 @dataclass(frozen=True)

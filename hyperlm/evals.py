@@ -1,4 +1,4 @@
-"""Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; the radius gauges of each layer."""
+"""Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; radii of each layer."""
 
 import math
 from collections.abc import Callable
@@ -54,12 +54,12 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     bar.close()
     loss = nats / tokens
     documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
-    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results, "val_documents": documents}
-    return found | position_losses(by_position) | passkeys(params, corpus, config, device, batch)
+    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results}
+    return found | {"val_documents": documents} | position_losses(by_position) | passkeys(params, corpus, config, device, batch)
 
 
 def position_losses(sums: Tensor) -> dict[str, float]:
-    """Nats a target by its place in a sequence of N, {"val_loss/positions_0_64": ...}: the first eighth, and from there on to twice that, to N.
+    """Nats a target by its place in a sequence of N, {"val_loss/positions_0_64": ...}: in its first eighth, then up to N/4, N/2 and N.
 
     Args:
         sums: (2, N), summed nats and how many targets at each place. Where there are none, nothing is said.
@@ -71,7 +71,7 @@ def position_losses(sums: Tensor) -> dict[str, float]:
 
 
 def passkeys(params: Tree, corpus: Corpus, config: Config, device: torch.device, batch: int) -> dict[str, float]:
-    """How often a number hidden in validation text is found, the same one each time: at depths from the beginning to the end of a sequence."""
+    """How often a number hidden in a sequence of validation text is found, at depths from its beginning to its end; always the same."""
     if not config.eval.passkey:
         return {}
     depths = torch.linspace(0, 1, config.eval.passkey).tolist()
@@ -82,7 +82,7 @@ def passkeys(params: Tree, corpus: Corpus, config: Config, device: torch.device,
 
 @torch.no_grad()
 def token_nats(params: Tree, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
-    """Cross entropy of each target after the tokens up to its place: (B, N) int64 each -> (B, N), at least fp32; 0 where a target is IGNORE.
+    """Cross entropy of each target after the tokens up to its place: (B, N) int64 each -> (B, N), at least fp32, 0 where it is IGNORE.
 
     Logits exist for a chunk of the vocabulary at a time.
     """

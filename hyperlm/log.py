@@ -257,7 +257,8 @@ def eval_line(step: int, total: int, r: dict[str, Any], tokens: int) -> str:
     sources = ", ".join(f"{name.removeprefix('val_bpb/')} {value:.3f}" for name, value in r.items() if name.startswith("val_bpb/"))
     found = ""
     if "val_passkey" in r:
-        found = f"passkey said in {r['val_passkey']:.0%} of trials, chosen among {CHOICES} in {r['val_passkey_choice']:.0%} (chance {1 / CHOICES:.0%})"
+        said, chosen = f"{r['val_passkey']:.0%} of trials", f"{r['val_passkey_choice']:.0%} (chance {1 / CHOICES:.0%})"
+        found = f"passkey said in {said}, chosen among {CHOICES} in {chosen}"
     return "\n".join([line, *(labelled("", text) for text in (sources, found) if text)])
 
 

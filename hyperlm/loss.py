@@ -33,7 +33,8 @@ def chunks(vocabulary: int, tokens: int, at_once: int) -> list[slice]:
 def taken(
     features: Tensor, weight: Tensor, targets: Tensor, parts: list[slice], ops: dict[str, Callable]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Once through the chunks: log normaliser and logit of the target of each token, (T,) each and wide; the memory of a chunk, and in it the last one's logits."""
+    """Once through the chunks: of each token the log normaliser and the target's logit, (T,) and wide; the memory of a chunk, and the
+    logits of the last one, which are still in it."""
     log_z = torch.full((len(features),), -torch.inf, device=features.device, dtype=wide(features.dtype))
     picked = torch.zeros_like(log_z)
     room = features.new_empty(len(features) * parts[0].stop)  # for one chunk at a time
@@ -118,7 +119,7 @@ def head_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str
 
 @torch.no_grad()
 def token_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str = "auto", at_once: int = 0) -> Tensor:
-    """Cross entropy of each next token, (T,), at least fp32, and 0 where it is ignored; arguments as of `head_nats`, whose sum this has to the last bit."""
+    """Cross entropy of each next token, (T,), at least fp32, 0 where it is ignored; with the arguments of `head_nats`, which is their sum."""
     ops = table.table(OPS, features.device, kernels)
     parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, kernels))
     log_z, picked, *_ = taken(features, weight, targets, parts, ops)

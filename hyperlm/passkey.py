@@ -1,8 +1,8 @@
 """Passkey retrieval (Mohtashami & Jaggi 2023): a number is hidden in a long text, and asked for at its end.
 
-A trial is the text CHOICES times, with another answer each time: the key, then numbers that are nowhere in the text. Whether the model would say the
-key (every digit of it is what it finds most probable after the ones before), and whether it gives the key a higher probability than the others, which
-guessing does in one of CHOICES trials, both follow from one pass over these texts: no token is generated.
+A trial is the text CHOICES times, with another answer each time: the key, then numbers that are nowhere in the text. Whether a model would
+say the key (each digit is what it finds most probable after those before), and whether it finds the key more probable than the others, as
+guessing does in one of CHOICES trials: both follow from a pass over these texts. No token is generated.
 Axes: T trials, C choices, N tokens, of which the answer is the end.
 """
 
@@ -64,7 +64,8 @@ def words_of(tokenizer: Tokenizer) -> Words:
 def check(trials: int, n: int, tokenizer: Tokenizer) -> None:
     """Raises ConfigError if a sequence of training is too short for a trial."""
     if trials and n < (size := words_of(tokenizer).size):
-        raise ConfigError(f"--eval.passkey {trials}: the question alone takes {size} tokens, more than --data.seq-len {n}: set it to 0, or train on longer sequences")
+        why = f"key and question alone take {size} tokens, more than --data.seq-len {n}"
+        raise ConfigError(f"--eval.passkey {trials}: {why}: set it to 0, or train on longer sequences")
 
 
 def hay_of(corpus: Corpus) -> np.ndarray:

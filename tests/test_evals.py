@@ -32,7 +32,9 @@ def test_nats_of_each_token_are_those_of_its_logits(cfg):
 
 def test_losses_by_position_are_means_over_those_places(tmp_path):
     n = 20
-    config = Config(model=replace(TINY, vocab_size=400), data=DataConfig(sources=(str(write_prose(tmp_path / "p.txt")),), seq_len=n, val_fraction=0.2))
+    config = Config(
+        model=replace(TINY, vocab_size=400), data=DataConfig(sources=(str(write_prose(tmp_path / "p.txt")),), seq_len=n, val_fraction=0.2)
+    )
     config = replace(config, eval=EvalConfig(max_tokens=0))
     corpus, params = data.prepare(config, say=lambda line: None), model.init(config.model, 0)
     found = evals.evaluate(params, corpus, config, CPU)

@@ -50,7 +50,9 @@ def test_windows_are_within_documents_where_enough_are_long_and_else_of_document
     inside = [len(set(window) - {END}) for window in found.tokens.tolist()]
     assert found.joined == joined and (joined or inside == [1] * count)
     assert found.documents == documents == len(set(found.tokens.flatten().tolist()) - {END})
-    assert str(found).startswith(f"{count} window{'s' if count > 1 else ''} of {length} tokens, from {documents} documents {'joined' if joined else 'at least'}")
+    assert str(found).startswith(
+        f"{count} window{'s' if count > 1 else ''} of {length} tokens, from {documents} documents {'joined' if joined else 'at least'}"
+    )
 
 
 def test_windows_of_a_text_are_as_it_is():
@@ -67,7 +69,11 @@ def test_too_little_text_is_an_error():
 
 
 def test_conversations_are_left_out(tmp_path):
-    rows = ['{"text": "some words here"}', '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', '{"text": "and others"}']
+    rows = [
+        '{"text": "some words here"}',
+        '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+        '{"text": "and others"}',
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(rows))
     cfg = Config(data=DataConfig(sources=(), val_sources=(str(tmp_path / "d.jsonl"),), tokenizer="bytes"))
     texts = texts_of(data.prepare(cfg, say=lambda line: None))
@@ -121,7 +127,9 @@ def test_buckets_are_means_with_errors_over_windows():
     assert math.isnan(buckets(whole[:1], recent[:1], n)[0]["standard error"])  # one window has none
 
 
-@pytest.mark.parametrize(("n", "length", "edges"), [(1024, 16384, [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]), (2, 8, [0, 1, 2, 4, 8])])
+@pytest.mark.parametrize(
+    ("n", "length", "edges"), [(1024, 16384, [0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]), (2, 8, [0, 1, 2, 4, 8])]
+)
 def test_buckets_begin_and_end_at_powers_of_two_of_a_window(n, length, edges):
     assert edges_of(n, length) == edges
 
@@ -148,7 +156,11 @@ def test_keys_are_found_by_who_knows_them_until_the_text_is_too_long():
     assert [row["chosen"] for row in rows] == pytest.approx([1.0] * 5 + [0.1] * 3 + [1.0] * 2)
     short, long = over_depths(rows)
     assert short == {"length": 200, "trials": 15, "said": 1.0, "chosen": 1.0, "standard error": 0.0}
-    assert long["said"] == pytest.approx(0.4) and long["chosen"] == pytest.approx(0.46) and long["standard error"] == pytest.approx((0.46 * 0.54 / 15) ** 0.5)
+    assert (
+        long["said"] == pytest.approx(0.4)
+        and long["chosen"] == pytest.approx(0.46)
+        and long["standard error"] == pytest.approx((0.46 * 0.54 / 15) ** 0.5)
+    )
 
 
 # -- the suite -------------------------------------------------------------------------------------------------------------------------
@@ -172,7 +184,11 @@ def test_the_suite_measures_runs_beside_untrained_weights_and_a_failure_is_a_row
     assert len(results) == 6 and [len(result.tables[0].rows) for result in results[:2]] == [7, 8]  # as they come
     tables = {table.name: table.rows for table in results[-1].tables}
     *positions, failed = tables["loss by position"]
-    assert [row["to"] for row in positions] == [2, 4, 8, 16, 32, 64, 128] and failed["model"] == "broken" and "tokenizer.json" in failed["failed"]
+    assert (
+        [row["to"] for row in positions] == [2, 4, 8, 16, 32, 64, 128]
+        and failed["model"] == "broken"
+        and "tokenizer.json" in failed["failed"]
+    )
     lengths = [(row["weights"], row["length"]) for row in tables["passkey by length"] if row["model"] == "whole"]
     assert lengths == [("trained", 128), ("untrained", 128)]
     assert len(tables["passkey by length and depth"]) == len(tables["passkey by length and depth, untrained"]) == 5 + 1
@@ -190,4 +206,6 @@ def test_untrained_weights_are_those_that_the_run_began_with(run, made):
     loaded = trained.load_model(run, "latest", "cpu")
     first = model.init(loaded.config.model, loaded.config.train.seed)
     found = long_context.untrained(loaded)
-    assert torch.equal(found["head"]["weight"], first["head"]["weight"]) and not torch.equal(found["head"]["weight"], loaded.params["head"]["weight"])
+    assert torch.equal(found["head"]["weight"], first["head"]["weight"]) and not torch.equal(
+        found["head"]["weight"], loaded.params["head"]["weight"]
+    )

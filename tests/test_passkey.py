@@ -41,7 +41,9 @@ def test_a_trial_is_a_text_with_the_key_in_it_at_its_depth_and_another_answer_ea
     for depth, trial in zip(DEPTHS, texts.tolist(), strict=True):
         prompts, answers = {BYTES.decode(t[: -passkey.DIGITS]) for t in trial}, [BYTES.decode(t[-passkey.DIGITS :]) for t in trial]
         (prompt,) = prompts
-        assert prompt.endswith("What is the pass key? The pass key is ") and prompt.count(answers[0]) == 2 and answers[0] == key_in(trial[0])
+        assert (
+            prompt.endswith("What is the pass key? The pass key is ") and prompt.count(answers[0]) == 2 and answers[0] == key_in(trial[0])
+        )
         assert len(set(answers)) == passkey.CHOICES and all(a.isdecimal() and a not in prompt for a in answers[1:])
         assert prompt.index("\n\nThe pass key is") == round(depth * room)  # one token a character
 

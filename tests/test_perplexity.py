@@ -1,4 +1,4 @@
-"""Suite perplexity: losses, perplexities and bits per byte against a loop over single tokens; texts that are told apart; what fails is a row."""
+"""Suite perplexity: its numbers against a loop over single tokens; texts that are told apart; what fails is a row."""
 
 import json
 import math
@@ -106,7 +106,15 @@ def split(stream: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize(("learnt", "n", "stride"), [(t, n, s) for t in (0, 1, 7, 8, 9, 12, 13, 40) for n, s in ((8, 8), (8, 4), (7, 3))])
 def test_every_token_is_a_target_once_with_as_much_before_it_as_a_stride_leaves(learnt, n, stride):
     val = np.arange(learnt + 1)
-    shard = data.Shard("s", None, val[:0], None, val, np.ones_like(val, np.uint8), np.array([[learnt, learnt, learnt, 0]] if learnt else np.zeros((0, 4), int)))
+    shard = data.Shard(
+        "s",
+        None,
+        val[:0],
+        None,
+        val,
+        np.ones_like(val, np.uint8),
+        np.array([[learnt, learnt, learnt, 0]] if learnt else np.zeros((0, 4), int)),
+    )
     if not learnt:
         shard = replace(shard, val_documents=np.array([[0, 0, 0, 0]]))
     batch, _ = data.validation_sequences(shard, DataConfig(seq_len=n), 0, stride)
@@ -133,7 +141,9 @@ def test_all_of_a_given_text_is_scored_by_source_and_as_a_whole(run, tmp_path):
 
 
 def test_of_conversations_what_the_assistant_says_counts(run, tmp_path):
-    talks = [{"messages": [{"role": "user", "content": f"what of {i}?"}, {"role": "assistant", "content": f"nothing but {i}"}]} for i in range(9)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"what of {i}?"}, {"role": "assistant", "content": f"nothing but {i}"}]} for i in range(9)
+    ]
     (row, other) = rows_of(evaluated({"m": run}, DataConfig(sources=(str(jsonl(tmp_path / "t.jsonl", talks)),))))
     tokenizer = tok.load(run / "tokenizer.json")
     said = [len(ids) + 1 for ids in tok.encode(tokenizer, [talk["messages"][1]["content"] for talk in talks])]  # and the end of a turn

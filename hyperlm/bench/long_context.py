@@ -1,7 +1,7 @@
-"""Suite `long-context`: what models do with more text than they were trained on, N tokens at a time: loss by position, and passkey retrieval.
+"""Suite `long-context`: what models do with more text than the N tokens that they were trained on: loss by position, and passkey retrieval.
 
-Loss by position: a model reads windows of 16 N tokens from the first to the last. Beside the loss of a token stands its loss with N/2 to N tokens before it
-alone, as in training: what is between them, window by window, is what the text farther back is worth to the model, or what it costs.
+Loss by position: a model reads windows of 16 N tokens from the first to the last. Beside the loss of a token stands its loss with N/2 to N
+tokens before it alone, as in training: the difference, window by window, is what the text farther back is worth to the model, or costs it.
 Axes: W windows, L their length, N the length of training.
 """
 
@@ -24,6 +24,7 @@ from hyperlm.bench.scoring import Scorer
 from hyperlm.config import DataConfig
 from hyperlm.loss import IGNORE
 from hyperlm.passkey import CHOICES, Reader
+from hyperlm.precision import compute_copy
 from hyperlm.trained import Model
 
 ENOUGH = 8  # windows within documents; where there are fewer, documents are joined
@@ -73,7 +74,7 @@ def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Wi
     while times >= 2 and total < times * n:
         times //= 2
     if times < 2:
-        raise data.DataError(f"{total:,} tokens of texts to evaluate on, fewer than twice the {n:,} of training: name more by --data.sources")
+        raise data.DataError(f"{total:,} tokens of texts, fewer than twice the {n:,} of training: name more by --data.sources")
     length = times * n
     places = sorted((i, k) for k, text in enumerate(texts) for i in range((len(text) - 1) // length))[:most]
     if joined := len(places) < min(ENOUGH, most, total // length):
@@ -88,7 +89,8 @@ def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Wi
 
 
 def nats_by_place(score: Scorer, windows: Windows, n: int, at_once: int) -> tuple[Tensor, Tensor]:
-    """Nats of every target, (W, L) on the CPU: with all that stands before it in its window, and with N/2 to N tokens before it, but at the beginning.
+    """Nats of every target, (W, L) on the CPU: with all that stands before it in its window; and with N/2 to N tokens before it, but at the
+    beginning.
 
     Args:
         at_once: tokens that are read together, but for windows that are longer.
@@ -158,7 +160,8 @@ def cells(read: Reader, words: passkey.Words, hay: np.ndarray, lengths: Sequence
             for number, depth in enumerate(DEPTHS):
                 texts = passkey.trials(words, hay, length, [depth] * trials, seed=number)
                 found = passkey.graded(read, texts, max(1, at_once // length))
-                rows.append({"length": length, "depth": depth, "trials": trials, "said": float(found.said.mean()), "chosen": float(found.chosen.mean())})
+                shares = {"said": float(found.said.mean()), "chosen": float(found.chosen.mean())}
+                rows.append({"length": length, "depth": depth, "trials": trials, **shares})
                 bar.update(length)
     return rows
 
@@ -168,8 +171,10 @@ def over_depths(rows: Sequence[Row]) -> list[Row]:
     means = []
     for length in dict.fromkeys(row["length"] for row in rows):
         own = [row for row in rows if row["length"] == length]
-        trials, said, chosen = sum(row["trials"] for row in own), *(float(np.mean([row[name] for row in own])) for name in ("said", "chosen"))
-        means.append({"length": length, "trials": trials, "said": said, "chosen": chosen, "standard error": (chosen * (1 - chosen) / trials) ** 0.5})
+        trials = sum(row["trials"] for row in own)
+        said, chosen = (float(np.mean([row[name] for row in own])) for name in ("said", "chosen"))
+        error = (chosen * (1 - chosen) / trials) ** 0.5
+        means.append({"length": length, "trials": trials, "said": said, "chosen": chosen, "standard error": error})
     return means
 
 
@@ -210,7 +215,8 @@ def measure(job: Job, device: torch.device) -> Found:
     if job.part == "positions":
         windows = windows_of(texts_of(corpus), n, job.times, job.count)
         rows = buckets(*nats_by_place(score, windows, n, at_once), n)
-        note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {math.log(loaded.config.model.vocab_size):.2f} nats a token"
+        guessing = math.log(loaded.config.model.vocab_size)
+        note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {guessing:.2f} nats a token"
     else:
         words = passkey.words_of(corpus.tokenizer)
         lengths = [n // 2 * 2**i for i in range(1 + int(math.log2(2 * job.times))) if n // 2 * 2**i >= words.size]
@@ -222,9 +228,8 @@ def measure(job: Job, device: torch.device) -> Found:
 
 def untrained(loaded: Model) -> dict:
     """The weights that the model had before training."""
-    dtype = env.compute_dtype(loaded.device)
-    keep = {True: lambda values: values.to(dtype), False: lambda values: values}  # matrices, and vectors
-    return model.init(loaded.config.model, loaded.config.train.seed, device=loaded.device, keep=lambda values: keep[values.dim() > 1](values))
+    config = loaded.config
+    return compute_copy(model.init(config.model, config.train.seed, device=loaded.device), env.compute_dtype(loaded.device))
 
 
 def run(
@@ -237,7 +242,7 @@ def run(
     windows: int = 32,
     trials: int = 20,
 ) -> Iterator[Result]:
-    """Loss by position of each run, and passkey retrieval of each with its trained and with its first weights. Yields what is measured so far.
+    """Loss by position and passkey retrieval of each run, the latter with its first weights as well. Yields what is measured so far.
 
     Args:
         models: label -> folder of a run.
@@ -247,7 +252,7 @@ def run(
         trials: of each length and depth.
     """
     kinds = [("positions", "trained", windows), ("passkeys", "trained", trials), ("passkeys", "untrained", trials)]
-    jobs = [Job(label, folder, text, kernels, part, weights, times, count) for part, weights, count in kinds for label, folder in models.items()]
+    jobs = [Job(label, run, text, kernels, part, weights, times, count) for part, weights, count in kinds for label, run in models.items()]
     found: dict[Job, Found | pool.Failure] = {}
     for job, outcome in pool.side_by_side(measure, jobs, devices, desc="long-context"):
         found[job] = outcome
@@ -265,47 +270,46 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
             labels = {"model": job.label, "weights": job.weights}
             lengths += [labels | row for row in over_depths(own)] if isinstance(outcome, Found) else own
     outcomes = [outcome for outcome in found.values() if isinstance(outcome, Found)]
-    notes = [*dict.fromkeys(outcome.note for outcome in outcomes if outcome.note), *scoring.comparable(outcome.fingerprints for outcome in outcomes)]
+    notes = list(dict.fromkeys(outcome.note for outcome in outcomes if outcome.note))
+    notes += scoring.comparable(outcome.fingerprints for outcome in outcomes)
     tables = [
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of the same tokens with at "
-            "most as many before them as in training; `gain`: what the text farther back is worth, paired by window, negative where it costs.",
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of the "
+            "same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by window, "
+            "negative where it costs.",
         ),
         Table(
             "passkey by length",
             lengths,
-            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits hidden in a text is `said` "
-            f"(greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; chance {1 / CHOICES}), with the standard error of the latter.",
+            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits hidden "
+            f"in a text is `said` (greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; chance "
+            f"{1 / CHOICES}), with the standard error of the latter.",
         ),
         Table("passkey by length and depth", rows["passkeys", "trained"], "The same by depth.", shown=False),
-        Table("passkey by length and depth, untrained", rows["passkeys", "untrained"], "The same with the weights before training.", shown=False),
+        Table("passkey by length and depth, untrained", rows["passkeys", "untrained"], "With the weights before training.", shown=False),
     ]
     return Result("long-context", [table for table in tables if table.rows], notes, figures({table.name for table in tables if table.rows}))
 
 
 def figures(tables: set[str]) -> list[Figure]:
-    position = {"x": "to", "x_label": "position (tokens)", "log_x": True}
-    length = {"x": "length", "x_label": "length (tokens)"}
-    chance = {"chance": 1 / CHOICES}
+    position = {"table": "loss by position", "x": "to", "x_label": "position (tokens)", "log_x": True}
+    length = {"table": "passkey by length", "x": "length", "x_label": "length (tokens)", "log_x": True}
+    cell = {
+        "table": "passkey by length and depth",
+        "x": "length",
+        "x_label": "length (tokens)",
+        "y": "depth",
+        "y_label": "depth of the key",
+    }
+    told, both = {"y": "chosen", "y_label": "share of trials"}, ("model", "weights")
+    farther = "What text farther back than in training is worth"
     drawn: list[Figure] = [
-        Lines("long_context_loss", "Loss by position", "loss by position", y="loss", y_label="loss (nats a token)", **position),
-        Lines(
-            "long_context_gain", "What text farther back than in training is worth", "loss by position", y="gain", y_label="gain (nats a token)",
-            levels={"nothing": 0.0}, **position,
-        ),
-        Lines(
-            "long_context_passkey", "Pass keys told from other numbers", "passkey by length", y="chosen", y_label="share of trials",
-            series=("model", "weights"), log_x=True, levels=chance, **length,
-        ),
-        Heatmap(
-            "long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", "passkey by length and depth", y="depth", value="chosen",
-            y_label="depth of the key", low=0, high=1, **length,
-        ),
-        Heatmap(
-            "long_context_passkey_said", "Pass keys said", "passkey by length and depth", y="depth", value="said", y_label="depth of the key", low=0, high=1,
-            **length,
-        ),
-    ]  # fmt: skip
+        Lines("long_context_loss", "Loss by position", y="loss", y_label="loss (nats a token)", **position),
+        Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"nothing": 0.0}, **position),
+        Lines("long_context_passkey", "Pass keys told from other numbers", series=both, levels={"chance": 1 / CHOICES}, **told, **length),
+        Heatmap("long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", value="chosen", low=0, high=1, **cell),
+        Heatmap("long_context_passkey_said", "Pass keys said", value="said", low=0, high=1, **cell),
+    ]
     return [figure for figure in drawn if figure.table in tables]

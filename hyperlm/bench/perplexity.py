@@ -1,7 +1,7 @@
-"""Suite `perplexity`: loss, perplexity and bits per byte of trained runs on a text, or on their own validation text, by source and as a whole.
+"""Suite `perplexity`: loss, perplexity and bits per byte of trained runs on a text, or on their own validation text, by source and whole.
 
-Windows have the length N of a run's training. Side by side (stride N) a token has from none to N - 1 tokens before it, as in training; at stride N/2
-it counts in the second half of a window alone, with N/2 tokens before it at least, which is nearer to what the model can do.
+Windows have the length N of a run's training. Side by side (stride N) a token has from one to N tokens before it, as in training; at stride
+N/2 it counts in the second half of a window alone, with more than N/2 tokens before it, which is nearer to what the model can do.
 """
 
 import math
@@ -73,7 +73,9 @@ def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens
         rows.append(row_of(shard.name, stride, *sums[-1], own))
         counts += own
     if not sums:
-        raise data.DataError("there is nothing in this text that the model learns to say: with conversations, set --data.loss all in training")
+        raise data.DataError(
+            "nothing in this text is what the model was trained to say: it has conversations alone, without an assistant's turns"
+        )
     return [*rows, row_of(WHOLE, stride, *(sum(column) for column in zip(*sums, strict=True)), counts)] if len(rows) > 1 else rows
 
 
@@ -120,9 +122,10 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
     notes = [f"{label}: its loss is not finite: it diverged" for label in diverged(rows)]
     notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
     caption = (
-        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of guessing by this text's "
-        "own token frequencies. Windows are as long as in training: side by side, or half a window apart, where a token is scored with at least half a "
-        "window before it (texts alone; conversations are scored as they are trained on). Bits per byte leave out tokens that stand for no text."
+        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of "
+        "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where a "
+        "token is scored with half a window before it at least (texts alone; conversations are scored as they are trained on). Bits per byte "
+        "leave out tokens that stand for no text."
     )
     return Result("perplexity", [Table("perplexity", rows, caption)], notes)
 

@@ -1,4 +1,4 @@
-"""What suites that evaluate models have in common: the text, a model as a function from tokens to nats, and a look that it does not see ahead."""
+"""What suites that evaluate models have in common: the text; a model as a function from tokens to nats, that does not see ahead."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,12 @@ class Unsound(ValueError):
 
 
 def check(models: Mapping[str, Path], text: DataConfig | None) -> None:
-    """Raises RunError, CheckpointError or TokenizerError where a run cannot be read, and DataError where `text` is not there, as far as a moment tells."""
+    """As far as a moment tells.
+
+    Raises:
+        RunError, CheckpointError, TokenizerError: where a run cannot be read.
+        DataError: where `text` is not there.
+    """
     for run in models.values():
         trained.load_tokenizer(run, checkpoint.latest(run), runs.read_config(run))
     if text is not None:
@@ -52,7 +57,7 @@ def require_causal(score: Scorer, tokens: Tensor, targets: Tensor) -> None:
     changed[:, middle:] = tokens[:, : tokens.shape[1] - middle].flip(1)
     before, after = (score(text, targets)[:, :middle] for text in (tokens, changed))
     if not torch.allclose(before, after, rtol=0, atol=TOLERANCE, equal_nan=True):  # what diverged is told by its loss
-        raise Unsound(f"it sees ahead: what comes later changes the loss of a token by up to {float((before - after).abs().max()):.2g} nats")
+        raise Unsound(f"it sees ahead: what comes later changes losses by up to {float((before - after).abs().max()):.2g} nats")
 
 
 def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
@@ -67,7 +72,8 @@ def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
         return data.prepare(replace(config, data=own), say=lambda line: None)
     corpus = data.prepare(config, say=lambda line: None)
     if checkpoint.read_meta(run, model.step)["fingerprint"] != corpus.fingerprint:
-        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was trained: its validation text is gone; name a text by --data.sources")
+        changed = f"the text of {', '.join(config.data.sources)} changed since {run} was trained"
+        raise data.DataError(f"{changed}: its validation text is gone; name a text by --data.sources")
     return corpus
 
 

@@ -60,7 +60,7 @@ class NotTokenised(Exception):
 
 
 def prepare(config: Config, say: Callable[[str], None] = print, *, only_cached: bool = False) -> Corpus:
-    """Tokenise the sources, or find them in the cache. Without `sources`, all of `val_sources` is text to evaluate on, and there is none to train on.
+    """Tokenise the sources, or find them in the cache. Without `sources` there is nothing to train on, and `val_sources` to evaluate on.
 
     Args:
         say: is told in one line each what was found, assumed, left out or mended.

@@ -214,8 +214,8 @@ def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int, stride:
     """Whole validation documents, up to about `max_tokens` tokens (0 for all), in sequences (W, N) like those that are trained on: texts in
     windows one after the other, conversations packed, or each apart; and the bytes of what is learnt.
 
-    Each token that is learnt is a target once. Where windows of texts are `stride` tokens apart, fewer than N, it is one in the window in which it has
-    the most text before it: N - stride tokens at least, but at the beginning.
+    Each token that is learnt is a target once. Where windows of texts are `stride` tokens apart, fewer than N, it is one in the window in
+    which the most stands before it: more than N - stride tokens, but at the beginning.
     """
     n, everything = cfg.seq_len, cfg.loss == "all"
     size, raw, said, talk = first_documents(shard, max_tokens).T
