@@ -139,13 +139,14 @@ def test_buckets_begin_and_end_at_powers_of_two_of_a_window(n, length, edges):
 
 def test_keys_are_found_by_who_knows_them_until_the_text_is_too_long():
     """A reader that sees the last 300 tokens alone: it finds what is late enough in the text."""
-    tokenizer = tok.byte_tokenizer()
+    tokenizer, keys = tok.byte_tokenizer(), set()
     words, hay = passkey.words_of(tokenizer), np.array(tok.encode(tokenizer, ["so it goes. " * 40])[0])
 
     def read(texts: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(texts), passkey.DIGITS, 320)
         for own, text in zip(logits, texts[:, -300:].tolist(), strict=True):
             _, *said = tokenizer.decode(text).split("The pass key is ")
+            keys.add(said[0][: passkey.DIGITS] if len(said) > 1 else "")
             if len(said) > 1:  # before the question
                 own[torch.arange(passkey.DIGITS), tok.encode(tokenizer, [said[0][: passkey.DIGITS]])[0]] = 9.0
         return logits
@@ -154,6 +155,7 @@ def test_keys_are_found_by_who_knows_them_until_the_text_is_too_long():
     assert [(row["length"], row["depth"]) for row in rows] == [(length, depth) for length in (200, 800) for depth in long_context.DEPTHS]
     assert [row["said"] for row in rows] == [1.0] * 5 + [0.0] * 3 + [1.0] * 2
     assert [row["chosen"] for row in rows] == pytest.approx([1.0] * 5 + [0.1] * 3 + [1.0] * 2)
+    assert len(keys - {""}) == 15 + 6  # of each trial another
     short, long = over_depths(rows)
     assert short == {"length": 200, "trials": 15, "said": 1.0, "chosen": 1.0, "standard error": 0.0}
     assert (

@@ -276,16 +276,16 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of the "
-            "same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by window, "
-            "negative where it costs.",
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of "
+            "the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by "
+            "window, negative where it costs.",
         ),
         Table(
             "passkey by length",
             lengths,
-            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits hidden "
-            f"in a text is `said` (greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; chance "
-            f"{1 / CHOICES}), with the standard error of the latter.",
+            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits "
+            f"hidden in a text is `said` (greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; "
+            f"chance {1 / CHOICES}), with the standard error of the latter.",
         ),
         Table("passkey by length and depth", rows["passkeys", "trained"], "The same by depth.", shown=False),
         Table("passkey by length and depth, untrained", rows["passkeys", "untrained"], "With the weights before training.", shown=False),

@@ -123,9 +123,9 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
     notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
     caption = (
         f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of "
-        "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where a "
-        "token is scored with half a window before it at least (texts alone; conversations are scored as they are trained on). Bits per byte "
-        "leave out tokens that stand for no text."
+        "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where "
+        "a token is scored with half a window before it at least (texts alone; conversations are scored as they are trained on). Bits per "
+        "byte leave out tokens that stand for no text."
     )
     return Result("perplexity", [Table("perplexity", rows, caption)], notes)
 
