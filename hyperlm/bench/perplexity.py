@@ -44,9 +44,11 @@ def measure(job: Job, device: torch.device) -> Found:
     """Rows of a run: for each stride, of every source and of all.
 
     Raises:
-        DataError: if its text is gone; and what loading it raises. Unsound: if it sees ahead.
+        DataError: if its text is gone; and what loading it raises.
+        CheckFailed: of a model whose numbers would mean nothing.
     """
     model = trained.load_model(job.run, "latest", str(device), job.kernels)
+    scoring.scorer(model)  # before any number: it looks back only
     corpus = scoring.text_for(model, job.run, job.text)
     fingerprints = scoring.fingerprints(corpus)
     own = {"model": job.label, "step": model.step, "text": fingerprints[0]}
@@ -65,8 +67,6 @@ def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens
         sequences, size = data.validation_sequences(shard, config.data, max_tokens, stride) if len(shard.val) else (None, 0)
         if not size:
             continue
-        if not sums:
-            scoring.require_causal(scoring.scorer(model), sequences.tokens[:1], sequences.targets[:1])
         found = evals.nats_of(model.params, sequences, config, device, batch, special=special)
         own = torch.bincount(sequences.targets[sequences.targets != IGNORE], minlength=len(counts))
         sums.append((found.nats, found.tokens, found.special, size))
@@ -119,8 +119,7 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
     rows: list[Row] = []
     for label, outcome in found.items():
         rows += outcome.rows if isinstance(outcome, Found) else [{"model": label, "failed": outcome.why}]
-    notes = [f"{label}: its loss is not finite: it diverged" for label in diverged(rows)]
-    notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
+    notes = scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
     caption = (
         f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of "
         "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where "
@@ -128,7 +127,3 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
         "byte leave out tokens that stand for no text."
     )
     return Result("perplexity", [Table("perplexity", rows, caption)], notes)
-
-
-def diverged(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["model"] for row in rows if "loss" in row and not math.isfinite(row["loss"])))

@@ -1,4 +1,4 @@
-"""What suites that evaluate models have in common: the text; a model as a function from tokens to nats, that does not see ahead."""
+"""What suites that evaluate models have in common: the text; and a model as a function from tokens to nats, checked to look back only."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import checkpoint, data, evals, runs, trained
+from hyperlm.bench import checks
 from hyperlm.config import DataConfig
 from hyperlm.data.sources import parse_sources
 from hyperlm.trained import Model
@@ -17,11 +18,6 @@ from hyperlm.trained import Model
 Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of each target, (B, N); 0 where that is loss.IGNORE
 
 AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 12}  # tokens that are read together, by device
-TOLERANCE = 1e-3  # nats: what rounding may change
-
-
-class Unsound(ValueError):
-    """A model whose numbers would mean nothing."""
 
 
 def check(models: Mapping[str, Path], text: DataConfig | None) -> None:
@@ -42,22 +38,17 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def scorer(model: Model) -> Scorer:
-    """A trained model as such a function."""
+    """A trained model as such a function.
+
+    Raises:
+        CheckFailed: if it sees ahead, or its nats are not finite.
+    """
 
     def score(tokens: Tensor, targets: Tensor) -> Tensor:
         return evals.token_nats(model.params, tokens.to(model.device), targets.to(model.device), model.config)
 
+    checks.causal(score, model.config.model.vocab_size, model.device, min(checks.LENGTH, model.config.data.seq_len))
     return score
-
-
-def require_causal(score: Scorer, tokens: Tensor, targets: Tensor) -> None:
-    """Raises Unsound if nats of a sequence, tokens and targets (1, N), change where what comes later is another text."""
-    middle = tokens.shape[1] // 2 + 1
-    changed = tokens.clone()
-    changed[:, middle:] = tokens[:, : tokens.shape[1] - middle].flip(1)
-    before, after = (score(text, targets)[:, :middle] for text in (tokens, changed))
-    if not torch.allclose(before, after, rtol=0, atol=TOLERANCE, equal_nan=True):  # what diverged is told by its loss
-        raise Unsound(f"it sees ahead: what comes later changes losses by up to {float((before - after).abs().max()):.2g} nats")
 
 
 def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
