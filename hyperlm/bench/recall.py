@@ -73,7 +73,7 @@ def config_of(task: Task, label: str, width: int, rate: float, seed: int, sizes:
         ConfigError: if there can be no such model.
     """
     every = HYBRID_EVERY if label == "hybrid" else 0
-    shape = ModelConfig(d_model=width, n_layers=LAYERS, head_dim=min(64, width), vocab_size=task.vocabulary, exact_every=every)
+    shape = ModelConfig(d_model=width, n_layers=LAYERS, head_dim=min(64, width), vocab_size=max(SMALLEST, task.vocabulary), exact_every=every)
     length = max(setting.length for setting in task.learnt)
     training = TrainConfig(max(1, sizes.tokens // length), 1, sizes.steps, seed=seed, residence="device")
     own = Config(shape, DataConfig(seq_len=length), training, OptimConfig(rate, state="fp32"), kernels=kernels)
@@ -115,8 +115,8 @@ Line = dict[int, Score]  # by depth or position
 
 
 def best(found: Found) -> tuple[list[Seeds], list[Row]]:
-    """Of one task, for each width and model the outcomes at the rate with the fewest nats an answer on the validation set; and for each that
-    has none a row that says why."""
+    """Of one task, for each width and model the outcomes at the rate with the fewest nats an answer on the validation set; and for each
+    that has none a row that says why."""
     rates: dict[tuple[int, int], dict[float, Seeds]] = {}
     failed: dict[tuple[int, int], Row] = {}
     for job, outcome in found:
@@ -291,7 +291,7 @@ def notes_of(found: Found, sizes: Sizes) -> list[str]:
     if "recall" in sizes.tasks:
         notes.append(
             "recall: the sequences are those of Arora et al. 2023, figure 2; there, each setting has a model of its own, 64 epochs of "
-            "100,000 sequences, and no feed-forward layers; here, one model learns all settings, in turn, and has those and short convolutions"
+            "100,000 sequences, and no feed-forward layers; here, one model learns all settings, in turn, and has both those and convolutions"
         )
     if any(job.label == "hybrid" for job, _ in found):
         notes.append("hybrid: a layer of phase8, then one of phase7")
