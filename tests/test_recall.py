@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperlm import cli, model
-from hyperlm.bench import answering, pool, recall, synthetic
+from hyperlm.bench import answering, recall, synthetic
 from hyperlm.bench.answering import Job, Outcome, Score, answers, logits_of, scores, state_bytes
 from hyperlm.bench.recall import Sizes, config_of, tasks
 from hyperlm.bench.synthetic import SMALLEST, TEST, Setting, Task
@@ -195,23 +195,17 @@ def test_every_task_is_measured_and_results_grow():
             assert {figure.x, figure.y, figure.over, *figure.series} <= row.keys()
 
 
-def outcome_of(validation: float, right: int) -> Outcome:
-    return Outcome(validation, {Setting(16, 2): {0: Score(right, 10)}, Setting(32, 4): {0: Score(0, 10)}})
+def outcome_of(nats: float, right: int) -> Outcome:
+    return Outcome(nats, {Setting(16, 2): {0: Score(right, 10)}, Setting(32, 4): {0: Score(0, 10)}})
 
 
-def jobs_of(label: str, sizes: Sizes) -> list[Job]:
-    return recall.jobs_of([label], replace(sizes, tasks=("recall",)))
-
-
-def test_the_rate_is_chosen_by_validation_over_all_seeds_and_seeds_are_told_apart():
-    sizes = replace(TINY, rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1))
-    told = [(2.0, 10), (2.0, 10), (0.5, 6), (1.0, 8), (0.1, 10), (float("nan"), 0)]
-    outcomes = [outcome_of(*own) for own in told]
-    found = list(zip(jobs_of("phase8", sizes), outcomes, strict=True))
-    row = recall.result(found, sizes, torch.float32).tables[0].rows[0]
-    assert row["rate"] == 1e-2 and row["2 in 16"] == "0.700 ± 0.100" and row["4 in 32"] == "0.000 ± 0.000"
-    points = recall.result(found, sizes, torch.float32).tables[1].rows
-    assert [(point["seed"], point["pairs"], point["accuracy"]) for point in points] == [(0, 2, 0.6), (1, 2, 0.8), (0, 4, 0.0), (1, 4, 0.0)]
+def test_the_first_seed_chooses_the_rate_and_others_repeat_it(monkeypatch):
+    told = {(1e-3, 0): (2.0, 10), (1e-2, 0): (0.5, 6), (1e-2, 1): (9.0, 8), (1e-1, 0): (float("nan"), 10)}
+    monkeypatch.setattr(recall, "measure", lambda job, device: outcome_of(*told[job.config.optim.lr, job.config.train.seed]))
+    sizes = replace(TINY, tasks=("recall",), rates=(1e-3, 1e-2, 1e-1), seeds=(0, 1))
+    rows, points = (table.rows for table in list(recall.run(["phase8"], [CPU], sizes))[-1].tables[:2])
+    assert rows[0]["rate"] == 1e-2 and rows[0]["2 in 16"] == "0.700 ± 0.100" and rows[0]["4 in 32"] == "0.000 ± 0.000"
+    assert [(point["pairs"], point["seed"], point["accuracy"]) for point in points] == [(2, 0, 0.6), (2, 1, 0.8), (4, 0, 0.0), (4, 1, 0.0)]
 
 
 def test_a_kind_that_fails_is_a_row_that_says_why(monkeypatch):
@@ -227,16 +221,13 @@ def test_a_kind_that_fails_is_a_row_that_says_why(monkeypatch):
     assert last.tables[0].rows[0] == {"model": "phase7", "width": 32, "failed": "RuntimeError: no phase7 here"}
     assert [row["model"] for row in last.tables[0].rows] == ["phase7", "phase8", "chance"]
     assert last.notes[-1].endswith("no phase7 here")
-    failed = pool.Failure("out of memory")
-    (found,) = zip(jobs_of("phase8", TINY), [failed], strict=True)
-    assert recall.result([found], TINY, torch.float32).tables[0].rows[0]["failed"] == "out of memory"
 
 
 def test_columns_take_depths_and_positions_together():
     scopes, dyck, parity, _ = tasks(TINY)[1:]
     assert recall.bins_of(scopes)[:2] == [(0, 2), (3, 4)] and recall.bins_of(dyck)[0] == (1, 2)
     assert recall.bins_of(parity) == [(1, 8), (9, 16), (17, 32), (33, 64)]
-    job = recall.jobs_of(["phase8"], replace(TINY, tasks=("scopes",)))[0]
+    job = recall.grid_of(["phase8"], replace(TINY, tasks=("scopes",)))[0]
     test = {0: Score(4, 4), 1: Score(1, 2), 4: Score(2, 4), 5: Score(0, 2), 7: Score(3, 4)}  # depth 0, also shadowed, 2, also shadowed, 3
     rows, points = recall.line_rows([(job, Outcome(1.0, {setting: test for setting in scopes.tested}))], scopes)
     told = {(row["model"], row["answers"]): (row["depth 0-2"], row["depth 3-4"]) for row in rows}
@@ -253,6 +244,7 @@ def test_columns_take_depths_and_positions_together():
         (["phase8"], {"pairs": ((16, 5),)}, "5 pairs: needs an even length of at least 20, and not 16"),
         (["phase8"], {"pairs": ((1024, 200),)}, "200 pairs: needs a vocabulary above 401"),
         (["phase8"], {"widths": (30,)}, "--model.d-model 30"),
+        (["phase8"], {"rates": (1e-3, 1e-3)}, "must be different rates"),
     ],
 )
 def test_what_cannot_be_measured_is_found_before_anything_is(labels, change, message):
