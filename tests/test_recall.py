@@ -108,6 +108,15 @@ def test_a_batch_is_a_function_of_seed_and_step(draw, setting, read):
     assert not any(torch.equal(first, other) for other in others)
 
 
+def test_settings_are_learnt_in_turn_the_first_half_of_the_time_and_no_sequence_comes_twice():
+    a, b, c = (Setting(16, 1), Setting(32, 2), Setting(64, 4))
+    assert recall.easy_first((a, b, c)) == (a, b, a, c) and recall.easy_first((a,)) == (a,)
+    task = Task("recall", synthetic.recall, SMALLEST, recall.easy_first((a, b, c)), ())
+    batches = [synthetic.at_step(task, 0, step, 64).batch.tokens for step in range(8)]
+    assert [batch.shape for batch in batches] == [(4, 16), (2, 32), (4, 16), (1, 64)] * 2
+    assert len({tuple(row) for batch in batches for row in batch.tolist()}) == 22
+
+
 def test_depths_are_met_up_to_the_deepest_and_half_of_the_questions_are_for_shadowed_names():
     made = synthetic.dyck((0,), 300, Setting(128, 6), SMALLEST)
     depths = torch.bincount(made.group[made.batch.targets != IGNORE]).double()

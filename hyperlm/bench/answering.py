@@ -110,7 +110,7 @@ def measure(job: Job, device: torch.device) -> Outcome:
     def found(stream: int, setting: Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return answers(logits, job.task.draw((0, stream), count, setting, job.task.vocabulary), tokens)
 
-    nats = mean(float(found(VALIDATION, setting, max(1, job.test // 4))[1].mean()) for setting in job.task.learnt)
+    nats = mean(float(found(VALIDATION, setting, max(1, job.test // 4))[1].mean()) for setting in set(job.task.learnt))
     tests = {setting: found(TEST, setting, job.test) for setting in job.task.tested}
     return Outcome(nats, {setting: scores(right, groups) for setting, (right, _, groups) in tests.items()})
 

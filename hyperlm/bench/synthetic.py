@@ -193,7 +193,7 @@ class Task:
     name: str
     draw: Draw
     vocabulary: int
-    learnt: tuple[Setting, ...]  # a batch of one after a batch of another
+    learnt: tuple[Setting, ...]  # a batch of each in turn, over and over; a setting may come more than once
     tested: tuple[Setting, ...]
 
 
@@ -208,5 +208,5 @@ def at_step(task: Task, seed: int, step: int, tokens: int) -> Sample:
     setting = task.learnt[turn]
     count = max(1, tokens // setting.length)
     block, own = divmod(number, AT_ONCE)
-    made = together(task.draw, (seed, TRAINING, block), AT_ONCE * count, setting, task.vocabulary)
+    made = together(task.draw, (seed, TRAINING, block, turn), AT_ONCE * count, setting, task.vocabulary)
     return made[own * count : (own + 1) * count]
