@@ -42,9 +42,9 @@ import tyro
 
 from configs import PRESETS
 from hyperlm import cli, data, env, plan, runs, startup
-from hyperlm.bench import arms, decode, geometry, long_context, memory, nulls, perplexity, pool, quality, recall, report, speed, training
+from hyperlm.bench import arms, decode, geometry, grid, long_context, memory, nulls, perplexity, pool, quality, recall, report, speed, training
 from hyperlm.bench import kernels as kernel_suites
-from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, resolve
+from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, peak_rate, resolve
 from hyperlm.kernels import HAVE_TRITON
 
 Name = Literal["speed", "decode", "memory", "quality", "perplexity", "long-context", "recall", "geometry", "nulls", "linear", "hyperbolic", "report", "all"]
@@ -65,7 +65,8 @@ class Command:
     seeds: int = 0
     """Of what is trained to be compared: 0, 1, ... up to so many; by default 3 on a GPU and 1 on a CPU."""
     rates: tuple[float, ...] = ()
-    """Learning rates to choose each model's best from; by default half, once and twice the rate that follows from the width."""
+    """Learning rates to choose each model's best from; by default half, once and twice the rate that follows from the width, on a CPU that alone. Where the
+    best of several is at the edge, the grid goes on."""
     name: str = ""
     """Folder of the results under runs/."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
@@ -150,15 +151,17 @@ def kernel_suite(suite: Callable[[torch.device], Measuring], bench: Bench, comma
 
 
 def quality_suite(bench: Bench, command: Command) -> Measuring:
-    labels, config, chosen = [*bench.kinds, *bench.peers], learning(bench, command), {"rates": command.rates, "seeds": seeds(bench, command)}
+    labels, config = [*bench.kinds, *bench.peers], learning(bench, command)
+    chosen = {"rates": rates(bench, command, config), "seeds": seeds(bench, command)}
     quality.check(labels, config, bench.devices, **chosen)
     return quality.run(labels, config, bench.devices, **chosen, folder=bench.folder)
 
 
 def nulls_suite(bench: Bench, command: Command) -> Measuring:
-    config, chosen = learning(bench, command), {"rates": command.rates, "seeds": seeds(bench, command)}
+    config = learning(bench, command)
+    chosen = {"rates": rates(bench, command, config), "seeds": seeds(bench, command)}
     nulls.check(config, **chosen)
-    return nulls.run(config, bench.devices, **chosen)
+    return nulls.run(config, bench.devices, **chosen, folder=bench.folder / "nulls")
 
 
 def recall_suite(bench: Bench, command: Command) -> Measuring:
@@ -205,7 +208,7 @@ SUITES: dict[str, Suite] = {
     "long-context": Suite("models", "study", "glance", long_context_suite),
     "geometry": Suite("models", "study", "glance", geometry_suite),
     "recall": Suite("kinds", "study", "glance", recall_suite),
-    "nulls": Suite("nothing", "nulls", "glance", nulls_suite),
+    "nulls": Suite("nothing", "study", "glance", nulls_suite),
     "linear": Suite("nothing", "standard", "small", partial(kernel_suite, kernel_suites.linear)),
     "hyperbolic": Suite("nothing", "standard", "small", partial(kernel_suite, kernel_suites.hyperbolic)),
     "report": Suite("reports", "standard", "small", report_suite),
@@ -218,6 +221,11 @@ SUITES: dict[str, Suite] = {
 def learning(bench: Bench, command: Command) -> Config:
     """The run that models are trained by, but for their kind, rate and seed."""
     return data.with_vocabulary(shape(command, bench.device))
+
+
+def rates(bench: Bench, command: Command, config: Config) -> tuple[float, ...]:
+    """Learning rates to choose from; a CPU has no time for more than one."""
+    return command.rates or (grid.rates_of(config) if bench.gpu else (peak_rate(config.model),))
 
 
 def seeds(bench: Bench, command: Command) -> tuple[int, ...]:
@@ -319,7 +327,12 @@ def main(argv: list[str]) -> int:
     bench = check(command, argv, device)
     names = chosen(command, bench)
     env.prepare(device)
-    suites = {name: SUITES[name].start(bench, parse(argv, SUITES[name].gpu if bench.gpu else SUITES[name].cpu)) for name in names}
+    suites = {}
+    for name in names:
+        own = parse(argv, SUITES[name].gpu if bench.gpu else SUITES[name].cpu)
+        suites[name] = SUITES[name].start(bench, own)
+        if name != "report":
+            print(f"{name}: preset {own.preset} on {', '.join(map(str, bench.devices)) if SUITES[name].measured != 'kinds' else device}")
     runs.ROOT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):  # found out now, not when there is something to write
         pass

@@ -54,32 +54,26 @@ def max_ssm() -> Config:
 
 
 def study() -> Config:
-    """The size at which kinds are compared: d 512, 12 layers, a vocabulary of 8,192, 23.6 M parameters; 32 x 1,024 tokens a step, 1,000 steps.
+    """The size at which kinds are compared: d 512, 8 layers, a vocabulary of 8,192, 17.5 M parameters; 32 x 1,024 tokens a step, 700 steps.
 
-    `python bench.py phase7 phase8 softmax hybrid --suite quality --preset study`
+    `python bench.py phase7 phase8 softmax hybrid nanogpt nanogpt-muon --suite quality --data.sources peps.txt rfcs.txt stdlib`
     """
     return Config(
-        model=ModelConfig(vocab_size=8192),
+        model=ModelConfig(n_layers=8, vocab_size=8192),
         data=DataConfig(seq_len=1024),
-        train=TrainConfig(batch_size=16, grad_accum=2, steps=1000),
+        train=TrainConfig(batch_size=32, grad_accum=1, steps=700),
         eval=EvalConfig(every=100, max_tokens=500_000),
     )
 
 
-def nulls() -> Config:
-    """`study` with 8 layers, 17.3 M parameters, and 700 steps: what the five scores of `bench.py --suite nulls` are compared at."""
-    config = study()
-    return replace(config, model=replace(config.model, n_layers=8), train=replace(config.train, steps=700))
-
-
 def glance() -> Config:
-    """What suites of bench.py that train do on a CPU: a second's look at whether all works, at a size at which nothing is learnt that matters."""
+    """What suites of bench.py that train do on a CPU: a look at whether all works, at a size at which nothing is learnt that matters. 0.7 M parameters."""
     return Config(
         model=ModelConfig(d_model=128, n_layers=4, vocab_size=2048),
         data=DataConfig(max_mib=0.5, seq_len=128),
-        train=TrainConfig(batch_size=8, grad_accum=1, steps=100),
-        eval=EvalConfig(every=100, max_tokens=4096),
+        train=TrainConfig(batch_size=8, grad_accum=1, steps=60),
+        eval=EvalConfig(every=60, max_tokens=4096),
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study, "nulls": nulls, "glance": glance}
+PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study, "glance": glance}

@@ -182,7 +182,7 @@ def test_radii_are_within_their_limits(cfg):
             assert r.shape == (2, cfg.n_heads, 9) and r.min() >= 0.05 and r.max() <= 4.0
 
 
-GOLDEN = {"small": 2_862_400, "standard": 50_588_544, "max": 3_141_021_696, "max-ssm": 3_543_838_720, "study": 23_636_864}
+GOLDEN = {"small": 2_862_400, "standard": 50_588_544, "max": 3_141_021_696, "max-ssm": 3_543_838_720, "study": 17_527_552, "glance": 719_520}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

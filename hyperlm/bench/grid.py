@@ -84,7 +84,7 @@ def wanted(trials: Sequence[Trial], rates: Sequence[float], seeds: Sequence[int]
     best, tried = best_rate(trials, seeds[0]), [rate for rate, seed in done if seed == seeds[0]]
     if best is None:
         return []
-    if (further := beyond(best, tried)) and len(tried) < len(rates) + EXTENSIONS:
+    if len(rates) > 1 and (further := beyond(best, tried)) and len(tried) < len(rates) + EXTENSIONS:
         return [(further, seeds[0])]
     return [(best, seed) for seed in seeds if (best, seed) not in done]
 

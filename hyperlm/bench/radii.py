@@ -344,7 +344,7 @@ def look_into(job: Job, device: torch.device) -> Found:
     text = read_text(corpus, config, min(job.tokens, LARGEST // (2 * cfg.n_heads * cfg.n_layers)), device)
     checks.model(config, device)
     nats = bound(evals.token_nats, loaded.params, config=config)
-    checks.causal(nats, cfg.vocab_size, device, min(checks.LENGTH, config.data.seq_len))
+    checks.causal(nats, cfg.vocab_size, device, min(checks.LENGTH, config.data.seq_len), checks.TRAINED)
     seen, null = inside.observe(loaded.params, text.batch, cfg, config.kernels), untrained(cfg, device)
     drawn = inside.observe(with_drawn_radii(null, cfg), text.batch, cfg, config.kernels).lengths
     those = quantities(text, seen.entropies)

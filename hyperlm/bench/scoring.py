@@ -47,7 +47,7 @@ def scorer(model: Model) -> Scorer:
     def score(tokens: Tensor, targets: Tensor) -> Tensor:
         return evals.token_nats(model.params, tokens.to(model.device), targets.to(model.device), model.config)
 
-    checks.causal(score, model.config.model.vocab_size, model.device, min(checks.LENGTH, model.config.data.seq_len))
+    checks.causal(score, model.config.model.vocab_size, model.device, min(checks.LENGTH, model.config.data.seq_len), checks.TRAINED)
     return score
 
 
