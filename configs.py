@@ -61,7 +61,7 @@ def study() -> Config:
     return Config(
         model=ModelConfig(n_layers=8, vocab_size=8192),
         data=DataConfig(seq_len=1024),
-        train=TrainConfig(batch_size=32, grad_accum=1, steps=700),
+        train=TrainConfig(batch_size=16, grad_accum=2, steps=700),
         eval=EvalConfig(every=100, max_tokens=500_000),
     )
 
