@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,5 +95,5 @@ def test_all_end_at_once(to, number, tmp_path):
         assert len(children) >= 2 and not alive
         assert said.count("Traceback") == (1 if number == signal.SIGINT else 0) and "a bar of its own" not in said
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -19,6 +19,7 @@ from hyperlm.bench.pool import Failure
 from hyperlm.bench.training import Job, Outcome, Point, train
 from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, TrainConfig, resolve
 from hyperlm.kernels import OPS
+from hyperlm.optim import new_schedule
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,39 @@ def test_the_gpt_reads_what_came_before_and_guesses_at_first(prose):
     ignored = targets.clone()
     ignored[:, 3] = training.IGNORE
     assert torch.equal(gpt.token_nats(model, tokens, ignored), torch.where(ignored == training.IGNORE, 0, nats))
+
+
+def test_the_gpt_takes_the_steps_that_a_plain_loop_of_adamw_does(prose):
+    """Two micro-batches as one, norm clipped to 1, decay of matrices alone, warm-up of six of twelve steps."""
+    config = tiny(prose)
+    batch = hyperlm.prepare(config).batch
+    model, twin = (gpt.GPT(gpt.shape(config), 0, CPU) for _ in range(2))
+    step = gpt.make_step(model, config, new_schedule(config.optim, 12), CPU, muon=False)
+    groups = [{"params": [p for p in twin.parameters() if (p.dim() > 1) == wide], "weight_decay": 0.1 * wide} for wide in (True, False)]
+    rule = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=False)
+    for i in range(3):
+        step(batch(i))
+        logits = F.linear(twin(batch(i).tokens.flatten(0, 1)), twin.embedding)
+        F.cross_entropy(logits.flatten(0, 1), batch(i).targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        for group in rule.param_groups:
+            group["lr"] = config.optim.lr * (i + 1) / 6
+        rule.step()
+        rule.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(prose):
+    config = tiny(prose)
+    model = gpt.GPT(gpt.shape(config), 0, CPU)
+    names = {p: name for name, p in model.named_parameters()}
+    adamw, muon = gpt.optimizers(model, config, muon=True)
+    by_muon = {names[p].split(".", 2)[2] for group in muon.param_groups for p in group["params"]}
+    assert by_muon == {"q", "k", "v", "out", "up", "down"}
+    matrices, vectors = ({names[p] for p in group["params"]} for group in adamw.param_groups)
+    assert matrices == {"embedding", "positions"} and all("norm" in name for name in vectors)
+    assert [group["weight_decay"] for group in (*muon.param_groups, *adamw.param_groups)] == [0.1, 0.1, 0.0]
 
 
 @pytest.mark.parametrize("label", ["nanogpt", "nanogpt-muon"])
