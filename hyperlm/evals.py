@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from hyperlm.loss import token_nats as nats_of_features
 from hyperlm.tree import Tree
 
 BINS = 80  # of radii
+NatsAt = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of the targets (B, N), at least fp32, 0 where IGNORE
 
 
 @torch.no_grad()
@@ -37,8 +39,15 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         Also val_loss/positions_<from>_<to>, nats a learnt token by its place in the sequence: see `position_losses`;
         and if config.eval.passkey asks for it, val_passkey and val_passkey_choice, shares of trials: see `passkey.Grade`.
     """
-    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     batch = batch or config.train.batch_size
+    losses = validate(partial(token_nats, params, config=config), corpus, config, device, batch)
+    return losses | passkeys(params, corpus, config, device, batch)
+
+
+@torch.no_grad()
+def validate(nats_at: NatsAt, corpus: Corpus, config: Config, device: torch.device, batch: int) -> dict[str, float]:
+    """`evaluate`, but for passkeys, of anything that tells nats."""
+    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
     shards = [shard for shard in corpus.shards if len(shard.val)]
     sets = {shard.name: validation_sequences(shard, config.data, config.eval.max_tokens) for shard in shards}
     sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
@@ -46,7 +55,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     results: dict[str, float] = {}
     nats, tokens, text_nats, size, by_position = 0.0, 0, 0.0, 0, torch.zeros(())
     for name, (sequences, source_bytes) in sets.items():
-        source = nats_of(params, sequences, config, device, batch, special=special, done=bar.update)
+        source = sums_of(nats_at, sequences, device, batch, special=special, done=bar.update)
         if len(sets) > 1:
             results[f"val_bpb/{name}"] = (source.nats - source.special) / math.log(2) / source_bytes
         nats, tokens, by_position = nats + source.nats, tokens + source.tokens, by_position + source.by_position
@@ -55,7 +64,7 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
     loss = nats / tokens
     documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results}
-    return found | {"val_documents": documents} | position_losses(by_position) | passkeys(params, corpus, config, device, batch)
+    return found | {"val_documents": documents} | position_losses(by_position)
 
 
 def position_losses(sums: Tensor) -> dict[str, float]:
@@ -99,10 +108,14 @@ class Sums(NamedTuple):
     by_position: Tensor  # (2, N) fp64, on the CPU: nats, and how many targets, at each place
 
 
-def nats_of(
-    params: Tree,
+def nats_of(params: Tree, sequences: Batch, config: Config, device: torch.device, batch: int, *, special: Tensor | None = None) -> Sums:
+    """`sums_of` a model."""
+    return sums_of(partial(token_nats, params, config=config), sequences, device, batch, special=special)
+
+
+def sums_of(
+    nats_at: NatsAt,
     sequences: Batch,
-    config: Config,
     device: torch.device,
     batch: int,
     *,
@@ -119,7 +132,7 @@ def nats_of(
     by_position = torch.zeros(2, sequences.tokens.shape[1], dtype=torch.float64, device=device)
     for read, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
         targets = targets.to(device)
-        found, counted = token_nats(params, read.to(device), targets, config), targets != IGNORE
+        found, counted = nats_at(read.to(device), targets), targets != IGNORE
         apart = found.new_zeros(()) if special is None else torch.where(torch.isin(targets, special), found, 0)
         sums = torch.stack([found.sum(dtype=torch.float64), counted.sum(), apart.sum(dtype=torch.float64)]).tolist()
         nats, tokens, special_nats = nats + sums[0], tokens + int(sums[1]), special_nats + sums[2]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_prose
 
 import hyperlm
 from hyperlm import evals, kernels
@@ -135,18 +136,19 @@ def test_peers_learn_by_the_schedule_of_all(label, prose):
 
 
 def test_peers_are_validated_on_the_text_that_models_are(prose):
-    """`validate` on a model's own nats is what `evals.evaluate` says."""
-    training_ = hyperlm.prepare(tiny(prose))
-    params = hyperlm.model_of(training_, training_.state).params
+    """What knows nothing says log V a token of it; of a text of two sources it says so for each."""
+    other = write_prose(prose.with_name("other.txt"), seed=1)
+    config = tiny(prose)
+    config = replace(config, data=replace(config.data, sources=(str(prose), str(other))))
+    corpus = hyperlm.data.prepare(config, say=lambda line: None)
 
-    def nats(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = hyperlm.api.decoder.apply(params, tokens, training_.config.model).flatten(0, 1)
-        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=training.IGNORE, reduction="none")
-        return nats.view(targets.shape)
+    def guess(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.where(targets == training.IGNORE, 0.0, math.log(320))
 
-    found = training.validate(nats, training_.corpus, training_.config, CPU)
-    expected = evals.evaluate(params, training_.corpus, training_.config, CPU)
-    assert found == pytest.approx({name: expected[name] for name in ("val_loss", "val_ppl", "val_bpb", "val_documents")}, rel=1e-6)
+    found = evals.validate(guess, corpus, config, CPU, 4)
+    outcome = train(Job("nanogpt", config), CPU)
+    assert found["val_loss"] == pytest.approx(math.log(320)) and {"val_bpb/prose.txt", "val_bpb/other.txt"} < set(found)
+    assert set(outcome.val) == set(found) and outcome.val["val_documents"] == found["val_documents"]
 
 
 @pytest.mark.parametrize("label", ["phase8", "nanogpt", "nanogpt-muon"])

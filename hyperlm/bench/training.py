@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hyperlm import checkpoint, data, env, evals, plan, runs
-from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.bench.arms import PEERS
 from hyperlm.bench.peers import gpt
@@ -157,24 +156,5 @@ def peer(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device
     torch.manual_seed(config.train.seed)  # of dropout
     model = gpt.GPT(shape, config.train.seed, device)
     step = gpt.make_step(model, config, schedule, device, muon=job.label.endswith("muon"))
-    evaluate = partial(validate, partial(gpt.token_nats, model), corpus, config, device)
+    evaluate = partial(evals.validate, partial(gpt.token_nats, model), corpus, config, device, config.train.batch_size)
     return Learner(shape.parameters, step, evaluate, lambda run, val_loss: None)
-
-
-def validate(nats: Callable[[Tensor, Tensor], Tensor], corpus: data.Corpus, config: Config, device: torch.device) -> dict[str, float]:
-    """What `evals.evaluate` tells of all sources together, for anything that has nats (B, N) of the targets (B, N) of tokens (B, N)."""
-    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
-    learnt, size, documents = 0, 0, 0
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats of all tokens, and of those that stand for text
-    for shard in (shard for shard in corpus.shards if len(shard.val)):
-        sequences, of_text = data.validation_sequences(shard, config.data, config.eval.max_tokens)
-        documents += data.validation_documents(shard, config.eval.max_tokens)
-        if not of_text:
-            continue
-        size, learnt = size + of_text, learnt + int((sequences.targets != IGNORE).sum())
-        for tokens, targets in zip(*(x.split(config.train.batch_size) for x in (sequences.tokens, sequences.targets)), strict=True):
-            targets = targets.to(device)
-            found = nats(tokens.to(device), targets).double()
-            sums += torch.stack([found.sum(), found[~torch.isin(targets, special)].sum()])
-    loss, text = sums[0].item() / learnt, sums[1].item()
-    return {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text / math.log(2) / size, "val_documents": documents}
