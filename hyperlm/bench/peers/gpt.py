@@ -132,6 +132,7 @@ def make_step(model: GPT, config: Config, schedule: Schedule, device: torch.devi
         logits = F.linear(model(tokens), model.embedding)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
+    torch.compiler.reset()  # after some models that were compiled before in this process it would give up, and say nothing
     loss_of = torch.compile(loss) if device.type == "cuda" else loss
 
     def step(batch: Batch) -> tuple[Tensor, bool]:
