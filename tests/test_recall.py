@@ -174,7 +174,7 @@ def test_scores_count_by_group():
 def test_one_layer_learns_the_parity_of_three_bits(monkeypatch):
     monkeypatch.setattr(recall, "LAYERS", 1)
     task = Task("parity", synthetic.counting, SMALLEST, (Setting(3, 2),), (Setting(3, 2),))
-    config = config_of(task, "phase8", 32, 1e-2, 0, replace(TINY, few=150, tokens=64))
+    config = config_of(task, "phase8", 32, 1e-2, 0, replace(TINY, other_steps=150, tokens=64))
     outcome = answering.measure(Job(task, "phase8", config, 200), CPU)
     assert all(score.right > 0.9 * score.total for score in outcome.tests[Setting(3, 2)].values())
 

@@ -42,7 +42,7 @@ class Sizes:
     width: int = 128  # of the other tasks
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     steps: int = 4000  # of recall
-    few: int = 2000  # of the other tasks
+    other_steps: int = 2000  # of the other tasks
     tokens: int = 16384  # a step
     pairs: tuple[tuple[int, int], ...] = ((64, 4), (128, 8), (256, 16), (512, 64))  # length and pairs of recall
     vocabulary: int = 8192  # of recall
@@ -52,7 +52,10 @@ class Sizes:
 
 
 FULL = Sizes()
-TOY = Sizes(("recall", "parity"), (64,), 64, (1e-2,), 300, 300, 1024, ((32, 4), (64, 8)), 64, 64, 128)
+TOY = Sizes(
+    tasks=("recall", "parity"), widths=(64,), width=64, rates=(1e-2,), steps=300, other_steps=300, tokens=1024, pairs=((32, 4), (64, 8)),
+    vocabulary=64, length=64, test=128,
+)  # fmt: skip
 
 
 def easy_first(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
@@ -92,7 +95,7 @@ def config_of(task: Task, label: str, width: int, rate: float, seed: int, sizes:
     vocabulary = max(SMALLEST, task.vocabulary)
     shape = ModelConfig(d_model=width, n_layers=LAYERS, head_dim=min(64, width), vocab_size=vocabulary, exact_every=every)
     length = max(setting.length for setting in task.learnt)
-    steps = sizes.steps if task.name == "recall" else sizes.few
+    steps = sizes.steps if task.name == "recall" else sizes.other_steps
     training = TrainConfig(max(1, sizes.tokens // length), 1, steps, seed=seed, residence="device")
     own = Config(shape, DataConfig(seq_len=length), training, OptimConfig(rate, state="fp32"), kernels=kernels)
     return resolve(of_kind(own, label))
@@ -312,7 +315,7 @@ def rate_row(job: Job, outcome: Outcome | pool.Failure) -> Row:
 
 def notes_of(found: Found, sizes: Sizes) -> list[str]:
     rates, seeds = ", ".join(f"{rate:g}" for rate in sizes.rates), ", ".join(map(str, sizes.seeds))
-    steps = f"{sizes.steps:,} steps (of other tasks than recall {sizes.few:,})"
+    steps = f"{sizes.steps:,} steps (of other tasks than recall {sizes.other_steps:,})"
     notes = [f"{LAYERS} layers, {steps} of about {sizes.tokens:,} tokens, of which answers alone are learnt; no sequence comes twice"]
     chosen = f"rates {rates}, the best by nats on {max(1, sizes.test // 4):,} sequences of each setting, tested on {sizes.test:,} others"
     notes.append(f"{chosen}; seeds {seeds}")
