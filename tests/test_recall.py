@@ -226,10 +226,12 @@ def test_a_kind_that_fails_is_a_row_that_says_why(monkeypatch):
         return learnt(job, device)
 
     monkeypatch.setattr(answering, "learnt", failing)
-    (*_, last) = recall.run(["phase7", "phase8"], [CPU], replace(TINY, tasks=("recall",)))
+    (*_, last) = recall.run(["phase7", "phase8"], [CPU], replace(TINY, tasks=("recall", "parity")))
     assert last.tables[0].rows[0] == {"model": "phase7", "width": 32, "failed": "RuntimeError: no phase7 here"}
     assert [row["model"] for row in last.tables[0].rows] == ["phase7", "phase8", "chance"]
-    assert last.notes[-1].endswith("no phase7 here")
+    counts = next(table.rows for table in last.tables if table.name == "parity and counting")
+    assert counts[0] == {"model": "phase7", "task": "parity", "width": 32, "failed": "RuntimeError: no phase7 here"}
+    assert last.notes[-1] == "parity, phase7, width 32, rate 0.01: RuntimeError: no phase7 here"
 
 
 def test_columns_take_depths_and_positions_together():

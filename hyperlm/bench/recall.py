@@ -254,7 +254,8 @@ def line_rows(found: Found, task: Task) -> tuple[list[Row], list[Row]]:
         newest = lines_of(task.name, {group: Score(0 if group % 2 else total, total) for group, (_, total) in asked.items()})
         rows += [{"model": "newest value", "task": task.name, "answers": kind} | columns([line]) for kind, line in newest.items()]
     chance = dict.fromkeys(["as learnt", *names], CHANCE[task.name])
-    return [*failed, *rows, {"model": "chance", "task": task.name, "answers": "all"} | chance], points
+    last: Row = {"model": "chance", "task": task.name, "answers": "all"} | chance
+    return [*({"model": row["model"], "task": task.name} | row for row in failed), *rows, last], points
 
 
 def without(rows: list[Row], *names: str) -> list[Row]:
