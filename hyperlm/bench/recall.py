@@ -317,12 +317,12 @@ def rate_row(job: Job, outcome: Outcome | pool.Failure) -> Row:
 def notes_of(found: Found, sizes: Sizes) -> list[str]:
     rates, seeds = ", ".join(f"{rate:g}" for rate in sizes.rates), ", ".join(map(str, sizes.seeds))
     steps = f"{sizes.steps:,} steps (of other tasks than recall {sizes.other_steps:,})"
-    notes = [f"{LAYERS} layers, {steps} of about {sizes.tokens:,} tokens, of which answers alone are learnt; no sequence comes twice"]
+    notes = [f"{LAYERS} layers, {steps} of about {sizes.tokens:,} tokens, of which answers alone are learnt; all batches are fresh"]
     chosen = f"rates {rates}, the best by nats on {max(1, sizes.test // 4):,} sequences of each setting, tested on {sizes.test:,} others"
     notes.append(f"{chosen}; seeds {seeds}")
     if "recall" in sizes.tasks:
         notes.append(
-            "recall: the sequences are those of Arora et al. 2023, figure 2; there, each setting has its own model, without feed-forward "
+            "recall: sequences are made as for figure 2 of Arora et al. 2023; there, each setting has its own model, without feed-forward "
             "layers, and 64 epochs of 100,000 sequences; here, one model, with these and short convolutions, learns all settings, "
             "the first half of the time"
         )
