@@ -50,9 +50,8 @@ def test_windows_are_within_documents_where_enough_are_long_and_else_of_document
     inside = [len(set(window) - {END}) for window in found.tokens.tolist()]
     assert found.joined == joined and (joined or inside == [1] * count)
     assert found.documents == documents == len(set(found.tokens.flatten().tolist()) - {END})
-    assert str(found).startswith(
-        f"{count} window{'s' if count > 1 else ''} of {length} tokens, from {documents} documents {'joined' if joined else 'at least'}"
-    )
+    said = f"{count} window{'s' * (count > 1)} of {length} tokens, from {documents} document{'s' * (documents > 1)} "
+    assert str(found).startswith(said + ("joined" if joined else "at least that long"))
 
 
 def test_windows_of_a_text_are_as_it_is():

@@ -47,8 +47,9 @@ class Windows:
 
     def __str__(self) -> str:
         count, length = self.tokens.shape
-        what = "documents joined, as too few are that long" if self.joined else "documents at least that long"
-        return f"{count} window{'s' * (count > 1)} of {length:,} tokens, from {self.documents} {what}"
+        what = "joined, as too few are that long" if self.joined else "at least that long"
+        windows, documents = f"{count} window{'s' * (count > 1)}", f"{self.documents} document{'s' * (self.documents > 1)}"
+        return f"{windows} of {length:,} tokens, from {documents} {what}"
 
 
 def texts_of(corpus: data.Corpus) -> list[np.ndarray]:
@@ -301,11 +302,11 @@ def figures(tables: set[str]) -> list[Figure]:
         "y": "depth",
         "y_label": "depth of the key",
     }
-    told, both = {"y": "chosen", "y_label": "share of trials"}, ("model", "weights")
+    told, both = {"y": "chosen", "y_label": "share of trials", "low": 0.0, "high": 1.0}, ("model", "weights")
     farther = "What text farther back than in training is worth"
     drawn: list[Figure] = [
         Lines("long_context_loss", "Loss by position", y="loss", y_label="loss (nats a token)", **position),
-        Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"nothing": 0.0}, **position),
+        Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"no gain": 0.0}, **position),
         Lines("long_context_passkey", "Pass keys told from other numbers", series=both, levels={"chance": 1 / CHOICES}, **told, **length),
         Heatmap("long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", value="chosen", low=0, high=1, **cell),
         Heatmap("long_context_passkey_said", "Pass keys said", value="said", low=0, high=1, **cell),
