@@ -180,9 +180,9 @@ def test_a_run_that_fails_is_a_row_that_says_why_and_others_are_measured(run, tm
     assert "its validation text is gone" in growing[-1][0]["failed"]
 
 
-def test_a_run_that_diverged_is_a_row_that_says_so(run, diverged):
-    (row,) = rows_of(evaluated({"r": run}, max_tokens=100))
-    assert row["model"] == "r" and "not finite" in row["failed"]
+def test_a_run_that_diverged_is_measured_as_such(run, diverged):
+    result = evaluated({"r": run}, max_tokens=100)
+    assert math.isnan(rows_of(result)[0]["loss"]) and result.notes == ["r: its loss is not finite: the run diverged"]
 
 
 def test_a_model_that_sees_ahead_is_a_row_that_says_so(run, monkeypatch):

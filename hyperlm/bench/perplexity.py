@@ -119,7 +119,9 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
     rows: list[Row] = []
     for label, outcome in found.items():
         rows += outcome.rows if isinstance(outcome, Found) else [{"model": label, "failed": outcome.why}]
-    notes = scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
+    diverged = dict.fromkeys(row["model"] for row in rows if "loss" in row and not math.isfinite(row["loss"]))
+    notes = [f"{label}: its loss is not finite: the run diverged" for label in diverged]
+    notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
     caption = (
         f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of "
         "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where "
