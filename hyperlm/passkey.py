@@ -89,7 +89,7 @@ def trial(words: Words, hay: np.ndarray, n: int, depth: float, rng: np.random.Ge
     numbers = rng.choice(10**DIGITS, CHOICES, replace=False)
     answers = words.digits[numbers[:, None] // 10 ** np.arange(DIGITS)[::-1] % 10]  # (C, DIGITS)
     key, size = answers[0].tolist(), n - words.size
-    text = np.resize(hay, max(len(hay), size))
+    text = hay if len(hay) >= size else np.resize(hay, size)
     start = int(rng.integers(len(text) - size + 1))
     text = text[start : start + size].tolist()
     at = round(depth * size)

@@ -80,10 +80,12 @@ def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens
 
 
 def row_of(source: str, stride: int, nats: float, tokens: int, special: float, size: int, counts: torch.Tensor) -> Row:
-    """Args:
-    nats, special: of all targets, and of those that stand for no text.
-    size: bytes of what is learnt.
-    counts: (V,) how often each token is a target.
+    """What sums over targets come to.
+
+    Args:
+        nats, special: of all targets, and of those that stand for no text.
+        size: bytes of what is learnt.
+        counts: (V,) how often each token is a target.
     """
     loss, p = nats / tokens, counts[counts > 0].double() / counts.sum()
     return {
