@@ -144,10 +144,10 @@ def memory_suite(bench: Bench, command: Command) -> Measuring:
     return memory.run(bench.kinds, config, bench.device)
 
 
-def kernel_suite(suite: Callable[[torch.device], Measuring], bench: Bench, command: Command) -> Measuring:
+def kernel_suite(name: str, bench: Bench, command: Command) -> Measuring:
     if not bench.gpu or not HAVE_TRITON:
-        raise cli.UsageError(f"the kernels' suites need a CUDA device and Triton; `{startup.command('train')} --doctor` says what this machine has")
-    return suite(bench.device)
+        raise cli.UsageError(f"--suite {name} needs a CUDA device and Triton; `{startup.command('train')} --doctor` says what this machine has")
+    return {"linear": kernel_suites.linear, "hyperbolic": kernel_suites.hyperbolic}[name](bench.device)
 
 
 def quality_suite(bench: Bench, command: Command) -> Measuring:
@@ -172,13 +172,15 @@ def recall_suite(bench: Bench, command: Command) -> Measuring:
 
 
 def perplexity_suite(bench: Bench, command: Command) -> Measuring:
+    if not command.suite:  # kinds that were named are there for their speed
+        bench = replace(bench, kinds=[])
     what = {"text": text_of(bench, command)}
     return of_models(bench, command, partial(perplexity.check, **what), partial(perplexity.run, **what, devices=bench.devices, kernels=command.kernels))
 
 
 def long_context_suite(bench: Bench, command: Command) -> Measuring:
     what = {"text": text_of(bench, command)}
-    sizes = {} if bench.gpu else {"windows": 4, "trials": 2}
+    sizes = {} if bench.gpu else {"times": 4, "windows": 4, "trials": 2}
     return of_models(bench, command, partial(long_context.check, **what), partial(long_context.run, **what, **sizes, devices=bench.devices, kernels=command.kernels))
 
 
@@ -209,8 +211,8 @@ SUITES: dict[str, Suite] = {
     "geometry": Suite("models", "study", "glance", geometry_suite),
     "recall": Suite("kinds", "study", "glance", recall_suite),
     "nulls": Suite("nothing", "study", "glance", nulls_suite),
-    "linear": Suite("nothing", "standard", "small", partial(kernel_suite, kernel_suites.linear)),
-    "hyperbolic": Suite("nothing", "standard", "small", partial(kernel_suite, kernel_suites.hyperbolic)),
+    "linear": Suite("nothing", "standard", "small", partial(kernel_suite, "linear")),
+    "hyperbolic": Suite("nothing", "standard", "small", partial(kernel_suite, "hyperbolic")),
     "report": Suite("reports", "standard", "small", report_suite),
 }
 

@@ -85,20 +85,20 @@ def test_runs_on_different_texts_are_told_apart(run, tmp_path, capsys):
     def compared(*names: str) -> tuple[list[str], str]:
         assert call(*(f"runs/{name}" for name in names), "--name", "-".join(names), "--train.device", "cpu") == 0
         (found,) = results("-".join(names))
-        return [row["validation text"] for row in found["rows"]], " ".join(found["notes"])
+        return [row["text"] for row in found["rows"] if row["stride"] == 32], " ".join(found["notes"])
 
     texts, notes = compared("r", "other")
-    assert texts[0] != texts[1] and "runs on different texts: their losses cannot be compared" in notes
+    assert texts[0] != texts[1] and "different texts (column `text`): their losses cannot be compared" in notes
     texts, notes = compared("r", "bytes")
     assert texts[0] == texts[1] and "bits per byte alone can be compared" in notes
-    texts, notes = compared("r", "r")
-    assert texts[0] == texts[1] and notes == ""
+    texts, notes = compared("r", "r")  # named twice, measured once
+    assert len(texts) == 1 and notes == ""
 
 
 def test_a_run_that_diverged_is_measured_as_such_in_valid_json(run, diverged):
     assert call(run, "--name", "b", "--train.device", "cpu") == 0
     (found,) = results("b")
-    assert found["rows"][0]["val_loss"] is None and "the run diverged" in found["notes"][0]
+    assert found["rows"][0]["loss"] is None and "the run diverged" in found["notes"][0]
     assert "nan" in Path("runs/b/report.md").read_text()
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage, message, run
     [
         ([], "name what to measure"),
         (["phase9"], "neither a kind"),
-        (["phase7", "--suite", "quality"], "needs folders of runs"),
+        (["phase7", "--suite", "report"], "needs folders of benchmarks"),
         (["runs", "--suite", "decode"], "neither a kind"),
         (["--suite", "decode"], "needs kinds"),
         (["--suite", "linear", "--train.device", "cpu"], "needs a CUDA device"),
