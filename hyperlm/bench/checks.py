@@ -23,8 +23,9 @@ CUTS = (1, 2, 63, 64, 65, 200)  # positions from which on tokens change; at the 
 VOCABULARY = 4096  # at most: embedding and head of a large model are not what is checked
 # Of nats before a cut, in what computes in bf16 with work that is split by what comes later; fp32 on a CPU is exact.
 ROUNDED = 5e-3
-# The same with trained weights, whose logits are larger: 0.016 was seen of a hybrid on an H200. That code looks back only is found with initial ones.
-TRAINED = 0.05
+# The same with trained weights: 0.07 was seen of phase8 and hybrid on an H200, as much as their nats in bf16 are off those in fp32; decays of a chunk's
+# last tokens scale its products before they are rounded. That code looks back only is found with initial weights.
+TRAINED = 0.2
 # Relative error of a gradient that is let pass; or, where torch in the same dtype is as far from fp32, TIMES its own. Gradients of matrices
 # are compared one by one; those of vectors, too few numbers to tell rounding from mistakes, together.
 GRADIENT, TIMES = 0.05, 3.0

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from hyperlm import env
 
@@ -78,6 +79,7 @@ def serve(channel: Connection, device: torch.device, threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.stderr:
         sys.stderr = Plain(sys.stderr.buffer, line_buffering=True, write_through=True)
+    tqdm.set_lock(threading.RLock())  # its own is one of the system's, which a process that is ended leaves behind
     torch.set_num_threads(threads)
     env.prepare(device)
     failed = False
