@@ -199,6 +199,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         p = torch.cuda.get_device_properties(device)
         facts |= {
             "gpu": p.name,
+            "gpus": torch.cuda.device_count(),
             "gpu_capability": f"sm_{p.major}{p.minor}",
             "gpu_memory_gib": round(p.total_memory / GIB, 1),
             "cuda": torch.version.cuda,
