@@ -56,10 +56,10 @@ def test_the_version(typed):
         (["tran"], "hyperlm tran: no such command; did you mean train?"),
         (["docter", "x"], "hyperlm docter: no such command; did you mean doctor?"),
         (["--preset", "small"], "hyperlm --preset: no such command; choose from train, bench, chat, doctor"),
-        (["train", "--preset", "smal"], "--preset smal: choose from small, standard, max, max-ssm"),
+        (["train", "--preset", "smal"], "--preset smal: choose from small, standard, max, max-ssm, study, glance"),
         (["chat"], "no run with a checkpoint under runs/; train one with: hyperlm train --preset small"),
         (["chat", "runs/none"], "runs/none: no such run; `ls runs` shows those that exist"),
-        (["bench"], "name what to measure: phase7, phase8, softmax or folders of runs; or a --suite"),
+        (["bench"], "name what to measure: phase7, phase8, softmax, hybrid or folders of runs; or a --suite"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(words, error, typed):

@@ -93,7 +93,7 @@ def test_all_end_at_once(to, number, tmp_path):
         _, said = process.communicate(timeout=10)
         _, alive = psutil.wait_procs(children, timeout=5)
         assert len(children) >= 2 and not alive
-        assert said.count("Traceback") == (1 if number == signal.SIGINT else 0) and "a bar of its own" not in said
+        assert said.count("Traceback") == (1 if number == signal.SIGINT else 0) and "a bar of its own" not in said, said
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
