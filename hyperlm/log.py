@@ -185,11 +185,20 @@ def close(log: Log) -> None:
         raise RunError(f"{log.records.name} could not be written ({e.strerror or e})") from e
 
 
+def history(run: Path) -> list[dict[str, Any]]:
+    """What steps and evaluations recorded, together by step; nothing where there are no records, as of models that bench.py trained."""
+    steps: dict[int, dict[str, Any]] = {}
+    if (run / "metrics.jsonl").exists():
+        with open(run / "metrics.jsonl", "rb") as file:
+            for line in file:
+                if (step := record_step(line)) is not None:
+                    steps[step] = steps.get(step, {}) | json.loads(line)
+    return [steps[step] for step in sorted(steps)]
+
+
 def evaluations(run: Path) -> list[tuple[int, float]]:
     """Step and validation loss of every evaluation whose loss is finite, in order."""
-    with open(run / "metrics.jsonl", "rb") as file:
-        records = [json.loads(line) for line in file if record_step(line) is not None]
-    return [(r["step"], r["val_loss"]) for r in records if isinstance(r.get("val_loss"), float)]
+    return [(r["step"], r["val_loss"]) for r in history(run) if isinstance(r.get("val_loss"), float)]
 
 
 # -- lines that a person reads, none longer than a terminal is wide --------------------------------------------------------------------

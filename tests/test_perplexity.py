@@ -40,8 +40,7 @@ def evaluated(models: dict[str, Path], text: DataConfig | None = None, **options
 
 
 def rows_of(result: Result) -> list[dict]:
-    (table,) = result.tables
-    return table.rows
+    return result.tables[0].rows
 
 
 def jsonl(path: Path, records: list[dict]) -> Path:
@@ -209,3 +208,13 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage: Callable[[Pa
 def test_a_text_that_is_not_there_is_found_before_anything_is_measured(run):
     with pytest.raises(data.DataError, match="--data.sources nowhere.txt: no such file"):
         perplexity.check({"r": run}, DataConfig(sources=("nowhere.txt",)))
+
+
+def test_losses_of_training_are_overlaid_as_the_run_recorded_them(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(r["step"], "training", r["loss"]) for r in records if "loss" in r] + [(r["step"], "validation", r["val_loss"]) for r in records if "val_loss" in r]
+    result = evaluated({"a": run}, max_tokens=SOME)
+    tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
+    assert sorted((row["tokens"], row["of"], row["loss"]) for row in result.tables[1].rows) == sorted((tokens[step], of, loss) for step, of, loss in wanted)
+    (run / "metrics.jsonl").unlink()  # as of models that are trained to be compared
+    assert [table.name for table in evaluated({"a": run}, max_tokens=SOME).tables] == ["perplexity"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from hyperlm import data, evals, trained
+from hyperlm import data, evals, log, trained
 from hyperlm import tokenizer as tok
 from hyperlm.bench import pool, scoring
-from hyperlm.bench.report import Result, Row, Table
+from hyperlm.bench.report import Lines, Result, Row, Table
 from hyperlm.config import DataConfig
 from hyperlm.loss import IGNORE
 
@@ -37,6 +37,7 @@ class Job:
 @dataclass(frozen=True)
 class Found:
     rows: list[Row]
+    curve: list[Row]  # what its training recorded, nothing where it recorded nothing
     fingerprints: tuple[str, str]  # of text and tokens
 
 
@@ -54,7 +55,18 @@ def measure(job: Job, device: torch.device) -> Found:
     own = {"model": job.label, "step": model.step, "text": fingerprints[0]}
     n = model.config.data.seq_len
     rows = [own | row for stride in (n, n // 2) for row in at_stride(model, corpus, stride, job.max_tokens)]
-    return Found(rows, fingerprints)
+    return Found(rows, curve_of(job), fingerprints)
+
+
+def curve_of(job: Job) -> list[Row]:
+    """Loss of training, and at evaluations of validation, over the tokens that were learnt."""
+    wanted = {"training": "loss", "validation": "val_loss"}
+    return [
+        {"model": job.label, "tokens": record["tokens"], "loss": record[name], "of": of}
+        for record in log.history(job.run)
+        for of, name in wanted.items()
+        if "tokens" in record and isinstance(record.get(name), float)
+    ]
 
 
 def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens: int) -> list[Row]:
@@ -130,4 +142,12 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
         "a token is scored with half a window before it at least (texts alone; conversations are scored as they are trained on). Bits per "
         "byte leave out tokens that stand for no text."
     )
-    return Result("perplexity", [Table("perplexity", rows, caption)], notes)
+    curves = [row for outcome in found.values() if isinstance(outcome, Found) for row in outcome.curve]
+    tables = [Table("perplexity", rows, caption), *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
+    return Result("perplexity", tables, notes, [CURVES] * bool(curves))
+
+
+CURVES = Lines(
+    "perplexity_curves", "Losses of the runs as they were trained, each on its own text", "curves", "tokens", "loss", ("model", "of"),
+    x_label="tokens learnt", y_label="loss (nats a token)",
+)  # fmt: skip
