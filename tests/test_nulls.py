@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperlm import flops, kernels, model, tree
-from hyperlm.bench import checks, grid, nulls, training
+from hyperlm.bench import checks, comparison, grid, nulls, training
 from hyperlm.bench.grid import Trial
 from hyperlm.bench.report import Result
 from hyperlm.bench.training import Job, Outcome, Point
@@ -345,12 +345,12 @@ def test_what_is_told_of_losses_by_hand(pretended):
 )
 def test_a_verdict_claims_what_the_seeds_bear(by_seed, ending):
     trials = {"N3-first-order": [Trial(1e-3, i, outcome(3 + x)) for i, x in enumerate(by_seed)], "N4-phase7": [Trial(1e-3, i, outcome(3.0)) for i in range(3)]}
-    assert nulls.verdict("geometry:", nulls.difference(trials, "N3-first-order", "N4-phase7", 0)).endswith(ending)
+    assert nulls.verdict("geometry:", comparison.difference(trials, "N3-first-order", "N4-phase7", 0)).endswith(ending)
 
 
 def test_intervals_are_those_of_students_t():
     """The share of its density within the quantile, by Simpson's rule, is 95 %."""
-    for pairs, t in nulls.STUDENT.items():
+    for pairs, t in comparison.STUDENT.items():
         f = pairs - 1
         x = torch.linspace(-t, t, 20001, dtype=torch.float64)
         weights = torch.ones_like(x)
@@ -406,6 +406,7 @@ def test_models_are_trained_as_a_twin_is(prose, tmp_path, monkeypatch):
     *_, result = nulls.run(config, [CPU], [1e-2], [0], tmp_path / "models")
     twin = training.train(Job("softmax", replace(config, model=replace(config.model, kind="softmax"))), CPU)
     found = rows(result, "nulls")
+    assert "one learning rate alone was tried: another may suit some of them better" in result.notes and "edge" not in " ".join(result.notes)
     assert found["N0-cosine"]["loss"] == pytest.approx(twin.val["val_loss"], rel=1e-5)
     assert len({row["loss"] for row in found.values()}) == 5
     assert read_config(tmp_path / "models" / "N3-first-order").model.score == "first-order"

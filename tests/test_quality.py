@@ -219,7 +219,10 @@ def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
     assert phase7["loss at equal seconds"] == pytest.approx(6 - (6 - 2.955) * 3 / 5)  # after 8 of 10 seconds
     assert phase8 == {"model": "phase8", "failed": "CheckFailed: it is not causal"}
     (pairs,) = tables["paired differences"]
-    assert pairs.pop("model") == "phase7" and pairs == pytest.approx({"mean": -0.095, "seed 0": -0.1, "seed 1": -0.09})
+    assert pairs.pop("model") == "phase7" and pairs == pytest.approx(
+        {"mean": -0.095, "standard error": 0.005, "95 % ±": 0.06353, "seed 0": -0.1, "seed 1": -0.09}, rel=1e-4
+    )  # of two pairs 0.01 apart: half of that, and 12.706 times it
+    assert any(note.endswith("what was lucky with it; means of the other seeds: softmax 3.100, phase7 3.010") for note in results[-1].notes)
     tried = [(r["rate"], r["seed"]) for r in tables["rates"] if r["model"] == "softmax"]
     assert tried == [(0.00391, 0), (0.00781, 0), (0.00781, 1), (0.0156, 0)]
     assert len(tables["curves"]) == 2 * 4 * 2 and {r["rate"] for r in tables["best curves"]} == {1 / 128}
@@ -236,6 +239,7 @@ def test_kinds_and_peers_are_trained_and_what_they_leave_can_be_loaded(prose, tm
     quality.check(["phase7", "nanogpt"], config, [CPU])
     *_, last = quality.run(["phase7", "nanogpt"], config, [CPU], rates=[1e-4, 4e-3], folder=tmp_path / "models")
     phase7, nanogpt = last.tables[0].rows
+    assert "is at the edge of those tried" in " ".join(last.notes)
     assert phase7["best rate"] == 4e-3 and nanogpt["loss"] > 0 and phase7["tokens"] == nanogpt["tokens"] == 4 * 256
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["phase7"]
     kept = hyperlm.load(tmp_path / "models" / "phase7", device="cpu")

@@ -7,19 +7,16 @@ and read the same batches for a seed, so that differences are taken seed by seed
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import nan
 from pathlib import Path
-from statistics import mean, stdev
-from typing import NamedTuple
+from statistics import mean
 
 import torch
 
 from hyperlm import data
-from hyperlm.bench import grid
-from hyperlm.bench.grid import NO_LOSS, Trial, Trials
-from hyperlm.bench.pool import Failure
+from hyperlm.bench import comparison, grid
+from hyperlm.bench.comparison import Difference, difference
+from hyperlm.bench.grid import Trials
 from hyperlm.bench.report import Bars, Result, Row, Table
-from hyperlm.bench.training import Outcome
 from hyperlm.config import Config
 
 # Labels, and the score that each is: up to a term of the query alone, which a softmax drops, N3 is N4 to first order.
@@ -32,30 +29,6 @@ ARMS = {
 }
 N0, N1, N2, N3, N4 = ARMS
 PARTS = {"bias of keys": (N0, N1), "gain": (N0, N2), "both, first order": (N0, N3), "geometry": (N3, N4), "all of phase7": (N0, N4)}
-# By how many standard errors the mean of n pairs is off in 5 % of cases at most: 97.5 % quantiles of Student's t with n - 1 degrees of freedom.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-
-
-class Difference(NamedTuple):
-    """Of two arms, seed by seed: nats a token by which the second is lower."""
-
-    by_seed: dict[int, float]
-    mean: float  # nan without pairs
-    error: float  # standard error of the mean; nan of a single pair
-
-    @property
-    def margin(self) -> float:
-        """Half of the 95 % interval around the mean."""
-        pairs = len(self.by_seed)
-        return self.error * STUDENT.get(pairs, STUDENT[max(STUDENT)]) if pairs > 1 else nan
-
-
-def difference(trials: Trials, first: str, second: str, seed: int) -> Difference:
-    """Of the seeds that both arms have, each arm at the rate that is best for `seed`."""
-    a, b = ({of: x.val["val_loss"] for of, x in grid.at_best(trials[label], seed).items()} for label in (first, second))
-    by_seed = {of: a[of] - b[of] for of in sorted(a) if of in b}
-    values = list(by_seed.values())
-    return Difference(by_seed, mean(values) if values else nan, stdev(values) / len(values) ** 0.5 if len(values) > 1 else nan)
 
 
 # -- what is told of it ----------------------------------------------------------------------------------------------------------------
@@ -84,29 +57,12 @@ def verdict(what: str, d: Difference) -> str:
 
 
 def row_of(trials: Trials, label: str, seed: int) -> Row:
-    own = trials[label]
-    found = list(grid.at_best(own, seed).values())
+    found = list(grid.at_best(trials[label], seed).values())
     if not found:
-        whys = [trial.found.why for trial in own if isinstance(trial.found, Failure)]
-        return {"model": label, "failed": whys[0] if whys else "diverged at every rate"}
-    losses = [x.val["val_loss"] for x in found]
-    row: Row = {"model": label, "score": ARMS[label][1], "loss": mean(losses), "spread": max(losses) - min(losses) if len(losses) > 1 else ""}
-    row |= {"seeds": len(losses), "best rate": grid.best_rate(own, seed)}
+        return comparison.why_none(label, trials[label])
+    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label], seed)}
     row |= {f"{other[:2]} − this": with_error(difference(trials, other, label, seed)) if other != label else "" for other in (N0, N4)}
-    return row | {"tok/s": mean(x.tokens_per_second for x in found), "GiB": max(x.gib for x in found)}
-
-
-def row_of_part(part: str, pair: tuple[str, str], d: Difference) -> Row:
-    row: Row = {"part": part, "difference": names(*pair), "mean": d.mean}
-    if len(d.by_seed) > 1:
-        row |= {"standard error": d.error, "95 % ±": d.margin}
-    return row | {f"seed {seed}": x for seed, x in d.by_seed.items()}
-
-
-def row_of_trial(label: str, trial: Trial) -> Row:
-    x = trial.found
-    known = {"failed": x.why} if isinstance(x, Failure) else {**x.val, "tok/s": x.tokens_per_second, "GiB": x.gib, "parameters": x.parameters}
-    return {"model": label, "rate": trial.rate, "seed": trial.seed, **known}
+    return row | comparison.common(found)
 
 
 def result(trials: Trials, seed: int) -> Result:
@@ -117,18 +73,13 @@ def result(trials: Trials, seed: int) -> Result:
     told = f"Validation loss, nats a token, each at its best rate, chosen on seed {seed}; differences, of pairs, are above 0 where this one is lower; "
     told += "± is the standard error."
     of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches; 95 % by Student's t."
-    every = [(label, trial) for label in tried for trial in trials[label]]
-    curves = [
-        {"model": label, "rate": trial.rate, "seed": trial.seed} | vars(point)
-        for label, trial in every if isinstance(trial.found, Outcome) for point in trial.found.curve
-    ]  # fmt: skip
     tables = [
         Table("nulls", [row_of(trials, label, seed) for label in tried], told),
-        Table("parts", [row_of_part(part, pair, d) for part, (pair, d) in parts.items()], of_parts),
+        Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts),
         Table("seeds", [{"model": label, "seed": of, "loss": x.val["val_loss"]} for label in tried for of, x in at_best[label].items()], shown=False),
         Table("pairs", [{"part": part, "seed": of, "nats": nats} for part, (_, d) in parts.items() for of, nats in d.by_seed.items()], shown=False),
-        Table("rates", [row_of_trial(label, trial) for label, trial in every], "Every training.", shown=False),
-        Table("curves", curves, "Of every training.", shown=False),
+        Table("rates", comparison.rate_rows(trials), "Every training.", shown=False),
+        Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
     ]
     figures = [
         Bars("nulls", "Phase 7 and its nulls", "seeds", "model", "loss", "validation loss (nats a token)"),
@@ -147,15 +98,7 @@ def notes(trials: Trials, seed: int) -> list[str]:
         told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
         if geometry.mean - geometry.margin <= 0:
             told[-1] += ": nothing here says that exact scores are worth more than that plain attention"
-    for label, own in trials.items():
-        rate, tried = grid.best_rate(own, seed), [trial.rate for trial in own if trial.seed == seed]
-        if rate is not None and grid.beyond(rate, tried):
-            told.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
-        for trial in own:
-            if trial.loss == NO_LOSS:
-                why = trial.found.why if isinstance(trial.found, Failure) else "diverged"
-                told.append(f"{label}, rate {trial.rate:.3g}, seed {trial.seed}: {why}; it is in no mean")
-    return told
+    return told + comparison.notes(trials, seed)
 
 
 # -- the suite -------------------------------------------------------------------------------------------------------------------------

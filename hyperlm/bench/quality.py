@@ -12,10 +12,9 @@ from statistics import mean
 import torch
 
 from hyperlm import data, env, plan
-from hyperlm.bench import grid
+from hyperlm.bench import comparison, grid
 from hyperlm.bench.arms import KINDS, PEERS, of_kind
-from hyperlm.bench.grid import NO_LOSS, Trial, Trials
-from hyperlm.bench.pool import Failure
+from hyperlm.bench.grid import Trial, Trials
 from hyperlm.bench.report import Figure, Lines, Result, Row, Table
 from hyperlm.bench.training import Outcome, Point
 from hyperlm.config import Config, ConfigError
@@ -101,13 +100,13 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
     told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
     at = {label: grid.best_rate(own, seeds[0]) for label, own in trials.items()}
-    differences = f"Validation loss less that of {TWIN} with the same seed, nats a token: below 0 is better."
+    differences = f"Validation loss less that of {TWIN} with the same seed, nats a token, below 0 is better; 95 % by Student's t."
     tables = [
         Table("quality", [row_of(label, trials[label], best[label], seconds, at[label]) for label in best], told),
-        Table("paired differences", paired(best), differences),
-        Table("rates", rate_rows(trials), "Validation loss (nats a token) at every learning rate that was tried."),
-        Table("curves", curve_rows(trials), "Of every training.", shown=False),
-        Table("best curves", curve_rows(trials, at), "Of those at the best rates.", shown=False),
+        Table("paired differences", paired(trials, seeds[0]), differences),
+        Table("rates", comparison.rate_rows(trials), "Validation loss (nats a token) at every learning rate that was tried."),
+        Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
+        Table("best curves", comparison.curve_rows(trials, at), "Of those at the best rates.", shown=False),
     ]
     return Result("quality", [table for table in tables if table.rows], notes(trials, seeds[0], seconds), figures(len(seeds)))
 
@@ -115,68 +114,24 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
 def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], seconds: float, rate: float | None) -> Row:
     """The row of an arm; why there is no number, where nothing that it was tried at has any."""
     if not found:
-        whys = [trial.found.why for trial in trials if isinstance(trial.found, Failure)]
-        return {"model": label, "failed": whys[0] if whys else "diverged at every rate"}
+        return comparison.why_none(label, trials)
     outcomes = list(found.values())
-    losses, then = [outcome.val["val_loss"] for outcome in outcomes], [loss_at(outcome.curve, seconds) for outcome in outcomes]
-    row: Row = {
-        "model": label,
-        "parameters": outcomes[0].parameters,
-        "best rate": rate,
-        "loss": mean(losses),
-        "spread": max(losses) - min(losses) if len(losses) > 1 else None,
-        "bits per byte": mean(outcome.val["val_bpb"] for outcome in outcomes),
-        "seeds": len(outcomes),
-        "tokens": outcomes[0].curve[-1].tokens,
-        "tok/s": mean(outcome.tokens_per_second for outcome in outcomes),
-        "GiB": max(outcome.gib for outcome in outcomes),
-        "loss at equal seconds": None if None in then else mean(then),
-    }
-    return {name: value for name, value in row.items() if value is not None}
+    then = [loss_at(outcome.curve, seconds) for outcome in outcomes]
+    row: Row = {"model": label, "parameters": outcomes[0].parameters, "best rate": rate, **comparison.common(outcomes)}
+    row["tokens"] = outcomes[0].curve[-1].tokens
+    return row if None in then else row | {"loss at equal seconds": mean(then)}
 
 
-def paired(best: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
+def paired(trials: Trials, seed: int) -> list[Row]:
     """Differences to the twin, of the seeds that both have."""
-    twin, rows = best.get(TWIN, {}), []
-    for label, own in best.items():
-        each = {f"seed {seed}": own[seed].val["val_loss"] - twin[seed].val["val_loss"] for seed in sorted(own) if seed in twin}
-        if label != TWIN and each:
-            rows.append({"model": label, "mean": mean(each.values()), **each})
-    return rows
-
-
-def rate_rows(trials: Trials) -> list[Row]:
-    """A row for each training, with the three digits of its rate that a reader wants."""
-    rows = []
-    for label, own in trials.items():
-        for trial in sorted(own, key=lambda trial: (trial.rate, trial.seed)):
-            what = {"failed": trial.found.why} if isinstance(trial.found, Failure) else {"loss": trial.found.val["val_loss"]}
-            rows.append({"model": label, "rate": float(f"{trial.rate:.3g}"), "seed": trial.seed, **what})
-    return rows
-
-
-def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> list[Row]:
-    """A row for each point of all trainings; or of those at one rate of each arm."""
-    return [
-        {"model": label, "rate": trial.rate, "seed": trial.seed} | vars(point)
-        for label, own in trials.items()
-        for trial in own
-        if isinstance(trial.found, Outcome) and (at is None or trial.rate == at[label])
-        for point in trial.found.curve
-    ]
+    found = {label: comparison.difference(trials, label, TWIN, seed) for label in trials if label != TWIN} if TWIN in trials else {}
+    return [{"model": label} | d.columns for label, d in found.items() if d.by_seed]
 
 
 def notes(trials: Trials, seed: int, seconds: float) -> list[str]:
-    chosen = f"each learning rate was chosen by the validation loss of seed {seed}, which is told as well: a little lower for it, in all alike"
     then = f"at equal seconds: after {seconds:.3g} s of training alone, the time of the quickest for all its steps, interpolated on curves "
-    found = [chosen, then + "whose schedule was made for all steps, so that slower arms have rates that are still high there"]
-    for label, own in trials.items():
-        rate, tried = grid.best_rate(own, seed), [trial.rate for trial in own if trial.seed == seed]
-        if rate is not None and grid.beyond(rate, tried):
-            found.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
-        if diverged := sorted({trial.rate for trial in own if isinstance(trial.found, Outcome) and trial.loss == NO_LOSS}):
-            found.append(f"{label} diverged at {', '.join(f'{rate:.3g}' for rate in diverged)}")
-    return found + [PEERS_NOTE] * any(label in PEERS for label in trials)
+    then += "whose schedule was made for all steps, so that slower arms have rates that are still high there"
+    return [*comparison.notes(trials, seed), then, *[PEERS_NOTE] * any(label in PEERS for label in trials)]
 
 
 def figures(seeds: int) -> list[Figure]:

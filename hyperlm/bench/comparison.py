@@ -1,0 +1,107 @@
+"""What trials of a grid (grid.py) say, told alike by all suites that train: differences seed by seed with their errors, and what stands beside."""
+
+from collections.abc import Mapping, Sequence
+from math import nan
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from hyperlm.bench import grid
+from hyperlm.bench.grid import NO_LOSS, Trial, Trials
+from hyperlm.bench.pool import Failure
+from hyperlm.bench.report import Row
+from hyperlm.bench.training import Outcome
+
+# By how many standard errors the mean of n pairs is off in 5 % of cases at most: 97.5 % quantiles of Student's t with n - 1 degrees of freedom.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+class Difference(NamedTuple):
+    """Of two arms, seed by seed: nats a token by which the second is lower."""
+
+    by_seed: dict[int, float]
+    mean: float  # nan without pairs
+    error: float  # standard error of the mean; nan of a single pair
+
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval around the mean."""
+        pairs = len(self.by_seed)
+        return self.error * STUDENT.get(pairs, STUDENT[max(STUDENT)]) if pairs > 1 else nan
+
+    @property
+    def columns(self) -> Row:
+        errors = {"standard error": self.error, "95 % ±": self.margin} if len(self.by_seed) > 1 else {}
+        return {"mean": self.mean, **errors, **{f"seed {seed}": x for seed, x in self.by_seed.items()}}
+
+
+def difference(trials: Trials, first: str, second: str, seed: int) -> Difference:
+    """Of the seeds that both arms have, each arm at the rate that is best for `seed`."""
+    a, b = ({of: x.val["val_loss"] for of, x in grid.at_best(trials[label], seed).items()} for label in (first, second))
+    by_seed = {of: a[of] - b[of] for of in sorted(a) if of in b}
+    values = list(by_seed.values())
+    return Difference(by_seed, mean(values) if values else nan, stdev(values) / len(values) ** 0.5 if len(values) > 1 else nan)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------------------------
+
+
+def why_none(label: str, trials: Sequence[Trial]) -> Row:
+    """The row of an arm that has no number at any rate."""
+    whys = [trial.found.why for trial in trials if isinstance(trial.found, Failure)]
+    return {"model": label, "failed": whys[0] if whys else "diverged at every rate"}
+
+
+def common(outcomes: Sequence[Outcome]) -> Row:
+    """Loss, speed and memory of the seeds of an arm: means, and what lies between the least and the largest loss; of memory the most."""
+    losses = [x.val["val_loss"] for x in outcomes]
+    spread = {"spread": max(losses) - min(losses)} if len(losses) > 1 else {}
+    return {
+        "loss": mean(losses), **spread, "bits per byte": mean(x.val["val_bpb"] for x in outcomes), "seeds": len(losses),
+        "tok/s": mean(x.tokens_per_second for x in outcomes), "GiB": max(x.gib for x in outcomes),
+    }  # fmt: skip
+
+
+def rate_rows(trials: Trials) -> list[Row]:
+    """A row for each training, with the three digits of its rate that a reader wants."""
+    rows = []
+    for label, own in trials.items():
+        for trial in sorted(own, key=lambda trial: (trial.rate, trial.seed)):
+            x = trial.found
+            known = {"failed": x.why} if isinstance(x, Failure) else {"loss": x.val["val_loss"], "tok/s": x.tokens_per_second}
+            rows.append({"model": label, "rate": float(f"{trial.rate:.3g}"), "seed": trial.seed, **known})
+    return rows
+
+
+def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> list[Row]:
+    """A row for each point of all trainings; or of those at one rate of each arm."""
+    return [
+        {"model": label, "rate": trial.rate, "seed": trial.seed} | vars(point)
+        for label, own in trials.items()
+        for trial in own
+        if isinstance(trial.found, Outcome) and (at is None or trial.rate == at[label])
+        for point in trial.found.curve
+    ]
+
+
+# -- notes -----------------------------------------------------------------------------------------------------------------------------
+
+
+def notes(trials: Trials, seed: int) -> list[str]:
+    """How far rates can be trusted that `seed` chose, and what is in no mean."""
+    told, others, tried_once = [], {}, True
+    for label, own in trials.items():
+        rate, tried = grid.best_rate(own, seed), {trial.rate for trial in own if trial.seed == seed}
+        tried_once &= len(tried) < 2
+        losses = [x.val["val_loss"] for of, x in grid.at_best(own, seed).items() if of != seed]
+        others |= {label: mean(losses)} if losses else {}
+        if rate is not None and len(tried) > 1 and grid.beyond(rate, list(tried)):
+            told.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
+        for trial in own:
+            if trial.loss == NO_LOSS:
+                why = trial.found.why if isinstance(trial.found, Failure) else "diverged"
+                told.append(f"{label}, rate {trial.rate:.3g}, seed {trial.seed}: {why}; it is in no mean")
+    if tried_once:
+        return ["one learning rate alone was tried: another may suit some of them better", *told]
+    chosen = f"learning rates were chosen by the loss of seed {seed} alone, in favour of what was lucky with it"
+    means = f"; means of the other seeds: {', '.join(f'{label} {loss:.3f}' for label, loss in others.items())}" if others else ""
+    return [chosen + means, *told]
