@@ -113,7 +113,7 @@ def pairs(h: int = 2, q: int = 40, m: int = 200) -> tuple[torch.Tensor, torch.Te
             0.99,
             1.0,
         ),  # what a query adds to all its scores is nothing
-        (lambda cosine, radius: radius.clone(), 0.0, 0.02),
+        (lambda cosine, radius: radius.clone(), -0.02, 0.02),
         (lambda cosine, radius: cosine + 2 * radius, 0.45, 0.55),  # variances 1/3 and 4/12
         (lambda cosine, radius: torch.ones_like(cosine), math.nan, math.nan),
     ],
@@ -138,7 +138,17 @@ def test_the_share_is_that_of_least_squares():
         y.append(float(scores[0, query, key]))
     columns, y = np.array(columns), np.array(y)
     whole, queries = (np.square(y - a @ np.linalg.lstsq(a, y, rcond=None)[0]).sum() for a in (columns, columns[:, :5]))
-    assert statistics.share_explained(scores, cosine, there, 4).tolist() == pytest.approx([1 - whole / queries])
+    adjusted = 1 - whole / (len(y) - 5 - 3) / (queries / (len(y) - 5))  # four bins, of which the constants of queries make one
+    assert statistics.share_explained(scores, cosine, there, 4).tolist() == pytest.approx([adjusted])
+
+
+def test_of_few_pairs_a_fit_explains_nothing_that_is_not_there():
+    """64 steps fit a third of the variance of 200 independent numbers; the mean over heads is 0 all the same."""
+    scores, cosine, there = normal(400, 5, 40), normal(400, 5, 40, seed=1), torch.ones(5, 40, dtype=torch.bool)
+    shares = statistics.share_explained(scores, cosine, there)
+    assert float(shares.mean()) == pytest.approx(0, abs=4 * float(shares.std()) / 20)
+    assert statistics.share_explained(cosine.clamp(-1, 1), cosine, there).min() > 0.9
+    assert torch.isnan(statistics.share_explained(scores[:, :1], cosine[:, :1], there[:1])).all()  # 40 pairs, 64 steps
 
 
 # -- tokens as text --------------------------------------------------------------------------------------------------------------------

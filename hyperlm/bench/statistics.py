@@ -75,14 +75,15 @@ def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) ->
     """The share of the variance of scores, within queries, that a function of x explains: of each query's scores their mean is taken out,
     as a softmax does, and what is fitted is a step function of x, the same for all queries of a head.
 
-    Least squares with a constant for each query and one for each of `bins` bins with equally many pairs.
+    Least squares with a constant for each query and one for each of `bins` bins with equally many pairs. Of independent scores such a fit
+    explains as much as it has free constants, which is taken out (adjusted R^2).
 
     Args:
         scores, x: (H, Q, M).
         there: (Q, M) bool, the pairs that count.
 
     Returns:
-        R^2 of each head, (H,) fp64; nan where the scores of a query do not differ.
+        Adjusted R^2 of each head, (H,) fp64; nan where the scores of a query do not differ, or there are too few pairs to tell.
     """
     h, q, m = scores.shape
     ordered = x[:, there].sort(-1).values
@@ -98,4 +99,7 @@ def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) ->
     explained = (of_bin * (torch.linalg.pinv(normal, hermitian=True) @ of_bin[..., None])[..., 0]).sum(-1)
     total = y.square().sum((1, 2))
     scale = torch.where(there, scores.double(), 0).square().sum((1, 2))
-    return torch.where(total > NOTHING * scale, explained / total, torch.nan)
+    pairs = there.sum() - (there.sum(-1) > 0).sum()  # less a constant for each query
+    left = pairs - ((in_bin.sum(1) > 0).sum(-1) - 1)  # and one for each bin but one
+    unexplained = (1 - explained / total) * pairs / left
+    return torch.where((total > NOTHING * scale) & (left > 0), 1 - unexplained, torch.nan)
