@@ -49,6 +49,8 @@ def test_windows_are_within_documents_where_enough_are_long_and_else_of_document
     assert torch.equal(found.tokens[:, 1:], found.targets[:, :-1])
     inside = [len(set(window) - {END}) for window in found.tokens.tolist()]
     assert found.joined == joined and (joined or inside == [1] * count)
+    assert int(found.group.max()) + 1 == (count if joined else documents)
+    assert joined or len(set(zip(found.tokens.max(1).values.tolist(), found.group.tolist(), strict=True))) == documents
     assert found.documents == documents == len(set(found.tokens.flatten().tolist()) - {END})
     said = f"{count} window{'s' * (count > 1)} of {length} tokens, from {documents} document{'s' * (documents > 1)} "
     assert str(found).startswith(said + ("joined" if joined else "at least that long"))
@@ -94,7 +96,7 @@ def place(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def test_a_token_is_scored_with_all_before_it_and_with_half_a_window_to_a_window(n, times, at_once):
     length = n * times
     tokens = torch.randint(50, (3, length), generator=generator())
-    whole, recent = nats_by_place(place, Windows(tokens, tokens, 1, False), n, at_once)
+    whole, recent = nats_by_place(place, Windows(tokens, tokens, 1, False, torch.zeros(3)), n, at_once)
     assert torch.equal(whole, torch.arange(1.0, length + 1).expand(3, length))
     assert torch.equal(recent[:, :n], whole[:, :n])
     assert ((recent[:, n:] > n - n // 2) & (recent[:, n:] <= n)).all()
@@ -105,7 +107,7 @@ def test_a_token_is_scored_with_all_before_it_and_with_half_a_window_to_a_window
 def test_losses_are_those_of_a_loop_over_windows(kind):
     n, config = 8, Config(model=replace(TINY, kind=kind))
     params = model.init(config.model, 0)
-    windows = Windows(*torch.randint(64, (2, 2, 4 * n), generator=generator()), 1, False)
+    windows = Windows(*torch.randint(64, (2, 2, 4 * n), generator=generator()), 1, False, torch.zeros(2))
     whole, recent = nats_by_place(lambda *pair: evals.token_nats(params, *pair, config), windows, n, 20)
     for w, t in [(0, 0), (0, 7), (1, 8), (1, 13), (0, 31)]:
         start = 0 if t < n else -(-(t + 1 - n) // (n // 2)) * (n // 2)
@@ -114,16 +116,23 @@ def test_losses_are_those_of_a_loop_over_windows(kind):
             assert found[w, t].item() == pytest.approx(-logits.double().log_softmax(-1)[windows.targets[w, t]].item(), rel=1e-5)
 
 
-def test_buckets_are_means_with_errors_over_windows():
+def test_buckets_are_means_with_errors_over_documents():
+    """Of five windows two are of one document, and count together: the error of a ratio, from what documents are off it."""
     n, whole, recent = 32, torch.rand(5, 128, generator=generator(1)), torch.rand(5, 128, generator=generator(2))
-    rows = buckets(whole, recent, n)
-    assert [(row["from"], row["to"]) for row in rows] == [(0, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128)]
-    for row in rows:
-        own, other = ([np.mean([float(x[w, t]) for t in range(row["from"], row["to"])]) for w in range(5)] for x in (whole, recent))
-        gain = np.subtract(other, own)
-        expected = [np.mean(own), np.std(own, ddof=1) / 5**0.5, np.mean(other), np.mean(gain), np.std(gain, ddof=1) / 5**0.5]
-        assert [row[name] for name in ("loss", "standard error", "loss of N", "gain", "error of gain")] == pytest.approx(expected, rel=1e-5)
-    assert math.isnan(buckets(whole[:1], recent[:1], n)[0]["standard error"])  # one window has none
+    for documents in (torch.arange(5), torch.tensor([0, 1, 2, 3, 1])):
+        rows = buckets(whole, recent, documents, n)
+        assert [(row["from"], row["to"]) for row in rows] == [(0, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 128)]
+        for row in rows:
+            own, other = ([np.mean([float(x[w, t]) for t in range(row["from"], row["to"])]) for w in range(5)] for x in (whole, recent))
+            gain = np.subtract(other, own)
+            expected = [np.mean(own), by_document(own, documents), np.mean(other), np.mean(gain), by_document(gain, documents)]
+            assert [row[name] for name in ("loss", "standard error", "loss of N", "gain", "error of gain")] == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(buckets(whole, recent, torch.zeros(5, dtype=torch.int64), n)[0]["standard error"])  # one document has none
+
+
+def by_document(values: list[float], documents: torch.Tensor) -> float:
+    off = [sum(x - np.mean(values) for x, own in zip(values, documents.tolist(), strict=True) if own == k) for k in set(documents.tolist())]
+    return (len(off) / (len(off) - 1) * sum(x * x for x in off)) ** 0.5 / len(values)
 
 
 @pytest.mark.parametrize(

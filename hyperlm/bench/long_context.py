@@ -21,6 +21,7 @@ from hyperlm import data, env, model, passkey, trained
 from hyperlm.bench import pool, scoring
 from hyperlm.bench.report import Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.bench.scoring import Scorer
+from hyperlm.bench.statistics import mean_and_error
 from hyperlm.config import DataConfig
 from hyperlm.loss import IGNORE
 from hyperlm.passkey import CHOICES, Reader
@@ -44,6 +45,7 @@ class Windows:
     targets: Tensor  # (W, L)
     documents: int  # that they are from
     joined: bool  # whether they go on from one document to the next
+    group: Tensor  # (W,) int64, from 0: windows of one document, which are not independent
 
     def __str__(self) -> str:
         count, length = self.tokens.shape
@@ -81,12 +83,13 @@ def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Wi
     if joined := len(places) < min(ENOUGH, most, total // length):
         stream = np.concatenate([texts[0][:1], *(text[1:] for text in texts)])[: most * length + 1].astype(np.int64)
         found = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
-        documents = int((np.concatenate([window[:-1] for window in found]) == stream[0]).sum())
+        documents, group = int((np.concatenate([window[:-1] for window in found]) == stream[0]).sum()), np.arange(len(found))
     else:
         found = [texts[k][i * length : (i + 1) * length + 1].astype(np.int64) for i, k in places]
-        documents = len({k for _, k in places})
+        own, group = np.unique([k for _, k in places], return_inverse=True)
+        documents = len(own)
     windows = torch.from_numpy(np.stack(found))
-    return Windows(windows[:, :-1], windows[:, 1:], documents, joined)
+    return Windows(windows[:, :-1], windows[:, 1:], documents, joined, torch.from_numpy(group))
 
 
 def nats_by_place(score: Scorer, windows: Windows, n: int, at_once: int) -> tuple[Tensor, Tensor]:
@@ -126,28 +129,22 @@ def edges_of(n: int, length: int) -> list[int]:
     return sorted(edges)
 
 
-def buckets(whole: Tensor, recent: Tensor, n: int) -> list[Row]:
-    """Means over (W, L) nats of each part of the windows, with standard errors over windows."""
+def buckets(whole: Tensor, recent: Tensor, group: Tensor, n: int) -> list[Row]:
+    """Means over (W, L) nats of each part of the windows, with standard errors over groups (W,) of windows; nan where there is one."""
+    counts = torch.bincount(group).double()
+
+    def told(means: Tensor) -> tuple[float, float]:
+        return mean_and_error(torch.zeros_like(counts).index_add_(0, group, means), counts)
+
     rows = []
     for low, high in pairwise(edges_of(n, whole.shape[1])):
-        own, other = whole[:, low:high].double().mean(1), recent[:, low:high].double().mean(1)
-        rows.append(
-            {
-                "from": low,
-                "to": high,
-                "loss": float(own.mean()),
-                "standard error": error_of(own),
-                "loss of N": float(other.mean()),
-                "gain": float((other - own).mean()),
-                "error of gain": error_of(other - own),
-            }
-        )
+        own, other = (nats[:, low:high].double().mean(1) for nats in (whole, recent))
+        row: Row = {"from": low, "to": high}
+        row["loss"], row["standard error"] = told(own)
+        row["loss of N"], _ = told(other)
+        row["gain"], row["error of gain"] = told(other - own)
+        rows.append(row)
     return rows
-
-
-def error_of(means: Tensor) -> float:
-    """Standard error of the mean of (W,); nan of a single one."""
-    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else math.nan
 
 
 # -- passkeys --------------------------------------------------------------------------------------------------------------------------
@@ -213,7 +210,7 @@ def measure(job: Job, device: torch.device) -> Found:
     score, n, at_once = scoring.scorer(loaded), loaded.config.data.seq_len, scoring.tokens_at_once(device)
     if job.part == "positions":
         windows = windows_of(texts_of(corpus), n, job.times, job.count)
-        rows = buckets(*nats_by_place(score, windows, n, at_once), n)
+        rows = buckets(*nats_by_place(score, windows, n, at_once), windows.group, n)
         guessing = math.log(loaded.config.model.vocab_size)
         note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {guessing:.2f} nats a token"
     else:
@@ -275,7 +272,7 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over windows; `loss of N`: of "
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents, or windows where these are joined; `loss of N`: of "
             "the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by "
             "window, negative where it costs.",
         ),

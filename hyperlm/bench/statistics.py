@@ -64,7 +64,8 @@ def interval(x: Tensor, y: Tensor, sequence: Tensor, seed: int = 0) -> tuple[Ten
 
 
 def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """The mean a token of what adds up to `sums` (W,) over `counts` (W,) tokens, and its standard error over sequences; nan for one."""
+    """The mean a token of what adds up to `sums` (W,) over `counts` (W,) tokens, and its standard error over the W, which are
+    independent: sequences, or documents; nan for one."""
     mean = sums.sum() / counts.sum()
     apart = (sums - mean * counts).square().sum()
     w = int((counts > 0).sum())
