@@ -17,7 +17,7 @@ from hyperlm import geometry, model, runs, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import next_tokens
 from hyperlm.bench import geometry as suite
-from hyperlm.bench import inside, radii, statistics, wording
+from hyperlm.bench import inside, radii, scoring, statistics, wording
 from hyperlm.config import Config, ConfigError
 from hyperlm.geometry import R_MAX, R_MIN
 from hyperlm.loss import IGNORE
@@ -361,7 +361,7 @@ def test_points_of_the_disk_keep_their_distances_from_the_origin():
 def test_radii_of_a_model_not_trained_are_drawn_where_they_would_be_equal(cfg):
     batch = windows()
     for drawn in (False, True):
-        params = radii.untrained(cfg, CPU)
+        params = scoring.untrained(Config(cfg), CPU)
         seen = inside.observe(radii.with_drawn_radii(params, cfg) if drawn else params, batch, cfg)
         for layer in cfg.hyperbolic_layers:
             assert (float(seen.lengths[layer].flatten(1).std(-1).min()) > 0.1) == drawn

@@ -12,7 +12,7 @@ from conftest import TINY, generator, write_prose
 
 from hyperlm import data, evals, model, passkey
 from hyperlm import tokenizer as tok
-from hyperlm.bench import long_context
+from hyperlm.bench import long_context, scoring
 from hyperlm.bench.long_context import Windows, buckets, cells, edges_of, nats_by_place, over_depths, texts_of, windows_of
 from hyperlm.config import Config, DataConfig
 
@@ -215,7 +215,7 @@ def test_untrained_weights_are_those_that_the_run_began_with(run, made):
 
     loaded = trained.load_model(run, "latest", "cpu")
     first = model.init(loaded.config.model, loaded.config.train.seed)
-    found = long_context.untrained(loaded)
+    found = scoring.untrained(loaded.config, CPU)
     assert torch.equal(found["head"]["weight"], first["head"]["weight"]) and not torch.equal(
         found["head"]["weight"], loaded.params["head"]["weight"]
     )

@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from hyperlm import checkpoint, data, runs, trained
+from hyperlm import checkpoint, runs
+from hyperlm.bench import scoring
 from hyperlm.bench.pool import Failure, side_by_side
 from hyperlm.bench.radii import NO_RADII, SHUFFLES, Found, Job, look_into
 from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
@@ -49,14 +50,9 @@ def check(models: Mapping[str, Path], tokens: int) -> None:
     """Raises ConfigError, RunError, CheckpointError, TokenizerError or DataError where a run or its text cannot be read."""
     if tokens < 1:
         raise ConfigError(f"{tokens} tokens: needs at least 1")
-    for path in models.values():
-        config = runs.read_config(path)
-        step = checkpoint.chosen(path, "latest")
-        trained.load_tokenizer(path, step, config)
-        corpus = data.prepare(config, say=lambda line: None)  # here, and not by several processes at once
-        if checkpoint.read_meta(path, step)["fingerprint"] != corpus.fingerprint:
-            changed = f"the text of {', '.join(config.data.sources)} changed since {path} was trained"
-            raise data.DataError(f"{changed}: its validation text is gone")
+    scoring.check(models, None)
+    for path in models.values():  # here, and not by several processes at once
+        scoring.own_text(path, runs.read_config(path), checkpoint.latest(path))
 
 
 def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> Result:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperlm import data, env, model, passkey, trained
+from hyperlm import data, env, passkey, trained
 from hyperlm.bench import pool, scoring
 from hyperlm.bench.report import Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.bench.scoring import Scorer
@@ -25,8 +25,6 @@ from hyperlm.bench.statistics import mean_and_error
 from hyperlm.config import DataConfig
 from hyperlm.loss import IGNORE
 from hyperlm.passkey import CHOICES, Reader
-from hyperlm.precision import compute_copy
-from hyperlm.trained import Model
 
 ENOUGH = 8  # windows within documents; where there are fewer, documents are joined
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a key in a text
@@ -204,7 +202,7 @@ def measure(job: Job, device: torch.device) -> Found:
     """Raises what loading a run or its text raises; CheckFailed of a model whose numbers would mean nothing."""
     loaded = trained.load_model(job.run, "latest", str(device), job.kernels)
     if job.weights == "untrained":
-        loaded = replace(loaded, params=untrained(loaded))
+        loaded = replace(loaded, params=scoring.untrained(loaded.config, device))
     corpus = scoring.text_for(loaded, job.run, job.text)
     fingerprints = scoring.fingerprints(corpus)
     score, n, at_once = scoring.scorer(loaded), loaded.config.data.seq_len, scoring.tokens_at_once(device)
@@ -220,12 +218,6 @@ def measure(job: Job, device: torch.device) -> Found:
         note = f"{job.label}: lengths below {words.size} tokens have no room for a key and its question" if n // 2 < words.size else ""
     own = {"model": job.label, "weights": job.weights} if job.part == "passkeys" else {"model": job.label, "text": fingerprints[0]}
     return Found([own | row for row in rows], fingerprints, note)
-
-
-def untrained(loaded: Model) -> dict:
-    """The weights that the model had before training."""
-    config = loaded.config
-    return compute_copy(model.init(config.model, config.train.seed, device=loaded.device), env.compute_dtype(loaded.device))
 
 
 def run(

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperlm import data, evals, model, trained
+from hyperlm import data, evals, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch, joined
-from hyperlm.bench import checks, inside, statistics, wording
+from hyperlm.bench import checks, inside, scoring, statistics, wording
 from hyperlm.bench.report import Row
 from hyperlm.config import Config, ModelConfig
-from hyperlm.env import compute_dtype
 from hyperlm.loss import IGNORE
 from hyperlm.tree import Tree
 
@@ -84,12 +83,6 @@ def validation(shard: data.Shard, config: Config, count: int) -> Batch:
     enough = ends[min(np.searchsorted(ends, SPARSE * count * config.data.seq_len), len(ends) - 1)]
     sequences, _ = data.validation_sequences(shard, config.data, int(enough))
     return sequences.map(lambda x: x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()])
-
-
-def untrained(cfg: ModelConfig, device: torch.device) -> Tree:
-    """A model as it is before training."""
-    dtype = compute_dtype(device)
-    return model.init(cfg, 0, device=device, keep=lambda values: values.to(dtype) if values.dim() > 1 else values)
 
 
 def with_drawn_radii(params: Tree, cfg: ModelConfig) -> Tree:
@@ -340,12 +333,12 @@ def look_into(job: Job, device: torch.device) -> Found:
     """All that is measured of a run."""
     loaded = trained.load_model(job.path, "latest", str(device), job.kernels)
     config, cfg = loaded.config, loaded.config.model
-    corpus = data.prepare(config, say=lambda line: None)
+    corpus = scoring.own_text(job.path, config, loaded.step)
     text = read_text(corpus, config, min(job.tokens, LARGEST // (2 * cfg.n_heads * cfg.n_layers)), device)
     checks.model(config, device)
     nats = bound(evals.token_nats, loaded.params, config=config)
     checks.causal(nats, cfg.vocab_size, device, min(checks.LENGTH, config.data.seq_len), checks.TRAINED)
-    seen, null = inside.observe(loaded.params, text.batch, cfg, config.kernels), untrained(cfg, device)
+    seen, null = inside.observe(loaded.params, text.batch, cfg, config.kernels), scoring.untrained(config, device)
     drawn = inside.observe(with_drawn_radii(null, cfg), text.batch, cfg, config.kernels).lengths
     those = quantities(text, seen.entropies)
     found: Found = {}

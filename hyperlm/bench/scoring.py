@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from hyperlm import checkpoint, data, evals, runs, trained
+from hyperlm import model as decoder
 from hyperlm.bench import checks
-from hyperlm.config import DataConfig
+from hyperlm.config import Config, DataConfig
 from hyperlm.data.sources import parse_sources
+from hyperlm.env import compute_dtype
 from hyperlm.trained import Model
+from hyperlm.tree import Tree
 
 Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of each target, (B, N); 0 where that is loss.IGNORE
 
@@ -63,11 +66,26 @@ def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
     if text is not None:
         own = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
         return data.prepare(replace(config, data=own), say=lambda line: None)
+    return own_text(run, config, model.step)
+
+
+def own_text(run: Path, config: Config, step: int) -> data.Corpus:
+    """The text that a run was trained and validated on.
+
+    Raises:
+        DataError: if that changed since.
+    """
     corpus = data.prepare(config, say=lambda line: None)
-    if checkpoint.read_meta(run, model.step)["fingerprint"] != corpus.fingerprint:
+    if checkpoint.read_meta(run, step)["fingerprint"] != corpus.fingerprint:
         changed = f"the text of {', '.join(config.data.sources)} changed since {run} was trained"
-        raise data.DataError(f"{changed}: its validation text is gone; name a text by --data.sources")
+        raise data.DataError(f"{changed}: its validation text is gone; restore it, or name another by --data.sources, which geometry cannot use")
     return corpus
+
+
+def untrained(config: Config, device: torch.device) -> Tree:
+    """The weights that a run had before training, as `Model.params` has them."""
+    dtype = compute_dtype(device)
+    return decoder.init(config.model, config.train.seed, device=device, keep=lambda p: p.to(dtype) if p.dim() > 1 else p)
 
 
 def fingerprints(corpus: data.Corpus) -> tuple[str, str]:
