@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CASES, TINY, generator, normal
 
-from hyperlm import geometry, model, runs, trained
+from hyperlm import data, geometry, model, runs, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import next_tokens
 from hyperlm.bench import geometry as suite
 from hyperlm.bench import inside, radii, scoring, statistics, wording
-from hyperlm.config import Config, ConfigError
+from hyperlm.config import Config, ConfigError, DataConfig
 from hyperlm.geometry import R_MAX, R_MIN
 from hyperlm.loss import IGNORE
 
@@ -90,11 +90,29 @@ def test_intervals_are_those_of_whole_sequences_drawn_again():
     assert torch.isnan(torch.stack(statistics.interval(x, y, torch.zeros(60, dtype=torch.int64)))).all()
 
 
-def test_the_error_of_a_mean_is_that_over_sequences():
-    sums, counts = normal(9), torch.full((9,), 4.0, dtype=torch.float64)
-    assert statistics.mean_and_error(sums, counts) == pytest.approx((float(sums.mean()) / 4, float(sums.std()) / 4 / 3))
-    mean, error = statistics.mean_and_error(sums[:1], counts[:1])
-    assert mean == pytest.approx(float(sums[0]) / 4) and math.isnan(error)
+def test_the_error_of_a_mean_is_that_over_documents():
+    """Each on its own, that of a mean; the same windows twice, as of before, where plain counting would say a root of two less."""
+    sums, counts, own = normal(9), torch.full((9,), 4.0, dtype=torch.float64), torch.arange(9)
+    once = statistics.mean_and_error(sums, counts, own)
+    assert once == pytest.approx((float(sums.mean()) / 4, float(sums.std()) / 4 / 3))
+    assert statistics.mean_and_error(sums.repeat(2), counts.repeat(2), own.repeat(2)) == pytest.approx(once)
+    mean, error = statistics.mean_and_error(sums, counts, torch.zeros(9, dtype=torch.int64))
+    assert mean == pytest.approx(once[0]) and math.isnan(error)
+
+
+def test_sequences_are_of_one_group_where_they_begin_in_one_document(tmp_path):
+    """Bytes: four documents and the ends of them, in sequences of 16; counted in the stream that the sequences make."""
+    for name, size in {"a": 99, "b": 19, "c": 19, "d": 59}.items():
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    data_config = DataConfig(sources=(), val_sources=(str(tmp_path),), tokenizer="bytes", seq_len=16)
+    config = Config(replace(TINY, vocab_size=320), data_config)
+    corpus = data.prepare(config, say=lambda line: None)
+    (shard,), end = corpus.shards, tok.end_of_text(corpus.tokenizer)
+    batch, begun = radii.validation(shard, config, 100, end)
+    stream = batch.tokens.flatten().tolist()
+    assert begun == [stream[: 16 * i + 1].count(end) for i in range(len(batch.tokens))] and len(set(begun)) == 4
+    group = radii.read_text(corpus, config, 1600, CPU).group.tolist()
+    assert [group.count(i) for i in range(4)] == [begun.count(i) for i in sorted(set(begun))]
 
 
 def pairs(h: int = 2, q: int = 40, m: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -314,7 +332,7 @@ def test_radii_that_replace_others_are_used(kind):
 def text_of(batch) -> radii.Text:
     frequency = torch.arange(TINY.vocab_size)[batch.tokens] ** 2
     depth = batch.tokens % 3
-    return radii.Text(batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0)
+    return radii.Text(batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0, torch.arange(len(depth)))
 
 
 @pytest.mark.parametrize("kind", ["phase7", "phase8", "hybrid"])

@@ -26,7 +26,7 @@ CAPTIONS = {
     "correlations": (
         "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training "
         "text, entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, "
-        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over sequences. "
+        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over documents that sequences begin in. "
         "Nulls: the same of a model that was not trained, whose radii are random functions of its stream (mean and largest |rho| of "
         f"heads); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the twin's queries and "
         "keys, which its scores do not see."
@@ -39,7 +39,7 @@ CAPTIONS = {
     ),
     "ablations": (
         "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error "
-        "over sequences. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part "
+        "over documents that sequences begin in. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part "
         "of log2 (1 + frequency): if radii were functions of frequency alone, they would cost nothing."
     ),
 }

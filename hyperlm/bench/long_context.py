@@ -129,18 +129,13 @@ def edges_of(n: int, length: int) -> list[int]:
 
 def buckets(whole: Tensor, recent: Tensor, group: Tensor, n: int) -> list[Row]:
     """Means over (W, L) nats of each part of the windows, with standard errors over groups (W,) of windows; nan where there is one."""
-    counts = torch.bincount(group).double()
-
-    def told(means: Tensor) -> tuple[float, float]:
-        return mean_and_error(torch.zeros_like(counts).index_add_(0, group, means), counts)
-
     rows = []
     for low, high in pairwise(edges_of(n, whole.shape[1])):
         own, other = (nats[:, low:high].double().mean(1) for nats in (whole, recent))
         row: Row = {"from": low, "to": high}
-        row["loss"], row["standard error"] = told(own)
-        row["loss of N"], _ = told(other)
-        row["gain"], row["error of gain"] = told(other - own)
+        row["loss"], row["standard error"] = mean_and_error(own, torch.ones_like(own), group)
+        row["loss of N"] = float(other.mean())
+        row["gain"], row["error of gain"] = mean_and_error(other - own, torch.ones_like(own), group)
         rows.append(row)
     return rows
 

@@ -53,6 +53,7 @@ class Text(NamedTuple):
     bracketed: Tensor  # (W, N) bool, tokens of documents with brackets
     pieces: list[str]  # (V,), the text of each token
     end: int  # the id between documents
+    group: Tensor  # (W,) int64, from 0: the document in which each sequence begins; those that begin in one are not independent
 
 
 Found = dict[str, list[Row]]  # rows of each table
@@ -65,8 +66,11 @@ def read_text(corpus: data.Corpus, config: Config, tokens: int, device: torch.de
     """About so many validation tokens, as many of each source."""
     shards = [shard for shard in corpus.shards if len(shard.val)]
     each = max(1, tokens // len(shards) // config.data.seq_len)
-    batch = joined([validation(shard, config, each) for shard in shards])
-    ids, end = batch.tokens.numpy(), tok.end_of_text(corpus.tokenizer)
+    end = tok.end_of_text(corpus.tokenizer)
+    batches, begun = zip(*(validation(shard, config, each, end) for shard in shards), strict=True)
+    batch, begun = joined(batches), torch.tensor([(i, k) for i, own in enumerate(begun) for k in own])
+    group = begun.unique(dim=0, return_inverse=True)[1]
+    ids = batch.tokens.numpy()
     pieces = wording.texts_of(corpus.tokenizer)
     depth, document = wording.bracket_depths(ids, pieces, end), wording.documents(ids, end)
     deepest = np.zeros(document.max() + 1, np.int64)
@@ -74,15 +78,19 @@ def read_text(corpus: data.Corpus, config: Config, tokens: int, device: torch.de
     frequency = wording.frequencies(corpus, config.model.vocab_size)[ids]
     known = (torch.from_numpy(x).to(device) for x in (frequency, depth, deepest[document] > 0))
     batch = batch.to(device)
-    return Text(batch, batch.targets != IGNORE, *known, pieces, end)
+    return Text(batch, batch.targets != IGNORE, *known, pieces, end, group.to(device))
 
 
-def validation(shard: data.Shard, config: Config, count: int) -> Batch:
-    """`count` sequences of a source's validation text, or all there are, evenly over SPARSE times as many: one document may be long."""
+def validation(shard: data.Shard, config: Config, count: int, end: int) -> tuple[Batch, list[int]]:
+    """`count` sequences of a source's validation text, or all there are, evenly over SPARSE times as many: one document may be long; and
+    how many documents ended before each."""
     ends = np.cumsum(shard.val_documents[:, 0])
     enough = ends[min(np.searchsorted(ends, SPARSE * count * config.data.seq_len), len(ends) - 1)]
     sequences, _ = data.validation_sequences(shard, config.data, int(enough))
-    return sequences.map(lambda x: x[torch.linspace(0, len(x) - 1, min(count, len(x))).round().long()])
+    those = torch.linspace(0, len(sequences.tokens) - 1, min(count, len(sequences.tokens))).round().long()
+    # The first token of a text is the end of the one before.
+    before = (sequences.tokens == end).sum(1).cumsum(0) - (sequences.tokens[:, 1:] == end).sum(1)
+    return sequences.map(lambda x: x[those]), before[those].tolist()
 
 
 def with_drawn_radii(params: Tree, cfg: ModelConfig) -> Tree:
@@ -131,7 +139,7 @@ class Quantity(NamedTuple):
     where: Tensor  # (T,) bool, these tokens
     ranks: Tensor  # (U,) fp64, of mean 0; without what the others explain
     others: Tensor | None  # (C, U), ranks of what is taken out
-    sequence: Tensor  # (U,) int64, of each token, from 0
+    group: Tensor  # (U,) int64, of each token, from 0: see `Text`
     shuffled: Tensor  # (U, SHUFFLES): `ranks` in random orders
 
 
@@ -146,8 +154,8 @@ def quantities(text: Text, entropies: Tensor) -> list[Quantity]:
         taken = statistics.ranks(torch.stack([other[where] for other in others])) if others else None
         x = x if taken is None else statistics.without(x, taken)
         orders = torch.stack([torch.randperm(len(x), generator=generator) for _ in range(SHUFFLES)], 1).to(x.device)
-        sequence = torch.unique(where.nonzero()[:, 0], return_inverse=True)[1]
-        return Quantity(name, where.flatten(), x, taken, sequence, x[orders])
+        group = torch.unique(text.group[where.nonzero()[:, 0]], return_inverse=True)[1]
+        return Quantity(name, where.flatten(), x, taken, group, x[orders])
 
     found = [quantity("log frequency", text.frequency, text.counted), quantity("entropy", entropies, text.counted)]
     inner = text.counted & text.bracketed
@@ -170,7 +178,7 @@ def correlation_rows(lengths: Tensor, null: Tensor, those: list[Quantity], layer
         size = (x.square().sum(-1, keepdim=True) * y.square().sum()).sqrt()
         columns = {
             "rho": statistics.correlation(x, y),
-            **dict(zip(("low", "high"), statistics.interval(x, y, known.sequence), strict=True)),
+            **dict(zip(("low", "high"), statistics.interval(x, y, known.group), strict=True)),
             "shuffled": ((x @ known.shuffled) / size).abs().amax(-1),
             "untrained": statistics.correlation(ranks(null), y),
         }
@@ -288,7 +296,7 @@ def ablation_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -
         radii = [replaced(layer, r) if layer in hyperbolic else r for layer, r in enumerate(seen.lengths)]
         for side in which:
             after = inside.with_radii(params, text.batch, cfg, config.kernels, radii, sides[side])
-            lost, error = statistics.mean_and_error((after - seen.nats).double().sum(1), counts)
+            lost, error = statistics.mean_and_error((after - seen.nats).double().sum(1), counts, text.group)
             rows.append(
                 {"radii of": side, "replaced by": way, "nats lost": lost, "± standard error": error, "validation loss before": before}
             )

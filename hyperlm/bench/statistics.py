@@ -1,6 +1,6 @@
 """Rank correlations without what else explains them, their intervals, and shares of variance: plain statistics over many rows at once.
 
-Axes: R rows (heads), T tokens, W sequences, Q queries, M keys. Sums are in fp64.
+Axes: R rows (heads), T tokens, W sequences or windows, Q queries, M keys. Sums are in fp64.
 """
 
 import torch
@@ -39,37 +39,38 @@ def partial(x: Tensor, y: Tensor, others: Tensor) -> Tensor:
     return correlation(without(ranks(x), others), without(ranks(y), others))
 
 
-def interval(x: Tensor, y: Tensor, sequence: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """95 % interval of `correlation`, from a bootstrap over sequences: tokens of one are not independent. Ranks stay those of all tokens.
+def interval(x: Tensor, y: Tensor, group: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """95 % interval of `correlation`, from a bootstrap over groups: tokens of a document are not independent. Ranks stay those of all tokens.
 
     Args:
-        sequence: (T,) int64, in which sequence each token is, from 0.
+        group: (T,) int64, that of each token, from 0, all there.
 
     Returns:
-        low and high, (R,); nan where there is one sequence only.
+        low and high, (R,); nan where there is one group only.
     """
-    count = int(sequence.max()) + 1
+    count = int(group.max()) + 1
 
     def sums(values: Tensor) -> Tensor:
-        return values.new_zeros(*values.shape[:-1], count).index_add_(-1, sequence, values)
+        return values.new_zeros(*values.shape[:-1], count).index_add_(-1, group, values)
 
     if count < 2:
         return x.new_full((2, len(x)), torch.nan).unbind()
     drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(DRAWS, count).scatter_add_(1, drawn, torch.ones(drawn.shape)).to(x)  # how often a draw has each sequence
+    times = torch.zeros(DRAWS, count).scatter_add_(1, drawn, torch.ones(drawn.shape)).to(x)  # how often a draw has each group
     n, sum_y, sum_yy = (sums(values) @ times.mT for values in (torch.ones_like(y), y, y * y))
     sum_x, sum_xx, sum_xy = (sums(values) @ times.mT for values in (x, x * x, x * y))  # (R, DRAWS)
     rho = (sum_xy - sum_x * sum_y / n) / ((sum_xx - sum_x**2 / n) * (sum_yy - sum_y**2 / n)).sqrt()
     return torch.quantile(rho, torch.tensor([0.025, 0.975]).to(rho), dim=-1).unbind()
 
 
-def mean_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """The mean a token of what adds up to `sums` (W,) over `counts` (W,) tokens, and its standard error over the W, which are
-    independent: sequences, or documents; nan for one."""
+def mean_and_error(sums: Tensor, counts: Tensor, group: Tensor) -> tuple[float, float]:
+    """The mean a token of what adds up to `sums` (W,) over `counts` (W,) tokens, and its standard error over groups (W,) int64, from 0:
+    parts of one document are not independent. The error is nan of a single group."""
+    off = torch.zeros(int(group.max()) + 1, dtype=sums.dtype, device=sums.device)
     mean = sums.sum() / counts.sum()
-    apart = (sums - mean * counts).square().sum()
-    w = int((counts > 0).sum())
-    return float(mean), float((w / (w - 1) * apart).sqrt() / counts.sum()) if w > 1 else float("nan")
+    off.index_add_(0, group, sums - mean * counts)
+    g = len(group[counts > 0].unique())
+    return float(mean), float((g / (g - 1) * off.square().sum()).sqrt() / counts.sum()) if g > 1 else float("nan")
 
 
 def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) -> Tensor:
