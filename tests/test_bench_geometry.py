@@ -399,12 +399,22 @@ def test_planted_correlations_are_found_in_their_head_beside_their_nulls():
     rho = {(row["of"], row["head"], row["with"]): row for row in rows}
     planted = rho["key radius", 1, "log frequency"]
     assert (
-        planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shuffled"] < 0.3 and math.isnan(planted["untrained"])
+        planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shifted"] < 0.3 and math.isnan(planted["untrained"])
     )
     assert rho["query radius", 1, "depth, partial"]["rho"] > 0.5 > rho["query radius", 1, "bracket depth"]["rho"]
     summary, layers = radii.correlation_summary(rows)
     (best,) = [row for row in summary if (row["of"], row["with"]) == ("key radius", "log frequency")]
     assert best["layer.head"] == "0.1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
+
+
+def test_what_is_alike_over_long_stretches_is_in_the_null():
+    """Radii and depth that differ from one half of the text to the other, and from token to token have nothing in common."""
+    cfg, batch = replace(CASES["phase7"], n_layers=1), windows(50, 8)
+    half = (torch.arange(8) < 4)[:, None]
+    text = text_of(batch)._replace(depth=torch.where(half, 0, 9) + torch.randint(3, (8, 50), generator=generator(2)))
+    lengths = torch.where(half, 1.0, 2.0) + torch.rand(2 * cfg.n_heads, 8, 50, generator=generator())
+    rows = radii.correlation_rows(lengths, torch.ones_like(lengths), radii.quantities(text, torch.rand(8, 50)), 0, cfg)
+    assert all(row["rho"] > 0.7 and row["shifted"] > 0.7 * row["rho"] for row in rows if row["with"] == "bracket depth")
 
 
 # -- the suite -------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Suite `geometry`: what the radii of a run are, what they go with, how much of the scores they make, and what it costs to take them away.
 
-Of runs of any kind, on their own validation text, each number beside its nulls: radii shuffled over tokens, a model that was not trained,
+Of runs of any kind, on their own validation text, each number beside its nulls: radii shifted along the text, a model that was not trained,
 and of a softmax twin, which has no radii, the norms of queries and keys before they are normalised.
 """
 
@@ -13,7 +13,7 @@ import torch
 from hyperlm import checkpoint, runs
 from hyperlm.bench import scoring
 from hyperlm.bench.pool import Failure, side_by_side
-from hyperlm.bench.radii import NO_RADII, SHUFFLES, Found, Job, look_into
+from hyperlm.bench.radii import NO_RADII, SHIFTS, Found, Job, look_into
 from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.config import ConfigError
 
@@ -26,10 +26,10 @@ CAPTIONS = {
     "correlations": (
         "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training "
         "text, entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, "
-        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over documents that sequences begin in. "
-        "Nulls: the same of a model that was not trained, whose radii are random functions of its stream (mean and largest |rho| of "
-        f"heads); radii shuffled over tokens (largest |rho| of any head in {SHUFFLES} shuffles); and norms of the twin's queries and "
-        "keys, which its scores do not see."
+        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over the documents in "
+        "which sequences begin. Nulls: the same of a model that was not trained, whose radii are random functions of its stream (mean and "
+        f"largest |rho| of heads); radii shifted along the text (largest |rho| of any head in {SHIFTS} shifts: what is alike over a "
+        "document or a source stays so); and norms of the twin's queries and keys, which its scores do not see."
     ),
     "variance of scores": (
         "Share of the variance of scores, each query's mean taken out as softmax does, that a function of the angle between query and "
@@ -39,8 +39,8 @@ CAPTIONS = {
     ),
     "ablations": (
         "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error "
-        "over documents that sequences begin in. Radii of tokens as frequent are those that the model gave other tokens of the text with the same whole part "
-        "of log2 (1 + frequency): if radii were functions of frequency alone, they would cost nothing."
+        "over the documents in which sequences begin. Radii of tokens as frequent are those that the model gave other tokens of the "
+        "text with the same whole part of log2 (1 + frequency): if radii were functions of frequency alone, they would cost nothing."
     ),
 }
 HIDDEN = ("text", "radii by head", "correlations by head", "correlations by layer", "key correlations by layer", "variance by head", "disk")

@@ -23,7 +23,7 @@ from hyperlm.loss import IGNORE
 from hyperlm.tree import Tree
 
 SPARSE = 8  # of so many sequences, one is looked at
-SHUFFLES = 20
+SHIFTS = 20  # of radii against the text, evenly over it
 LARGEST = 1 << 28  # radii that are kept: fewer tokens of a model that has more of them
 PAIRED, SEQUENCES = 1 << 14, 16  # tokens among which scores are looked at, in at most so many sequences
 QUERIES = 64  # of each of these
@@ -140,22 +140,22 @@ class Quantity(NamedTuple):
     ranks: Tensor  # (U,) fp64, of mean 0; without what the others explain
     others: Tensor | None  # (C, U), ranks of what is taken out
     group: Tensor  # (U,) int64, of each token, from 0: see `Text`
-    shuffled: Tensor  # (U, SHUFFLES): `ranks` in random orders
+    shifted: Tensor  # (U, SHIFTS): `ranks` of other places, far off
 
 
 def quantities(text: Text, entropies: Tensor) -> list[Quantity]:
     """Those that there are in this text."""
     w, n = text.counted.shape
     position = torch.arange(n, device=text.counted.device).expand(w, n)
-    generator = torch.Generator().manual_seed(0)
 
     def quantity(name: str, values: Tensor, where: Tensor, *others: Tensor) -> Quantity:
         x = statistics.ranks(values[where])
         taken = statistics.ranks(torch.stack([other[where] for other in others])) if others else None
         x = x if taken is None else statistics.without(x, taken)
-        orders = torch.stack([torch.randperm(len(x), generator=generator) for _ in range(SHUFFLES)], 1).to(x.device)
+        shifts = len(x) * torch.arange(1, SHIFTS + 1, device=x.device) // (SHIFTS + 1)
+        elsewhere = (torch.arange(len(x), device=x.device)[:, None] + shifts) % len(x)
         group = torch.unique(text.group[where.nonzero()[:, 0]], return_inverse=True)[1]
-        return Quantity(name, where.flatten(), x, taken, group, x[orders])
+        return Quantity(name, where.flatten(), x, taken, group, x[elsewhere])
 
     found = [quantity("log frequency", text.frequency, text.counted), quantity("entropy", entropies, text.counted)]
     inner = text.counted & text.bracketed
@@ -179,7 +179,7 @@ def correlation_rows(lengths: Tensor, null: Tensor, those: list[Quantity], layer
         columns = {
             "rho": statistics.correlation(x, y),
             **dict(zip(("low", "high"), statistics.interval(x, y, known.group), strict=True)),
-            "shuffled": ((x @ known.shuffled) / size).abs().amax(-1),
+            "shifted": ((x @ known.shifted) / size).abs().amax(-1),
             "untrained": statistics.correlation(ranks(null), y),
         }
         of = "radius" if layer in cfg.hyperbolic_layers else "norm"
@@ -211,7 +211,7 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
                 "mean |rho|": mean([abs(row["rho"]) for row in own]),
                 "untrained |rho|": mean([abs(row["untrained"]) for row in own]),
                 "untrained, largest": max((abs(row["untrained"]) for row in own if math.isfinite(row["untrained"])), default=math.nan),
-                "shuffled, largest": max((row["shuffled"] for row in there), default=math.nan),
+                "shifted, largest": max((row["shifted"] for row in there), default=math.nan),
                 "strongest head [95 %]": strongest,
                 "layer.head": "" if best is None else f"{best['layer']}.{best['head']}",
             }
