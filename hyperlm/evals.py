@@ -47,24 +47,14 @@ def evaluate(params: Tree, corpus: Corpus, config: Config, device: torch.device,
 @torch.no_grad()
 def validate(nats_at: NatsAt, corpus: Corpus, config: Config, device: torch.device, batch: int) -> dict[str, float]:
     """`evaluate`, but for passkeys, of anything that tells nats."""
-    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
-    shards = [shard for shard in corpus.shards if len(shard.val)]
-    sets = {shard.name: validation_sequences(shard, config.data, config.eval.max_tokens) for shard in shards}
-    sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
-    bar = progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq")
-    results: dict[str, float] = {}
-    nats, tokens, text_nats, size, by_position = 0.0, 0, 0.0, 0, torch.zeros(())
-    for name, (sequences, source_bytes) in sets.items():
-        source = sums_of(nats_at, sequences, device, batch, special=special, done=bar.update)
-        if len(sets) > 1:
-            results[f"val_bpb/{name}"] = (source.nats - source.special) / math.log(2) / source_bytes
-        nats, tokens, by_position = nats + source.nats, tokens + source.tokens, by_position + source.by_position
-        text_nats, size = text_nats + source.nats - source.special, size + source_bytes
-    bar.close()
-    loss = nats / tokens
-    documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in shards)
-    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": text_nats / math.log(2) / size, **results}
-    return found | {"val_documents": documents} | position_losses(by_position)
+    sources = by_source(nats_at, corpus, config, device, batch, config.eval.max_tokens)
+    each = [source.sums for source in sources.values()]
+    loss = sum(sums.nats for sums in each) / sum(sums.tokens for sums in each)
+    bits = {name: (source.sums.nats - source.sums.special) / math.log(2) for name, source in sources.items()}
+    per_byte = {f"val_bpb/{name}": bits[name] / source.size for name, source in sources.items()} if len(sources) > 1 else {}
+    documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in corpus.shards if len(shard.val))
+    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": sum(bits.values()) / sum(x.size for x in sources.values())}
+    return found | per_byte | {"val_documents": documents} | position_losses(sum(sums.by_position for sums in each))
 
 
 def position_losses(sums: Tensor) -> dict[str, float]:
@@ -139,6 +129,29 @@ def sums_of(
         by_position += torch.stack([found.sum(0, dtype=torch.float64), counted.sum(0)])
         done(len(read))
     return Sums(nats, tokens, special_nats, by_position.cpu())
+
+
+class Source(NamedTuple):
+    """Validation text of a source, where there is any of which something is learnt."""
+
+    sequences: Batch  # (W, N)
+    size: int  # bytes of what is learnt
+    sums: Sums
+
+
+@torch.no_grad()
+def by_source(
+    nats_at: NatsAt, corpus: Corpus, config: Config, device: torch.device, batch: int, max_tokens: int, stride: int = 0
+) -> dict[str, Source]:
+    """Nats of every source, `batch` sequences at a time; `max_tokens` and `stride` are those of `data.validation_sequences`."""
+    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
+    sets = {shard.name: validation_sequences(shard, config.data, max_tokens, stride) for shard in corpus.shards if len(shard.val)}
+    sets = {name: (sequences, size) for name, (sequences, size) in sets.items() if size}
+    with progress(desc="evaluating", total=sum(len(sequences.tokens) for sequences, _ in sets.values()), unit=" seq") as bar:
+        return {
+            name: Source(sequences, size, sums_of(nats_at, sequences, device, batch, special=special, done=bar.update))
+            for name, (sequences, size) in sets.items()
+        }
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Passkey retrieval (Mohtashami & Jaggi 2023): a number is hidden in a long text, and asked for at its end.
 
-A trial is the text CHOICES times, with another answer each time: the key, then numbers that are nowhere in the text. Whether a model would
+A trial is the text CHOICES times, with another answer each time: the key, then other random numbers. Whether a model would
 say the key (each digit is what it finds most probable after those before), and whether it finds the key more probable than the others, as
 guessing does in one of CHOICES trials: both follow from a pass over these texts. No token is generated.
 Axes: T trials, C choices, N tokens, of which the answer is the end.

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from hyperlm import data, evals, log, trained
-from hyperlm import tokenizer as tok
 from hyperlm.bench import pool, scoring
 from hyperlm.bench.report import Lines, Result, Row, Table
 from hyperlm.config import DataConfig
@@ -49,12 +48,12 @@ def measure(job: Job, device: torch.device) -> Found:
         CheckFailed: of a model whose numbers would mean nothing.
     """
     model = trained.load_model(job.run, "latest", str(device), job.kernels)
-    scoring.scorer(model)  # before any number: it looks back only
+    score = scoring.scorer(model)  # before any number: it looks back only
     corpus = scoring.text_for(model, job.run, job.text)
     fingerprints = scoring.fingerprints(corpus)
     own = {"model": job.label, "step": model.step, "text": fingerprints[0]}
     n = model.config.data.seq_len
-    rows = [own | row for stride in (n, n // 2) for row in at_stride(model, corpus, stride, job.max_tokens)]
+    rows = [own | row for stride in (n, n // 2) for row in at_stride(model, score, corpus, stride, job.max_tokens)]
     return Found(rows, curve_of(job), fingerprints)
 
 
@@ -69,26 +68,19 @@ def curve_of(job: Job) -> list[Row]:
     ]
 
 
-def at_stride(model: trained.Model, corpus: data.Corpus, stride: int, max_tokens: int) -> list[Row]:
+def at_stride(model: trained.Model, score: scoring.Scorer, corpus: data.Corpus, stride: int, max_tokens: int) -> list[Row]:
     """A row for each source, if there are several, and one for all of the text."""
-    config, device = model.config, model.device
-    batch = max(1, scoring.tokens_at_once(device) // config.data.seq_len)
-    special = torch.tensor(sorted(tok.stop_ids(corpus.tokenizer)), device=device)
-    rows, sums, counts = [], [], torch.zeros(config.model.vocab_size, dtype=torch.float64)
-    for shard in corpus.shards:
-        sequences, size = data.validation_sequences(shard, config.data, max_tokens, stride) if len(shard.val) else (None, 0)
-        if not size:
-            continue
-        found = evals.nats_of(model.params, sequences, config, device, batch, special=special)
-        own = torch.bincount(sequences.targets[sequences.targets != IGNORE], minlength=len(counts))
-        sums.append((found.nats, found.tokens, found.special, size))
-        rows.append(row_of(shard.name, stride, *sums[-1], own))
-        counts += own
-    if not sums:
+    config, batch = model.config, max(1, scoring.tokens_at_once(model.device) // model.config.data.seq_len)
+    sources = evals.by_source(score, corpus, config, model.device, batch, max_tokens, stride)
+    if not sources:
         raise data.DataError(
             "nothing in this text is what the model was trained to say: it has conversations alone, without an assistant's turns"
         )
-    return [*rows, row_of(WHOLE, stride, *(sum(column) for column in zip(*sums, strict=True)), counts)] if len(rows) > 1 else rows
+    parts = [(sums.nats, sums.tokens, sums.special, size) for _, size, sums in sources.values()]
+    targets = [source.sequences.targets for source in sources.values()]
+    counts = [torch.bincount(x[x != IGNORE], minlength=config.model.vocab_size) for x in targets]
+    rows = [row_of(name, stride, *part, own) for name, part, own in zip(sources, parts, counts, strict=True)]
+    return [*rows, row_of(WHOLE, stride, *map(sum, zip(*parts, strict=True)), sum(counts))] if len(rows) > 1 else rows
 
 
 def row_of(source: str, stride: int, nats: float, tokens: int, special: float, size: int, counts: torch.Tensor) -> Row:
