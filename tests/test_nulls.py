@@ -266,13 +266,13 @@ def test_a_long_sequence_needs_memory_in_proportion(score):
 # -- the suite -------------------------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-# Validation losses by label, rate and seed. On seed 0, N2 and N4 are best at the third rate, the others at the second.
+# Validation losses by label, rate and seed. N2 and N4 are best at the third rate, the others at the second.
 LOSSES = {
-    "N0-cosine": {1e-3: [3.30], 2e-3: [3.10, 3.12, 3.11], 4e-3: [3.20]},
-    "N1-bias": {1e-3: [3.30], 2e-3: [3.08, 3.09, 3.10], 4e-3: [3.09]},
-    "N2-gain": {1e-3: [3.30], 2e-3: [3.20], 4e-3: [3.07, 3.06, 3.09], 8e-3: [3.30]},
-    "N3-first-order": {1e-3: [3.30], 2e-3: [3.05, 3.06, 3.07], 4e-3: [math.nan]},
-    "N4-phase7": {1e-3: [3.50], 2e-3: [3.50], 4e-3: [3.01, 3.03, 3.02], 8e-3: [3.30]},
+    "N0-cosine": {1e-3: [3.30], 2e-3: [3.10, 3.12, 3.11], 4e-3: [3.20] * 3},
+    "N1-bias": {1e-3: [3.30], 2e-3: [3.08, 3.09, 3.10], 4e-3: [3.07, 3.20, 3.20], 8e-3: [3.30]},  # lucky with seed 0
+    "N2-gain": {1e-3: [3.30], 2e-3: [3.20] * 3, 4e-3: [3.07, 3.06, 3.09], 8e-3: [3.30]},
+    "N3-first-order": {1e-3: [3.30] * 3, 2e-3: [3.05, 3.06, 3.07], 4e-3: [math.nan]},
+    "N4-phase7": {1e-3: [3.50], 2e-3: [3.40] * 3, 4e-3: [3.01, 3.03, 3.02], 8e-3: [3.50]},
 }
 
 
@@ -345,7 +345,7 @@ def test_what_is_told_of_losses_by_hand(pretended):
 )
 def test_a_verdict_claims_what_the_seeds_bear(by_seed, ending):
     trials = {"N3-first-order": [Trial(1e-3, i, outcome(3 + x)) for i, x in enumerate(by_seed)], "N4-phase7": [Trial(1e-3, i, outcome(3.0)) for i in range(3)]}
-    assert nulls.verdict("geometry:", comparison.difference(trials, "N3-first-order", "N4-phase7", 0)).endswith(ending)
+    assert nulls.verdict("geometry:", comparison.difference(trials, "N3-first-order", "N4-phase7")).endswith(ending)
 
 
 def test_intervals_are_those_of_students_t():
@@ -377,6 +377,7 @@ def test_an_arm_that_fails_is_a_row_that_says_why(pretended, monkeypatch):
 
 def test_a_seed_that_diverges_leaves_the_other_pairs(pretended, monkeypatch):
     monkeypatch.setitem(LOSSES["N4-phase7"], 4e-3, [3.01, math.nan, 3.02])
+    monkeypatch.setitem(LOSSES["N4-phase7"], 2e-3, [3.40, math.nan, math.nan])
     result = run()[-1]
     assert rows(result, "nulls")["N4-phase7"]["seeds"] == 2
     assert {"seed 0", "seed 2"} == {name for name in rows(result, "parts", "difference")["N3 − N4"] if name.startswith("seed")}

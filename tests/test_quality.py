@@ -179,15 +179,32 @@ def outcome(loss: float, seconds: float = 10.0, tokens: int = 100) -> Outcome:
     ],
 )
 def test_the_grid_goes_on_where_the_best_rate_is_at_its_edge(best, tried):
-    """Then come the other seeds, at the best."""
+    """Then come the other seeds, at the best two."""
     trials: list[grid.Trial] = []
     while asked := grid.wanted(trials, [0.5, 1, 2], [0, 1, 2]):
         for rate, seed in asked:
             found = Failure("no") if best is None else outcome(math.nan if rate > 2 * best else 3 + abs(math.log2(rate / best)))
             trials.append(grid.Trial(rate, seed, found))
     assert [trial.rate for trial in trials if trial.seed == 0] == tried
+    best_two = sorted(tried, key=lambda rate: (rate > 2 * best, abs(math.log2(rate / best))))[:2] if best else []
     others = [(trial.rate, trial.seed) for trial in trials if trial.seed != 0]
-    assert others == ([] if best is None else [(min(best, 16), 1), (min(best, 16), 2)])
+    assert others == [(rate, seed) for rate in best_two for seed in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({1: [3.0], 2: [3.1]}, 1),
+        ({1: [3.0, 3.3, 3.3], 2: [3.1, 3.1, 3.1]}, 2),  # lucky with one seed
+        ({1: [3.0, 3.0, math.nan], 2: [3.1, 3.1, 3.1]}, 2),  # diverges with one
+        ({1: [3.0, 3.2], 2: [3.1]}, 1),  # on the way
+        ({1: [math.nan]}, None),
+    ],
+)
+def test_the_mean_of_all_seeds_decides_among_rates(losses, best):
+    trials = [grid.Trial(rate, seed, outcome(loss)) for rate, own in losses.items() for seed, loss in enumerate(own)]
+    assert grid.best_rate(trials) == best
+    assert grid.at_best(trials) == {seed: outcome(loss) for seed, loss in enumerate(losses.get(best, []))}
 
 
 @pytest.mark.parametrize(("seconds", "loss"), [(4.9, None), (5.0, 6.0), (7.5, 4.5), (10.0, 3.0), (11.0, 3.0)])
@@ -210,7 +227,7 @@ def fake(job: Job, device: torch.device) -> Outcome:
 def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "measure", fake)
     results = list(quality.run(["softmax", "phase7", "phase8"], tiny(prose), [CPU], seeds=[0, 1], folder=tmp_path / "models"))
-    assert len(results) == 3 * 3 + 2 and len(results[0].tables) == 4  # the first rates of three arms, then a seed of two; no pairs at first
+    assert len(results) == 3 * 3 + 2 * 2 and len(results[0].tables) == 4  # the first rates of three arms, then a seed of two at two rates; no pairs at first
     tables = {table.name: table.rows for table in results[-1].tables}
     softmax, phase7, phase8 = tables["quality"]
     assert softmax["best rate"] == phase7["best rate"] == 1 / 128
@@ -222,15 +239,35 @@ def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
     assert pairs.pop("model") == "phase7" and pairs == pytest.approx(
         {"mean": -0.095, "standard error": 0.005, "95 % ±": 0.06353, "seed 0": -0.1, "seed 1": -0.09}, rel=1e-4
     )  # of two pairs 0.01 apart: half of that, and 12.706 times it
-    assert any(note.endswith("what was lucky with it; means of the other seeds: softmax 3.100, phase7 3.010") for note in results[-1].notes)
+    assert results[-1].notes[0].startswith("learning rates: all were tried with seed 0, the best 2 with all seeds; ")
     tried = [(r["rate"], r["seed"]) for r in tables["rates"] if r["model"] == "softmax"]
-    assert tried == [(0.00391, 0), (0.00781, 0), (0.00781, 1), (0.0156, 0)]
-    assert len(tables["curves"]) == 2 * 4 * 2 and {r["rate"] for r in tables["best curves"]} == {1 / 128}
+    assert tried == [(0.00391, 0), (0.00391, 1), (0.00781, 0), (0.00781, 1), (0.0156, 0)]
+    assert len(tables["curves"]) == 2 * 5 * 2 and {r["rate"] for r in tables["best curves"]} == {1 / 128}
     kept = {path.name: (path / "rate").read_text() for path in (tmp_path / "models").iterdir()}
     assert kept == {"softmax": f"{1 / 128:g}", "phase7": f"{1 / 128:g}"}
     columns = {table.name: {name for row in table.rows for name in row} for table in results[-1].tables}
     for figure in results[-1].figures:
         assert {figure.x, figure.y, *figure.series, *filter(None, [figure.over])} <= columns[figure.table]
+
+
+def test_the_model_that_is_left_is_that_of_the_best_rate(prose, tmp_path, monkeypatch):
+    """At the second of four rates seed 0 is lucky; the third is better. What one stops amid is there as well, and nothing beside it."""
+    losses = {1e-3: [3.5], 2e-3: [3.0, 3.4, 3.4], 4e-3: [3.1, 3.1, 3.1], 8e-3: [3.5]}
+
+    def measure(job: Job, device: torch.device) -> Outcome:
+        if job.keep:
+            job.keep.mkdir(parents=True)
+            (job.keep / "rate").write_text(f"{job.config.optim.lr:g}")
+        return outcome(losses[job.config.optim.lr][job.config.train.seed])
+
+    monkeypatch.setattr(grid, "measure", measure)
+    for stop, rate in ((100, "0.004"), (5, "0.002")):
+        folder = tmp_path / str(stop)
+        search = grid.search({"phase7": tiny(prose)}, [CPU], rates=list(losses), seeds=[0, 1, 2], folder=folder)
+        for _ in zip(range(stop), search, strict=False):
+            pass
+        search.close()
+        assert {path.name: (path / "rate").read_text() for path in folder.iterdir()} == {"phase7": rate}
 
 
 def test_kinds_and_peers_are_trained_and_what_they_leave_can_be_loaded(prose, tmp_path, monkeypatch):

@@ -34,9 +34,9 @@ class Difference(NamedTuple):
         return {"mean": self.mean, **errors, **{f"seed {seed}": x for seed, x in self.by_seed.items()}}
 
 
-def difference(trials: Trials, first: str, second: str, seed: int) -> Difference:
-    """Of the seeds that both arms have, each arm at the rate that is best for `seed`."""
-    a, b = ({of: x.val["val_loss"] for of, x in grid.at_best(trials[label], seed).items()} for label in (first, second))
+def difference(trials: Trials, first: str, second: str) -> Difference:
+    """Of the seeds that both arms have, each arm at its best rate."""
+    a, b = ({of: x.val["val_loss"] for of, x in grid.at_best(trials[label]).items()} for label in (first, second))
     by_seed = {of: a[of] - b[of] for of in sorted(a) if of in b}
     values = list(by_seed.values())
     return Difference(by_seed, mean(values) if values else nan, stdev(values) / len(values) ** 0.5 if len(values) > 1 else nan)
@@ -87,21 +87,20 @@ def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> 
 
 
 def notes(trials: Trials, seed: int) -> list[str]:
-    """How far rates can be trusted that `seed` chose, and what is in no mean."""
-    told, others, tried_once = [], {}, True
+    """How rates were chosen, `seed` being the first, how far that can be trusted, and what is in no mean."""
+    told, single = [], True
     for label, own in trials.items():
-        rate, tried = grid.best_rate(own, seed), {trial.rate for trial in own if trial.seed == seed}
-        tried_once &= len(tried) < 2
-        losses = [x.val["val_loss"] for of, x in grid.at_best(own, seed).items() if of != seed]
-        others |= {label: mean(losses)} if losses else {}
+        rate, tried = grid.best_rate(own), {trial.rate for trial in grid.of_seed(own, seed)}
+        single &= len(tried) < 2
         if rate is not None and len(tried) > 1 and grid.beyond(rate, list(tried)):
             told.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
         for trial in own:
             if trial.loss == NO_LOSS:
                 why = trial.found.why if isinstance(trial.found, Failure) else "diverged"
                 told.append(f"{label}, rate {trial.rate:.3g}, seed {trial.seed}: {why}; it is in no mean")
-    if tried_once:
+    if single:
         return ["one learning rate alone was tried: another may suit some of them better", *told]
-    chosen = f"learning rates were chosen by the loss of seed {seed} alone, in favour of what was lucky with it"
-    means = f"; means of the other seeds: {', '.join(f'{label} {loss:.3f}' for label, loss in others.items())}" if others else ""
-    return [chosen + means, *told]
+    chosen = f"learning rates: all were tried with seed {seed}"
+    if len({trial.seed for own in trials.values() for trial in own}) > 1:
+        chosen += f", the best {grid.FINALISTS} with all seeds"
+    return [f"{chosen}; that of the lowest mean is told, which is a little lower for having been chosen", *told]

@@ -1,4 +1,5 @@
-"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then other seeds at the best."""
+"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then the FINALISTS of them with all
+seeds, of which the mean decides. One seed alone would choose what is lucky with it, such as a rate near that at which a model diverges."""
 
 import math
 import os
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -19,6 +21,7 @@ from hyperlm.config import Config, ConfigError, peak_rate
 
 MULTIPLES = (0.5, 1.0, 2.0)  # of the rule's rate, to begin with
 EXTENSIONS = 3  # factors of two that a grid goes on by, at most
+FINALISTS = 2  # rates that are tried with all seeds
 NO_LOSS = math.inf  # of what failed or diverged
 
 
@@ -56,16 +59,27 @@ def check(rates: Sequence[float], seeds: Sequence[int]) -> None:
 # -- what to train ---------------------------------------------------------------------------------------------------------------------
 
 
-def best_rate(trials: Sequence[Trial], seed: int) -> float | None:
-    """The rate with the lowest loss for `seed`; None where none has any."""
-    finite = [trial for trial in trials if trial.seed == seed and trial.loss < NO_LOSS]
-    return min(finite, key=lambda trial: trial.loss).rate if finite else None
+def ranked(trials: Sequence[Trial]) -> list[float]:
+    """The rates at which there is a loss, the best first: of as many seeds as any, the lowest mean."""
+    losses: dict[float, list[float]] = {}
+    for trial in trials:
+        if trial.loss < NO_LOSS:
+            losses.setdefault(trial.rate, []).append(trial.loss)
+    return sorted(losses, key=lambda rate: (-len(losses[rate]), mean(losses[rate])))
 
 
-def at_best(trials: Sequence[Trial], seed: int) -> dict[int, Outcome]:
-    """By seed, what an arm came to at the rate that is best for `seed`; what failed or diverged there is left out."""
-    own = [trial for trial in trials if trial.rate == best_rate(trials, seed) and trial.loss < NO_LOSS]
-    return {trial.seed: trial.found for trial in own if isinstance(trial.found, Outcome)}
+def best_rate(trials: Sequence[Trial]) -> float | None:
+    return next(iter(ranked(trials)), None)
+
+
+def at_best(trials: Sequence[Trial]) -> dict[int, Outcome]:
+    """By seed, what an arm came to at its best rate; what failed or diverged there is left out."""
+    best = best_rate(trials)
+    return {trial.seed: trial.found for trial in trials if trial.rate == best and isinstance(trial.found, Outcome) and trial.loss < NO_LOSS}
+
+
+def of_seed(trials: Sequence[Trial], seed: int) -> list[Trial]:
+    return [trial for trial in trials if trial.seed == seed]
 
 
 def beyond(best: float, tried: Sequence[float]) -> float | None:
@@ -77,16 +91,14 @@ def beyond(best: float, tried: Sequence[float]) -> float | None:
 
 def wanted(trials: Sequence[Trial], rates: Sequence[float], seeds: Sequence[int]) -> list[tuple[float, int]]:
     """The (rate, seed) that an arm is to be trained with next, given what was: the grid with the first seed; where the best is at its edge,
-    one rate beyond; then the other seeds at the best. Nothing where all is known, or nothing works."""
-    done = {(trial.rate, trial.seed) for trial in trials}
+    one rate beyond; then the other seeds at the best few. Nothing where all is known, or nothing works."""
+    done, first = {(trial.rate, trial.seed) for trial in trials}, of_seed(trials, seeds[0])
     if missing := [(rate, seeds[0]) for rate in rates if (rate, seeds[0]) not in done]:
         return missing
-    best, tried = best_rate(trials, seeds[0]), [rate for rate, seed in done if seed == seeds[0]]
-    if best is None:
-        return []
-    if len(rates) > 1 and (further := beyond(best, tried)) and len(tried) < len(rates) + EXTENSIONS:
+    best, tried = ranked(first)[:FINALISTS], [trial.rate for trial in first]
+    if len(rates) > 1 and best and (further := beyond(best[0], tried)) and len(tried) < len(rates) + EXTENSIONS:
         return [(further, seeds[0])]
-    return [(best, seed) for seed in seeds if (best, seed) not in done]
+    return [(rate, seed) for rate in best for seed in seeds if (rate, seed) not in done]
 
 
 def measure(job: Job, device: torch.device) -> Outcome:
@@ -109,37 +121,59 @@ def search(
     folder: Path | None = None,
     desc: str = "",
 ) -> Iterator[Trials]:
-    """Train every arm at its best rate with each of `seeds`; the first of them chooses the rate.
+    """Train every arm at its best rate with each of `seeds`: see `wanted`.
 
     Args:
         arms: label -> resolved configuration, but for rate and seed. The text is tokenised already: see `data.prepare`.
         rates: peak learning rates to begin with.
-        folder: where models of the first seed at the best rate are left, each as the run `folder/<label>`; peers are none.
+        folder: where the first seed's models at the best rates are left, each as the run `folder/<label>`; peers are none.
 
     Yields:
         All trials so far, the same dictionary each time, once for each that ended.
     """
     trials: Trials = {label: [] for label in arms}
-    while True:
-        jobs = []
-        for label, config in arms.items():
-            for rate, seed in wanted(trials[label], rates, seeds):
-                own = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
-                jobs.append(Job(label, own, folder / f".{label} at {rate:g}" if folder and seed == seeds[0] else None))
-        if not jobs:
-            return
-        for job, found in side_by_side(measure, jobs, devices, desc=desc):
-            trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, found))
-            if job.keep and job.keep.exists():
-                keep_best(job, job.keep, trials[job.label])
-            yield trials
+    kept = {label: Kept(folder, label) for label in arms} if folder else {}
+    try:
+        while True:
+            jobs = []
+            for label, config in arms.items():
+                for rate, seed in wanted(trials[label], rates, seeds):
+                    own = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
+                    jobs.append(Job(label, own, kept[label].at(rate) if kept and seed == seeds[0] else None))
+            if not jobs:
+                return
+            for job, found in side_by_side(measure, jobs, devices, desc=desc):
+                trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, found))
+                if kept:
+                    kept[job.label].choose(trials[job.label], seeds[0])
+                yield trials
+    finally:
+        for own in kept.values():
+            own.leave(())
 
 
-def keep_best(job: Job, kept: Path, trials: Sequence[Trial]) -> None:
-    """Put what a job left in the place of the arm's model if it is the best so far; else remove it."""
-    place = kept.with_name(job.label)
-    if best_rate(trials, job.config.train.seed) == job.config.optim.lr:
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(kept, place)
-    else:
-        shutil.rmtree(kept)
+class Kept:
+    """The models of an arm that one seed left: that of the best rate in its place, and, while another may become so, those of others hidden."""
+
+    def __init__(self, folder: Path, label: str) -> None:
+        self.place, self.rate = folder / label, 0.0
+
+    def at(self, rate: float) -> Path:
+        """Where the model of a rate is left, until it is known to be the best."""
+        return self.place.with_name(f".{self.place.name} at {rate:g}")
+
+    def choose(self, trials: Sequence[Trial], seed: int) -> None:
+        best = best_rate(trials)
+        if best is not None and best != self.rate and self.at(best).exists():
+            if self.place.exists():
+                os.replace(self.place, self.at(self.rate))
+            os.replace(self.at(best), self.place)
+            self.rate = best
+        self.leave(ranked(of_seed(trials, seed))[:FINALISTS])
+
+    def leave(self, rates: Sequence[float]) -> None:
+        """Remove what is hidden, but for these rates."""
+        stay = {self.at(rate) for rate in rates}
+        for path in self.place.parent.glob(f".{self.place.name} at *"):
+            if path not in stay:
+                shutil.rmtree(path, ignore_errors=True)

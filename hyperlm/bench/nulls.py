@@ -56,25 +56,25 @@ def verdict(what: str, d: Difference) -> str:
     return f"{found}: no difference can be told from chance; one of up to {max(-low, high):.4f} would fit these runs as well"
 
 
-def row_of(trials: Trials, label: str, seed: int) -> Row:
-    found = list(grid.at_best(trials[label], seed).values())
+def row_of(trials: Trials, label: str) -> Row:
+    found = list(grid.at_best(trials[label]).values())
     if not found:
         return comparison.why_none(label, trials[label])
-    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label], seed)}
-    row |= {f"{other[:2]} − this": with_error(difference(trials, other, label, seed)) if other != label else "" for other in (N0, N4)}
+    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label])}
+    row |= {f"{other[:2]} − this": with_error(difference(trials, other, label)) if other != label else "" for other in (N0, N4)}
     return row | comparison.common(found)
 
 
 def result(trials: Trials, seed: int) -> Result:
-    """All that is known so far; `seed` is the one that chose the rates."""
+    """All that is known so far; `seed` is the first."""
     tried = [label for label in ARMS if trials[label]]
-    parts = {part: (pair, d) for part, pair in PARTS.items() if (d := difference(trials, *pair, seed)).by_seed}
-    at_best = {label: grid.at_best(trials[label], seed) for label in tried}
-    told = f"Validation loss, nats a token, each at its best rate, chosen on seed {seed}; differences, of pairs, are above 0 where this one is lower; "
+    parts = {part: (pair, d) for part, pair in PARTS.items() if (d := difference(trials, *pair)).by_seed}
+    at_best = {label: grid.at_best(trials[label]) for label in tried}
+    told = "Validation loss, nats a token, each at its best rate; differences, of pairs, are above 0 where this one is lower; "
     told += "± is the standard error."
     of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches; 95 % by Student's t."
     tables = [
-        Table("nulls", [row_of(trials, label, seed) for label in tried], told),
+        Table("nulls", [row_of(trials, label) for label in tried], told),
         Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts),
         Table("seeds", [{"model": label, "seed": of, "loss": x.val["val_loss"]} for label in tried for of, x in at_best[label].items()], shown=False),
         Table("pairs", [{"part": part, "seed": of, "nats": nats} for part, (_, d) in parts.items() for of, nats in d.by_seed.items()], shown=False),
@@ -89,11 +89,11 @@ def result(trials: Trials, seed: int) -> Result:
 
 
 def notes(trials: Trials, seed: int) -> list[str]:
-    geometry = difference(trials, N3, N4, seed)
+    geometry = difference(trials, N3, N4)
     told = [verdict(f"geometry, what exact scores have beyond their first order ({names(N3, N4)}):", geometry)]
     others = {"the bias of keys alone": (N0, N1), "the gain alone": (N0, N2), "both, the first order": (N0, N3), "all of phase7": (N0, N4)}
-    told += [verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair, seed)).by_seed) > 1]
-    speeds = [mean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(trials[label], seed))]
+    told += [verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair)).by_seed) > 1]
+    speeds = [mean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(trials[label]))]
     if len(speeds) == 2:
         told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
         if geometry.mean - geometry.margin <= 0:
@@ -123,12 +123,12 @@ def check(config: Config, rates: Sequence[float] = (), seeds: Sequence[int] = (0
 def run(
     config: Config, devices: Sequence[torch.device], rates: Sequence[float] = (), seeds: Sequence[int] = (0,), folder: Path | None = None
 ) -> Iterator[Result]:
-    """Train every arm at each of `rates` with the first of `seeds`, then at its best rate with the others; `check` comes before.
+    """Train every arm at its best rate with each of `seeds`, as `grid.search` does; `check` comes before.
 
     Args:
         config: size, text and steps, resolved; kind and score are each arm's own.
         rates: peak learning rates to begin with; those of `grid.rates_of` if none are given.
-        folder: where the first seed's best model of each arm is left, as the run `folder/<label>`; nowhere if None.
+        folder: where the first seed's model of each arm at its best rate is left, as the run `folder/<label>`; nowhere if None.
 
     Yields:
         What is measured so far.

@@ -68,7 +68,7 @@ def run(
         labels: of KINDS and PEERS.
         config: resolved, but for kind, rate and seed.
         rates: peak learning rates to begin with; those of `grid.rates_of` if none are given.
-        seeds: of which the first chooses the rate.
+        seeds: of which the first tries all rates.
         folder: where the models of the first seed at the best rate are left, each as the run `folder/<label>`; peers are none.
 
     Yields:
@@ -94,16 +94,16 @@ def loss_at(curve: Sequence[Point], seconds: float) -> float | None:
 
 def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     """Tables, figures and notes of what there is."""
-    best = {label: grid.at_best(own, seeds[0]) for label, own in trials.items() if own}
+    best = {label: grid.at_best(own) for label, own in trials.items() if own}
     seconds = min((max(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
     t, n = config.train, config.data.seq_len
     told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
     told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
-    at = {label: grid.best_rate(own, seeds[0]) for label, own in trials.items()}
+    at = {label: grid.best_rate(own) for label, own in trials.items()}
     differences = f"Validation loss less that of {TWIN} with the same seed, nats a token, below 0 is better; 95 % by Student's t."
     tables = [
         Table("quality", [row_of(label, trials[label], best[label], seconds, at[label]) for label in best], told),
-        Table("paired differences", paired(trials, seeds[0]), differences),
+        Table("paired differences", paired(trials), differences),
         Table("rates", comparison.rate_rows(trials), "Validation loss (nats a token) at every learning rate that was tried."),
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
         Table("best curves", comparison.curve_rows(trials, at), "Of those at the best rates.", shown=False),
@@ -122,9 +122,9 @@ def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], se
     return row if None in then else row | {"loss at equal seconds": mean(then)}
 
 
-def paired(trials: Trials, seed: int) -> list[Row]:
+def paired(trials: Trials) -> list[Row]:
     """Differences to the twin, of the seeds that both have."""
-    found = {label: comparison.difference(trials, label, TWIN, seed) for label in trials if label != TWIN} if TWIN in trials else {}
+    found = {label: comparison.difference(trials, label, TWIN) for label in trials if label != TWIN} if TWIN in trials else {}
     return [{"model": label} | d.columns for label, d in found.items() if d.by_seed]
 
 
