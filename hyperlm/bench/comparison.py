@@ -1,4 +1,4 @@
-"""What trials of a grid (grid.py) say, told alike by all suites that train: differences seed by seed with their errors, and what stands beside."""
+"""What trials of a grid (grid.py) say, alike for all suites that train: differences seed by seed with their errors, and notes."""
 
 from collections.abc import Mapping, Sequence
 from math import nan
@@ -11,7 +11,7 @@ from hyperlm.bench.pool import Failure
 from hyperlm.bench.report import Row
 from hyperlm.bench.training import Outcome
 
-# By how many standard errors the mean of n pairs is off in 5 % of cases at most: 97.5 % quantiles of Student's t with n - 1 degrees of freedom.
+# By how many standard errors the mean of n pairs is off in 5 % of cases: 97.5 % quantiles of Student's t with n - 1 degrees of freedom.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 

@@ -1,5 +1,5 @@
-"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then the FINALISTS of them with all
-seeds, of which the mean decides. One seed alone would choose what is lucky with it, such as a rate near that at which a model diverges."""
+"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then the FINALISTS of them
+with all seeds, of which the mean decides. One seed alone would choose what is lucky with it, such as a rate at which others nearly diverge."""
 
 import math
 import os
@@ -153,7 +153,7 @@ def search(
 
 
 class Kept:
-    """The models of an arm that one seed left: that of the best rate in its place, and, while another may become so, those of others hidden."""
+    """The models of an arm that one seed left: that of the best rate in its place, and those of others, while they may become it, hidden."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self.place, self.rate = folder / label, 0.0

@@ -259,8 +259,8 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents, or windows where these are joined; `loss of N`: of "
-            "the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by "
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents (windows, where "
+            "documents are joined); `loss of N`: of the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by "
             "window, negative where it costs.",
         ),
         Table(

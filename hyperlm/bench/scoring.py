@@ -77,8 +77,8 @@ def own_text(run: Path, config: Config, step: int) -> data.Corpus:
     """
     corpus = data.prepare(config, say=lambda line: None)
     if checkpoint.read_meta(run, step)["fingerprint"] != corpus.fingerprint:
-        changed = f"the text of {', '.join(config.data.sources)} changed since {run} was trained"
-        raise data.DataError(f"{changed}: its validation text is gone; restore it, or name another by --data.sources, which geometry cannot use")
+        changed = f"the text of {', '.join(config.data.sources)} changed since {run} was trained: its validation text is gone"
+        raise data.DataError(f"{changed}; restore it, or name another by --data.sources, which geometry cannot use")
     return corpus
 
 

@@ -40,7 +40,7 @@ def partial(x: Tensor, y: Tensor, others: Tensor) -> Tensor:
 
 
 def interval(x: Tensor, y: Tensor, group: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """95 % interval of `correlation`, from a bootstrap over groups: tokens of a document are not independent. Ranks stay those of all tokens.
+    """95 % interval of `correlation`, from a bootstrap over groups: tokens of a document are not independent. Ranks stay those of all.
 
     Args:
         group: (T,) int64, that of each token, from 0, all there.
