@@ -417,6 +417,23 @@ def test_what_is_alike_over_long_stretches_is_in_the_null():
     assert all(row["rho"] > 0.7 and row["shifted"] > 0.7 * row["rho"] for row in rows if row["with"] == "bracket depth")
 
 
+def test_scores_and_the_disk_are_those_of_all_sources_and_not_of_the_first(monkeypatch):
+    """A text of three sources with tokens of their own: below 20, below 40, above."""
+    cfg, seen, polar = replace(CASES["phase7"], n_layers=1), [], inside.polar
+    tokens = torch.randint(1, 20, (3, 40, 8), generator=generator()) + 20 * torch.arange(3)[:, None, None]
+    text = text_of(next_tokens(tokens.flatten(0, 1)))
+    monkeypatch.setattr(inside, "polar", lambda params, read, *rest, **named: (seen.append(read), polar(params, read, *rest, **named))[1])
+    radii.share_rows(trained_like(cfg), model.init(cfg, 0), text, Config(cfg, DataConfig(seq_len=7)))
+    assert [len(read) for read in seen] == [radii.SEQUENCES] * 2
+    assert all(torch.bincount(read[:, 0] // 20).tolist() == [5, 6, 5] for read in seen)
+    searched = []
+    monkeypatch.setattr(wording, "passage", lambda ids, *rest: (searched.append(ids), (50, 0))[1])
+    params = trained_like(cfg)
+    radii.disk_rows(params, inside.observe(params, text.batch, cfg), text, Config(cfg))
+    assert len(searched[0]) == radii.SEARCHED and searched[0][0, 0] < 20 and searched[0][-1, 0] > 40
+    assert seen[-1].tolist() == searched[0][50:51].tolist()
+
+
 # -- the suite -------------------------------------------------------------------------------------------------------------------------
 
 

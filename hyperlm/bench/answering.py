@@ -16,15 +16,13 @@ from torch import Tensor
 from hyperlm import env, model
 from hyperlm.batch import Batch
 from hyperlm.bench import checks
+from hyperlm.bench.decode import GROWING
 from hyperlm.bench.synthetic import TEST, VALIDATION, Sample, Setting, Task, at_step
 from hyperlm.config import Config, ModelConfig
 from hyperlm.loss import IGNORE
-from hyperlm.mixers import MIXERS
 from hyperlm.optim import new_schedule
 from hyperlm.step import init_state, make_step, weights
 from hyperlm.tree import Tree
-
-FIXED = ("tail", "ssm")  # entries of a cache that are as large for any length, whatever the kind
 
 Logits = Callable[[Tensor, Tensor], Tensor]  # (tokens (B, N), where to answer (B, N) bool) -> (answers, V), row after row
 
@@ -116,10 +114,6 @@ def measure(job: Job, device: torch.device) -> Outcome:
 
 
 def state_bytes(cfg: ModelConfig, length: int, dtype: torch.dtype) -> int:
-    """What decoding keeps of a sequence of `length` tokens: keys and values of each in layers whose cache grows, and otherwise a state."""
-    total = 0
-    for layer, entries in enumerate(model.init_cache(cfg, 1, device="meta", dtype=dtype).layers):
-        grows = MIXERS[cfg.layer_kind(layer)].cache_grows
-        for name, x in entries.items():
-            total += x[:, :, 0].nbytes * length if grows and name not in FIXED else x.nbytes
-    return total
+    """What decoding keeps of a sequence of `length` tokens: of what grows an entry for each, and otherwise a state."""
+    layers = model.init_cache(cfg, 1, device="meta", dtype=dtype).layers
+    return sum(x[:, :, 0].nbytes * length if name in GROWING else x.nbytes for entries in layers for name, x in entries.items())

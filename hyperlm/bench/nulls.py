@@ -60,9 +60,8 @@ def row_of(trials: Trials, label: str) -> Row:
     found = list(grid.at_best(trials[label]).values())
     if not found:
         return comparison.why_none(label, trials[label])
-    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label])}
-    row |= {f"{other[:2]} − this": with_error(difference(trials, other, label)) if other != label else "" for other in (N0, N4)}
-    return row | comparison.common(found)
+    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label]), **comparison.common(found)}
+    return row | {f"{other[:2]} − this": with_error(difference(trials, other, label)) if other != label else "" for other in (N0, N4)}
 
 
 def result(trials: Trials, seed: int) -> Result:

@@ -87,10 +87,15 @@ def validation(shard: data.Shard, config: Config, count: int, end: int) -> tuple
     ends = np.cumsum(shard.val_documents[:, 0])
     enough = ends[min(np.searchsorted(ends, SPARSE * count * config.data.seq_len), len(ends) - 1)]
     sequences, _ = data.validation_sequences(shard, config.data, int(enough))
-    those = torch.linspace(0, len(sequences.tokens) - 1, min(count, len(sequences.tokens))).round().long()
+    those = evenly(len(sequences.tokens), count)
     # The first token of a text is the end of the one before.
     before = (sequences.tokens == end).sum(1).cumsum(0) - (sequences.tokens[:, 1:] == end).sum(1)
     return sequences.map(lambda x: x[those]), before[those].tolist()
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of the numbers 0 .. count - 1, from the first to the last: sources stand one after the other."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def with_drawn_radii(params: Tree, cfg: ModelConfig) -> Tree:
@@ -227,7 +232,8 @@ def share_rows(params: Tree, null: Tree, text: Text, config: Config) -> list[Row
     """A row for each head: how much of the variance of its scores the angle alone explains, and the key's radius alone."""
     cfg, n = config.model, config.data.seq_len
     tokens = text.batch.tokens[text.counted.all(1)]
-    tokens = (tokens if len(tokens) else text.batch.tokens)[: max(1, min(SEQUENCES, PAIRED // n))]
+    tokens = tokens if len(tokens) else text.batch.tokens
+    tokens = tokens[evenly(len(tokens), max(1, min(SEQUENCES, PAIRED // n)))]
     queries = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:QUERIES].sort().values.to(tokens.device) + 1
     found: dict[str, dict[int, Tensor]] = {name: {} for name in ("angle alone", "key's radius alone", "untrained, angle alone")}
 
@@ -309,7 +315,8 @@ def disk_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -> tu
     spread = torch.stack([seen.lengths[layer][cfg.n_heads :, text.counted].std(-1) for layer in cfg.hyperbolic_layers])
     best, head = divmod(int(spread.argmax()), cfg.n_heads)
     layer = cfg.hyperbolic_layers[best]
-    ids = text.batch.tokens[:SEARCHED].cpu().numpy()
+    searched = text.batch.tokens[evenly(len(text.batch.tokens), SEARCHED)]
+    ids = searched.cpu().numpy()
     w, start = wording.passage(ids, text.pieces, text.end, SHOWN)
     those = slice(start, start + SHOWN)
     keys: dict[int, tuple[Tensor, Tensor]] = {}
@@ -318,7 +325,7 @@ def disk_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -> tu
         if number == layer:
             keys[0] = at.k[0, head, those], at.r_k[0, head, those]
 
-    inside.polar(params, text.batch.tokens[w : w + 1], cfg, config.kernels, look, rotated=False)
+    inside.polar(params, searched[w : w + 1], cfg, config.kernels, look, rotated=False)
     at, kept = projected(*keys[0])
     pieces = [text.pieces[i] for i in ids[w, those]]
     columns = zip(at.tolist(), wording.labels(pieces), wording.groups(pieces), strict=True)
