@@ -477,6 +477,18 @@ def test_runs_of_any_kind_are_looked_into_and_one_that_fails_is_a_row(models, mo
 
 
 @pytest.mark.parametrize(
+    ("lost", "error", "said"),
+    [
+        (0.05, 0.01, "by noise, +0.0500 ± 0.0100 nats"),
+        (-0.01, 0.01, "by noise, -0.0100 ± 0.0100 nats (nothing, within two standard errors)"),
+        (0.05, math.nan, "by noise, +0.0500 nats (of one document, without an error)"),
+    ],
+)
+def test_a_loss_is_told_for_what_it_is_worth(lost, error, said):
+    assert suite.verdict([{"radii of": "both", "replaced by": "noise", "nats lost": lost, "± standard error": error}]) == said
+
+
+@pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
         (lambda run: 0, ConfigError, "needs at least 1"),

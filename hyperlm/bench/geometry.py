@@ -4,6 +4,7 @@ Of runs of any kind, on their own validation text, each number beside its nulls:
 and of a softmax twin, which has no radii, the norms of queries and keys before they are normalised.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -97,7 +98,8 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     texts: dict[str, list[str]] = {}
     for row in rows["text"]:
         size = (
-            f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, {row['in documents with brackets']:,} in documents with brackets"
+            f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, which begin in {row['documents']:,} documents; "
+            f"{row['in documents with brackets']:,} tokens in documents with brackets"
         )
         texts.setdefault(size, []).append(row["model"])
     notes = [f"{', '.join(labels)}: {size}" for size, labels in texts.items()]
@@ -139,6 +141,7 @@ def verdict(effects: list[Row]) -> str:
     for row in (row for row in effects if row["radii of"] == "both"):
         lost, error = row["nats lost"], row["± standard error"]
         how = f"{lost:+.4f} ± {error:.4f} nats" + (" (nothing, within two standard errors)" if abs(lost) <= 2 * error else "")
+        how = how if math.isfinite(error) else f"{lost:+.4f} nats (of one document, without an error)"
         said.append(f"by {row['replaced by']}, {how}")
     return "; ".join(said)
 

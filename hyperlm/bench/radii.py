@@ -207,7 +207,9 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
         own = [row for row in rows if (row["of"], row["with"]) == (of, what)]
         there = [row for row in own if math.isfinite(row["rho"])]
         best = max(there, key=lambda row: abs(row["rho"]), default=None)
-        strongest = "all equal" if best is None else f"{best['rho']:+.2f} [{best['low']:+.2f}, {best['high']:+.2f}]"
+        strongest = "all equal" if best is None else f"{best['rho']:+.2f}"
+        if best and math.isfinite(best["low"]):  # there are several documents
+            strongest += f" [{best['low']:+.2f}, {best['high']:+.2f}]"
         summary.append(
             {
                 "of": of,
@@ -363,6 +365,7 @@ def look_into(job: Job, device: torch.device) -> Found:
     size: Row = {
         "tokens": int(text.counted.sum()),
         "sequences": len(text.counted),
+        "documents": int(text.group.max()) + 1,
         "in documents with brackets": int((text.counted & text.bracketed).sum()),
     }
     found["text"] = [size]
