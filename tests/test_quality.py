@@ -270,6 +270,14 @@ def test_the_model_that_is_left_is_that_of_the_best_rate(prose, tmp_path, monkey
         assert {path.name: (path / "rate").read_text() for path in folder.iterdir()} == {"phase7": rate}
 
 
+def test_what_another_job_is_writing_is_let_be(tmp_path):
+    kept = grid.Kept(tmp_path, "phase7")
+    for rate in (1, 2, 3, 4, 5):
+        kept.at(rate).mkdir()
+    kept.choose([grid.Trial(rate, 0, outcome(3 + rate)) for rate in (4, 3, 2, 1)], 0)  # the last has not ended
+    assert {path.name for path in tmp_path.iterdir()} == {"phase7", ".phase7 at 2", ".phase7 at 5"}
+
+
 def test_kinds_and_peers_are_trained_and_what_they_leave_can_be_loaded(prose, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "EXTENSIONS", 0)
     config = of_kind(tiny(prose, steps=4), "phase7")

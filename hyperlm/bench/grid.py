@@ -69,6 +69,7 @@ def ranked(trials: Sequence[Trial]) -> list[float]:
 
 
 def best_rate(trials: Sequence[Trial]) -> float | None:
+    """None where there is no loss."""
     return next(iter(ranked(trials)), None)
 
 
@@ -149,7 +150,7 @@ def search(
                 yield trials
     finally:
         for own in kept.values():
-            own.leave(())
+            own.close()
 
 
 class Kept:
@@ -169,11 +170,11 @@ class Kept:
                 os.replace(self.place, self.at(self.rate))
             os.replace(self.at(best), self.place)
             self.rate = best
-        self.leave(ranked(of_seed(trials, seed))[:FINALISTS])
+        ended = of_seed(trials, seed)  # what is not may be writing its model
+        for rate in {trial.rate for trial in ended}.difference(ranked(ended)[:FINALISTS]):
+            shutil.rmtree(self.at(rate), ignore_errors=True)
 
-    def leave(self, rates: Sequence[float]) -> None:
-        """Remove what is hidden, but for these rates."""
-        stay = {self.at(rate) for rate in rates}
+    def close(self) -> None:
+        """Remove what is hidden."""
         for path in self.place.parent.glob(f".{self.place.name} at *"):
-            if path not in stay:
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
