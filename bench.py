@@ -239,9 +239,18 @@ def text_of(bench: Bench, command: Command) -> DataConfig | None:
     return command.data if bench.runs and not bench.kinds and cli.peek("data.sources", bench.argv) else None
 
 
+def named_runs(folders: list[str]) -> dict[str, Path]:
+    """Runs by what tables call them: runs/study/phase8 is study/phase8; but a name that could be a kind keeps its runs/."""
+    found = {}
+    for folder in folders:
+        short = Path(folder).relative_to(runs.ROOT) if Path(folder).is_relative_to(runs.ROOT) else Path()
+        found[str(short) if len(short.parts) > 1 and str(short) not in folders else folder] = Path(folder)
+    return found
+
+
 def of_models(bench: Bench, command: Command, check: Callable, run: Callable[..., Measuring]) -> Measuring:
     """The results of a suite on runs, and on kinds that are trained for it, once for all suites of a command."""
-    named = {folder: Path(folder) for folder in bench.runs}
+    named = named_runs(bench.runs)
     check(named)
 
     def measuring() -> Measuring:

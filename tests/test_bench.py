@@ -95,6 +95,11 @@ def test_runs_on_different_texts_are_told_apart(run, tmp_path, capsys):
     assert len(texts) == 1 and notes == ""
 
 
+def test_runs_have_short_names_that_are_no_kinds():
+    short = {"runs/study/phase8": "study/phase8", "runs/phase8": "runs/phase8", "/data/run": "/data/run", "runs/a/b": "runs/a/b", "a/b": "a/b"}
+    assert bench.named_runs(list(short)) == {name: Path(folder) for folder, name in short.items()}
+
+
 def test_a_run_that_diverged_is_measured_as_such_in_valid_json(run, diverged):
     assert call(run, "--name", "b", "--train.device", "cpu") == 0
     (found,) = results("b")

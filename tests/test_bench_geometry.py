@@ -404,7 +404,7 @@ def test_planted_correlations_are_found_in_their_head_beside_their_nulls():
     assert rho["query radius", 1, "depth, partial"]["rho"] > 0.5 > rho["query radius", 1, "bracket depth"]["rho"]
     summary, layers = radii.correlation_summary(rows)
     (best,) = [row for row in summary if (row["of"], row["with"]) == ("key radius", "log frequency")]
-    assert best["layer.head"] == "0.1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
+    assert best["which head"] == "layer 0, head 1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
 
 
 def test_what_is_alike_over_long_stretches_is_in_the_null():

@@ -184,6 +184,19 @@ def run(made, monkeypatch, tmp_path) -> Path:
     return Path("runs/r")
 
 
+def test_a_column_for_each_length_of_passkeys():
+    rows = [{"model": "a", "weights": "trained", "length": n, "trials": 25, "said": said, "chosen": 0.5} for n, said in ((512, 0.2), (1024, 0.0))]
+    failed = {"model": "b", "weights": "trained", "failed": "why"}
+    own = {"model": "a", "weights": "trained"}
+    assert long_context.passkeys([*rows, failed]) == [
+        own | {"answer": "chosen", "512": "0.50 ± 0.10", "1,024": "0.50 ± 0.10"},
+        own | {"answer": "said", "512": "0.20 ± 0.08", "1,024": "0.00 ± 0.00"},
+        failed | {"answer": "chosen"},
+        failed | {"answer": "said"},
+    ]
+    assert [row["answer"] for row in long_context.passkeys(rows[1:])] == ["chosen"]  # where none was said, a note says so
+
+
 def test_the_suite_measures_runs_beside_untrained_weights_and_a_failure_is_a_row(run, tmp_path):
     text = DataConfig(sources=(str(write_prose(tmp_path / "other.txt", 3000, seed=1)),))
     shutil.copytree(run, "runs/broken")
@@ -199,6 +212,7 @@ def test_the_suite_measures_runs_beside_untrained_weights_and_a_failure_is_a_row
         and failed["model"] == "broken"
         and "tokenizer.json" in failed["failed"]
     )
+    assert ["gain" in row for row in positions] == [False] * 5 + [True] * 2  # where more stands before than in training
     lengths = [(row["weights"], row["length"]) for row in tables["passkey by length"] if row["model"] == "whole"]
     assert lengths == [("trained", 128), ("untrained", 128)]
     assert len(tables["passkey by length and depth"]) == len(tables["passkey by length and depth, untrained"]) == 5 + 1

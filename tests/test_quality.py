@@ -227,7 +227,7 @@ def fake(job: Job, device: torch.device) -> Outcome:
 def test_tables_say_what_was_measured_as_it_grows(prose, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "measure", fake)
     results = list(quality.run(["softmax", "phase7", "phase8"], tiny(prose), [CPU], seeds=[0, 1], folder=tmp_path / "models"))
-    assert len(results) == 3 * 3 + 2 * 2 and len(results[0].tables) == 4  # rates of three arms, a seed of two at two; no pairs at first
+    assert len(results) == 3 * 3 + 2 * 2 and len(results[0].tables) == 5  # rates of three arms, a seed of two at two; no pairs at first
     tables = {table.name: table.rows for table in results[-1].tables}
     softmax, phase7, phase8 = tables["quality"]
     assert softmax["best rate"] == phase7["best rate"] == 1 / 128

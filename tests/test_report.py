@@ -61,6 +61,39 @@ def test_cells(values, shown):
     assert report.column(values) == shown
 
 
+@pytest.mark.parametrize(
+    ("values", "digits", "shown"),
+    [
+        ([1_084_694.2, 714_126.0, 3_456.0], 4, ["1,085,000", "714,100", "3,456"]),  # no digits that say nothing
+        ([17_494_720], 4, ["17,494,720"]),  # of what was counted, all
+        ([0.1772, 0.0027], 2, ["0.18", "0.00"]),
+        ([-0.8354, -0.00067], 4, ["-0.8354", "-0.0007"]),
+        ([0.8354, 6e-6], 4, ["0.8354", "6e-06"]),
+    ],
+)
+def test_as_many_digits_as_mean_something(values, digits, shown):
+    assert report.column(values, digits) == shown
+
+
+def test_errors_have_a_digit_less_than_what_they_are_of():
+    assert report.table([{"loss": 3.1459, "standard error": 0.17305}]).splitlines()[-1] == "|  3.146 |            0.173 |"
+
+
+def test_what_is_equal_in_all_rows_is_not_shown_where_it_need_not_be_and_failures_stand_below():
+    rows = [{"model": "phase8", "failed": "no\nluck"}, *({"model": m, "text": "a1b2", "rate": 0.1, "loss": x} for m, x in (("phase7", 3.0), ("softmax", 3.5)))]
+    shown = Table("t", rows, "", quiet=["text", "loss"])
+    assert report.readable(shown) == (
+        [{"model": "phase8", "rate": "failed", "loss": None}, {"model": "phase7", "rate": 0.1, "loss": 3.0}, {"model": "softmax", "rate": 0.1, "loss": 3.5}],
+        ["phase8 failed: no luck"],
+    )
+    other = replace(shown, rows=[*rows, {"model": "hybrid", "text": "c3d4"}])
+    assert "text" in report.readable(other)[0][0]  # texts that differ are told apart
+    everywhere = {report.text(Result("s", [shown])), report.latex_table("s", shown), report.markdown({"command": "", "commit": "", "date": "", "machine": {}}, [Result("s", [shown])], set())}
+    assert all(words.count("no luck") == 1 and "a1b2" not in words for words in everywhere)
+    alone = Table("t", [{"model": "phase8", "failed": "why"}])
+    assert report.readable(alone) == (alone.rows, [])
+
+
 def test_tables_align_numbers_to_the_right_and_show_what_is_missing():
     lines = report.table([{"model": "a|b", "x": "3.1 ± 0.1"}, {"model": "phase7", "x": "12 ± 1", "failed": "out of memory"}]).splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -184,6 +217,14 @@ def test_a_model_has_one_colour_and_marker_whatever_stands_beside_it():
     assert len(looks) == 1 and min(np.diff(grey)) > 0.14  # told apart without colour
 
 
+def test_a_run_has_the_colour_of_the_kind_that_its_folder_speaks_of():
+    own = figures.COLOURS
+    assert figures.colours(["study/phase8", "runs/my-hybrid", "N4-phase7"]) == {"study/phase8": own["phase8"], "runs/my-hybrid": own["hybrid"], "N4-phase7": own["phase7"]}
+    both = figures.colours(["study/phase8", "phase8", "a/phase8-phase7", "runs/x"])
+    assert both["phase8"] == own["phase8"] and len(set(both.values())) == 4  # one name, one colour
+    assert not {both["study/phase8"], both["a/phase8-phase7"], both["runs/x"]} & {own[kind] for kind in KINDS}
+
+
 @pytest.mark.parametrize(
     ("values", "low", "high", "least", "most"),
     [
@@ -206,6 +247,23 @@ def test_an_axis_that_does_not_begin_at_zero_or_ends_early_says_so():
     figure = Lines("f", "", "t", "length", "loss", y_label="loss (nats)", high=3.5)
     assert re.fullmatch(r"loss \(nats\)\n\(axis from 3\.\d+; above 3\.5 not shown\)", drawn(figure, losses()).axes[0].get_ylabel())
     assert drawn(figure, [{"model": "a", "length": n, "loss": n / 100} for n in range(300)]).axes[0].get_ylabel() == "loss (nats)"
+
+
+def test_an_arm_near_divergence_does_not_flatten_the_others():
+    figure = replace(FIGURES["lines"], levels={}, log_x=False, over="", y_label="loss", within=0.5)
+    rows = [{"model": m, "length": n, "loss": x + n / 100} for m, x in (("phase7", 3.0), ("phase8", 3.2), ("nanogpt", 3.9)) for n in (0, 1)]
+    canvas = drawn(figure, rows)
+    low, high = canvas.axes[0].get_ylim()
+    assert 2.9 <= low <= 3.0 and high == pytest.approx(3.5) and "above 3.5 not shown" in canvas.axes[0].get_ylabel()
+    assert {text.get_text() for text in canvas.legends[0].get_texts()} == {"phase7", "phase8", "nanogpt (from 3.9)"}
+    near = drawn(figure, rows[:4])
+    assert near.axes[0].get_ylim()[1] < 3.4 and "not shown" not in near.axes[0].get_ylabel()
+
+
+def test_names_of_levels_stand_beside_the_axes():
+    axes = drawn(FIGURES["lines"], losses()).axes[0]
+    (name,) = axes.texts
+    assert name.get_text() == "chance" and name.get_window_extent().x0 >= axes.get_window_extent().x1
 
 
 @pytest.mark.parametrize("values", [[3.5], [3.5, 3.52], [3.5, 9.0], [1.0, 50.0], [1e-3, 1e6]])
@@ -235,6 +293,16 @@ def test_bars_begin_at_zero_and_marks_take_their_place_where_that_would_hide_all
     assert [patch.get_x() for patch in bars.patches] == [0] * 4 and "axis from" not in bars.get_xlabel()
     marks = drawn(FIGURES["bars"], losses()).axes[0]
     assert not marks.patches and "axis from" in marks.get_xlabel()
+
+
+def test_bars_have_the_colour_of_their_model_and_a_mark_for_their_null():
+    rows = [{"layers": layers, "model": layers[:6], "head": i, "share": 0.2 * i, "untrained": 0.9 + 0.1 * i} for layers in ("phase7", "hybrid: 3") for i in (0, 1)]
+    canvas = drawn(Bars("f", "", "t", "layers", "share", null="untrained"), rows)
+    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in canvas.axes[0].patches] == [figures.COLOURS[kind] for kind in ("phase7", "hybrid")]
+    nulls = [line for line in canvas.axes[0].lines if line.get_marker() == "D"]
+    assert [line.get_xdata() for line in nulls] == [[pytest.approx(0.95)]] * 2 and [text.get_text() for text in canvas.legends[0].get_texts()] == ["untrained"]
+    parts = drawn(Bars("f", "", "t", "part", "nats"), [{"part": part, "nats": 0.1 * i} for i, part in enumerate("ab", 1)])
+    assert {matplotlib.colors.to_hex(patch.get_facecolor()) for patch in parts.axes[0].patches} == {figures.NEUTRAL}
 
 
 def test_cells_of_panels_share_one_scale_of_colours():

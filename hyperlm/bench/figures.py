@@ -38,9 +38,10 @@ STYLE = {
 }  # fmt: skip
 COLOURS = {  # by model; lightness in grey: 0, .29, .45, .68
     "softmax": "#000000", "phase7": "#1f4fa8", "phase8": "#1b9e77", "hybrid": "#f5a031", "nanogpt": "#8c6bb1", "nanogpt-muon": "#c51b7d",
-    "chance": "#999999", "untrained": "#999999",
+    "chance": "#999999", "untrained": "#999999", "N0-cosine": "#000000", "N1-bias": "#a6761d", "N2-gain": "#56b4e9", "N3-first-order": "#c51b7d",
 }  # fmt: skip
-OTHERS = ("#1f4fa8", "#f5a031", "#1b9e77", "#000000", "#c51b7d", "#56b4e9", "#8c6bb1", "#a6761d")
+OTHERS = ("#56b4e9", "#c51b7d", "#a6761d", "#8c6bb1", "#1f4fa8", "#f5a031", "#1b9e77", "#000000")  # of the kinds last: they would be taken for these
+NEUTRAL = "#6b7f99"  # of bars that are no models
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
 FEW = 16  # points of a line that are marked
@@ -52,10 +53,20 @@ def number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def known(models: Sequence[Any]) -> dict[Any, str]:
+    """Models that have a colour of their own, by what they have it: their name, or the kind that the folder of a run speaks of, the first that does."""
+    found = {model: model for model in models if model in COLOURS}
+    for model in models:
+        spoken = set(re.split("[^a-z0-9]+", str(model).rsplit("/", 1)[-1].lower())) & set(COLOURS)
+        if model not in found and len(spoken) == 1 and not spoken & set(found.values()):
+            found[model] = spoken.pop()
+    return found
+
+
 def places(models: Sequence[Any]) -> dict[Any, int]:
     """Of each model, which marker and dash it has where they tell models apart: the same in every figure, as its colour."""
-    free = (i for i in range(len(COLOURS), 1000))
-    return {model: list(COLOURS).index(model) if model in COLOURS else next(free) for model in models}
+    free, own = (i for i in range(len(COLOURS), 1000)), known(models)
+    return {model: list(COLOURS).index(own[model]) if model in own else next(free) for model in models}
 
 
 def in_order(values: Sequence[Any]) -> list[Any]:
@@ -66,9 +77,10 @@ def in_order(values: Sequence[Any]) -> list[Any]:
 
 def colours(models: Sequence[Any]) -> dict[Any, str]:
     """Of each model, the one that it has everywhere; others share the rest in order."""
-    taken = [COLOURS[model] for model in models if model in COLOURS]
+    own = known(models)
+    taken = [COLOURS[name] for name in own.values()]
     free = cycle([colour for colour in OTHERS if colour not in taken] or OTHERS)
-    return {model: COLOURS[model] if model in COLOURS else next(free) for model in models}
+    return {model: COLOURS[own[model]] if model in own else next(free) for model in models}
 
 
 @cache
@@ -100,6 +112,12 @@ def exact(value: Any) -> str:
 # -- axes ------------------------------------------------------------------------------------------------------------------------------
 
 
+def round_step(size: float) -> float:
+    """The largest of 1, 2 or 5 times a power of ten that is no larger."""
+    power = 10 ** math.floor(math.log10(size))
+    return max(step * power for step in (1, 2, 5) if step * power <= size * (1 + 1e-9))
+
+
 def limits(values: Sequence[float], low: float | None, high: float | None) -> tuple[float, float]:
     """Of a linear axis: from zero where that costs at most half of it, and at least SHARE of the largest value in any case."""
     least, most = (min(values) if low is None else low), (max(values) if high is None else high)
@@ -110,7 +128,7 @@ def limits(values: Sequence[float], low: float | None, high: float | None) -> tu
         least, most = (least if low is not None else least - missing / 2), (most if high is not None else most + missing / 2)
     margin = 0.05 * (most - least) or 0.5
     if low is None and least != 0:
-        step = 10 ** math.floor(math.log10(most - least or 1)) / 4  # a limit that reads well
+        step = round_step((most - least or 1) / 8)  # a limit that reads well
         least = math.floor((least - margin) / step) * step
     return least, (most if high is not None else most + margin)
 
@@ -238,6 +256,7 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
     canvas = Canvas(figsize=(WIDTH, 2.3), layout="constrained")
     axes = canvas.add_subplot()
     shown: list[float] = []
+    lowest: dict[Any, float] = dict.fromkeys(models, math.inf)
     for model in models:
         for j, key in enumerate(keys):
             own = [row for row, k in zip(rows, kept, strict=True) if row[main] == model and k == key]
@@ -248,43 +267,33 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
             look = appearance(j if several else place[model], few=len(x) <= FEW, setting=several)
             axes.plot(at, mean, color=colour[model], markeredgecolor="white", markeredgewidth=0.4, **look)
             if (most > least).any():
-                axes.fill_between(at, least, most, color=colour[model], alpha=0.2, linewidth=0)
+                axes.fill_between(at, least, most, color=colour[model], alpha=0.15, linewidth=0)
             shown += [*least, *most]
-    value_axis(axes, [*shown, *figure.levels.values()], figure.y_label or figure.y, figure.log_y, figure.low, figure.high)
+            lowest[model] = min(lowest[model], *mean)
+    high = figure.high
+    if figure.within and max(shown) > (top := min(shown) + figure.within):
+        step = round_step(figure.within / 5)
+        high = math.ceil(top / step) * step
+    name = {m: printable(m) + (f" (from {lowest[m]:.3g})" if high is not None and lowest[m] > high else "") for m in models}
+    value_axis(axes, [*shown, *figure.levels.values()], figure.y_label or figure.y, figure.log_y, figure.low, high)
     setting_axis(axes, order, figure.x_label or figure.x, figure.log_x)
-    for name, level in figure.levels.items():
+    for words_of_level, level in figure.levels.items():
         axes.axhline(level, color="#777777", linewidth=0.7, linestyle=(0, (2, 2)), zorder=1)
-        name_level(axes, printable(name), level)
+        beside = {"xycoords": ("axes fraction", "data"), "xytext": (2, 0), "textcoords": "offset points", "annotation_clip": True}
+        axes.annotate(printable_lines(words_of_level.replace(", ", ",\n")), (1, level), va="center", fontsize=SMALL, color="#555555", **beside)
     few = all(len(line.get_xdata()) <= FEW for line in axes.lines)
     if several:
-        legend(canvas, [Line2D([], [], color=colour[m], linewidth=2.5, label=printable(m)) for m in models])
-        named = [", ".join(f"{name} {exact(value)}" for name, value in zip(settings, key, strict=True)) for key in keys]
+        legend(canvas, [Line2D([], [], color=colour[m], linewidth=2.5, label=name[m]) for m in models])
+        named = [", ".join(f"{s} {exact(value)}" if number(value) else exact(value) for s, value in zip(settings, key, strict=True)) for key in keys]
         legend(canvas, [Line2D([], [], color="#666666", label=n, **appearance(j, few, setting=True)) for j, n in enumerate(named)], "outside lower center")
     else:
-        legend(canvas, [Line2D([], [], color=colour[m], label=printable(m), **appearance(place[m], few, setting=False)) for m in models])
+        legend(canvas, [Line2D([], [], color=colour[m], label=name[m], **appearance(place[m], few, setting=False)) for m in models])
     return canvas
 
 
 def appearance(i: int, few: bool, setting: bool) -> dict[str, Any]:
     """Marker and dash of the i-th model or setting: both for a setting; for a model the marker, or the dash where points are too many for markers."""
     return {"marker": MARKERS[i % len(MARKERS)] if few else "", "linestyle": DASHES[i % len(DASHES)] if setting or not few else "-"}
-
-
-def name_level(axes: Axes, name: str, level: float) -> None:
-    """Its name on the line, at the end and side where the data is furthest."""
-    axes.figure.draw_without_rendering()
-    to_axes = (axes.transData - axes.transAxes).transform
-    points = np.concatenate([to_axes(np.column_stack([np.asarray(line.get_xdata(), float), line.get_ydata()])) for line in axes.lines if len(line.get_xdata()) > 0 and line.get_transform() == axes.transData])
-    height = to_axes((axes.get_xlim()[0], level))[1]
-
-    def room(side: tuple[float, float]) -> float:
-        x, y = side[0], height + side[1]
-        return float("-inf") if not 0 < y < 1 else float(np.hypot((points[:, 0] - x) * 1.3, points[:, 1] - y).min())
-
-    x, offset = max(((0.14, 0.035), (0.14, -0.035), (0.86, 0.035), (0.86, -0.035), (0.5, 0.035), (0.5, -0.035)), key=room)
-    ha = {0.14: "left", 0.86: "right", 0.5: "center"}[x]
-    edge = {"left": 0.01, "right": 0.99, "center": 0.5}[ha]
-    axes.text(edge, height + offset, name, transform=axes.transAxes, ha=ha, va="center", fontsize=SMALL, color="#555555", path_effects=HALO)
 
 
 # -- bars ------------------------------------------------------------------------------------------------------------------------------
@@ -299,20 +308,30 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
         return None
     names = list(dict.fromkeys(row[figure.x] for row in rows))
     each = [[float(row[figure.y]) for row in rows if row[figure.x] == name] for name in names]
-    values, colour = [value for own in each for value in own], colours(names)
+    values, models = [value for own in each for value in own], {row[figure.x]: row.get("model") for row in rows}
+    nulls = [[row[figure.null] for row in rows if row[figure.x] == name and figure.null and number(row.get(figure.null))] for name in names]
+    own_colours = colours(list(dict.fromkeys(models.values())))
+    colour = {name: own_colours[models[name]] if models[name] is not None else NEUTRAL for name in names}
     marks = min(values) > 0.5 * max(values) > 0
-    canvas = Canvas(figsize=(WIDTH, 0.55 + 0.2 * len(names)), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 0.55 + 0.2 * len(names) + 0.15 * any(map(bool, nulls))), layout="constrained")
     axes = canvas.add_subplot()
+    several, many = (any(len(own) > count for own in each) for count in (1, FEW))
     for i, own in enumerate(each):
         mean = float(np.mean(own))
         if marks:
             axes.plot([mean, mean], [i - 0.3, i + 0.3], color=colour[names[i]], linewidth=2)
         else:
             axes.barh(i, mean, height=0.62, color=colour[names[i]])
-        if len(own) > FEW:
+        if many:
             axes.plot(own, [i] * len(own), "|", markersize=5, markeredgecolor="#444444", markeredgewidth=0.4)
-        elif marks or len(own) > 1:
+        elif marks or several:
             axes.plot(own, [i] * len(own), "o", markersize=3, markerfacecolor="white", markeredgecolor=colour[names[i]] if marks else "#333333", markeredgewidth=0.6)
+        if nulls[i]:
+            axes.plot(np.mean(nulls[i]), i, "D", markersize=3.5, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8)
+    if any(nulls):
+        shape = {"marker": "D", "markersize": 3.5, "markerfacecolor": "white", "markeredgecolor": "black"}
+        legend(canvas, [Line2D([], [], linestyle="", label=printable(figure.null), **shape)])
+    values += [value for own in nulls for value in own]
     bounds = values if marks else [0.0, *values]
     value_axis(axes, bounds, figure.y_label or figure.y, log=False, along="x")
     if not marks:

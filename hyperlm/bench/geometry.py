@@ -20,28 +20,38 @@ from hyperlm.config import ConfigError
 
 CAPTIONS = {
     "radii": (
-        "Distance from the origin, from 0.05 to 4, over tokens of the validation text: mean, standard deviation over a head's tokens "
-        "(mean over heads), and 5th and 95th percentile. Half-life: tokens after which a head of phase8 has forgotten half, at its "
-        "mean decay."
+        "Distances from the origin (0.05 to 4) of queries and keys, over tokens of the validation text; std: over a head's tokens, mean over "
+        "heads. Half-life: tokens after which a head of phase8 has forgotten half, at its mean decay."
     ),
     "correlations": (
-        "Spearman's rank correlation of the radius of queries and keys with what is known of the token: log frequency in the training "
-        "text, entropy of the model's next-token distribution, and open brackets before the token (in documents that have any); depth, "
-        "partial: without what ranks of frequency and position explain of either, linearly. Intervals: bootstrap over the documents in "
-        "which sequences begin. Nulls: the same of a model that was not trained, whose radii are random functions of its stream (mean and "
-        f"largest |rho| of heads); radii shifted along the text (largest |rho| of any head in {SHIFTS} shifts: what is alike over a "
-        "document or a source stays so); and norms of the twin's queries and keys, which its scores do not see."
+        "Spearman's rho of the radii of queries and keys (softmax: norms) with log frequency, next-token entropy and bracket depth of "
+        "tokens, over heads; beside it nulls: an untrained model, and radii shifted along the text."
     ),
     "variance of scores": (
-        "Share of the variance of scores, each query's mean taken out as softmax does, that a function of the angle between query and "
-        "key alone explains (64 steps, the same function for all queries of a head), or of the key's radius alone: mean over heads. "
-        "Scores of phase7 are functions of angle and radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which "
-        "is no function of the angle even where all radii are equal, as they are before training."
+        "Share of the variance of a query's scores over keys that a function of the angle alone explains, the same for all queries of a "
+        "head, or of the key's radius alone: mean over heads."
     ),
     "ablations": (
         "Nats a token of validation text that are lost where radii are replaced at test time in all layers at once, and standard error "
-        "over the documents in which sequences begin. Radii of tokens as frequent are those that the model gave other tokens of the "
-        "text with the same whole part of log2 (1 + frequency): if radii were functions of frequency alone, they would cost nothing."
+        "over the documents in which sequences begin."
+    ),
+}
+DIGITS = {"radii": 3, "correlations": 2, "variance of scores": 2}
+EXPLAINED = {  # what a table means to the letter
+    "correlations": (
+        "frequency is that in the training text, depth that of brackets open before the token, in documents that have any; depth, partial: "
+        "without what ranks of frequency and position explain of either, linearly; intervals: bootstrap over the documents in which sequences begin; radii of the "
+        f"untrained model are random functions of its stream; shifted: largest |rho| of any head in {SHIFTS} shifts, in which what is alike over a document or a source stays so; norms of the "
+        "twin's queries and keys are not seen by its scores"
+    ),
+    "variance of scores": (
+        "each query's mean is taken out, as softmax does; functions of the angle have 64 steps; scores of phase7 are functions of angle and "
+        "radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which is no function of the angle even where all radii "
+        "are equal, as they are before training"
+    ),
+    "ablations": (
+        "tokens as frequent are others of the text with the same whole part of log2 (1 + frequency): if radii were functions of frequency "
+        "alone, theirs would cost nothing"
     ),
 }
 HIDDEN = ("text", "radii by head", "correlations by head", "correlations by layer", "key correlations by layer", "variance by head", "disk")
@@ -67,30 +77,45 @@ def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> 
         for name, some in own.items() if isinstance(own, dict) else ():
             rows[name] += [{"model": label} | row for row in some]
     rows["key correlations by layer"] = [row for row in rows["correlations by layer"] if row["of"].startswith("key")]
-    tables = [Table(name, rows[name], CAPTIONS.get(name, ""), shown=name in CAPTIONS) for name in rows if rows[name]]
-    figures: list[Figure] = []
+    shown = {row["model"]: row["in the disk"].split(" (")[0] for row in rows["text"] if "in the disk" in row}
+    rows["disk"] = [row | {"panel": f"{row['model']}, {shown[row['model']]}"} for row in rows["disk"]]
+    for row in rows["variance by head"]:
+        several = len({other["mixer"] for other in rows["variance by head"] if other["model"] == row["model"]}) > 1
+        row["layers"] = f"{row['model']}: {row['mixer']}" if several else row["model"]
+    tables = [
+        Table(name, rows[name], CAPTIONS.get(name, ""), name in CAPTIONS, DIGITS.get(name, 4), ["half-life of heads, tokens"])
+        for name in rows
+        if rows[name]
+    ]
+    return Result("geometry", tables, notes_on(models, rows), figures(rows))
+
+
+def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
+    found: list[Figure] = []
     if rows["correlations by layer"]:
-        figures.append(
-            Heatmap(
-                "geometry_correlations", "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads",
-                "key correlations by layer", "layer", "with", "mean |rho|", low=0,
-            )
-        )  # fmt: skip
+        before: dict[str, float] = {}
+        for row in rows["correlations"]:
+            if row.get("of", "").startswith("key"):
+                before[row["with"]] = max(before.get(row["with"], 0.0), row["untrained |rho|"])
+        title = "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads; before training it is at most "
+        title += ", ".join(f"{most:.2f} ({what})" for what, most in before.items())
+        found.append(
+            Heatmap("geometry_correlations", title, "key correlations by layer", "layer", "with", "mean |rho|", y_label="keys' radii with", low=0)
+        )
     if rows["radii by head"]:
-        figures += [
-            Lines(
-                "geometry_radii",
-                "Radii by layer, mean and range over heads",
-                "radii by head",
-                "layer",
-                "radius",
-                ("model", "of"),
-                over="head",
+        title, share = "Radii by layer, mean and range over heads; 4 is the largest possible", "share of the variance of scores"
+        for model in dict.fromkeys(row["model"] for row in rows["radii"] if row.get("mixer") == "phase8"):
+            if exact := [str(row["layer"]) for row in rows["radii"] if row["model"] == model and row["mixer"] == "phase7"]:
+                title += f"; layers {', '.join(exact)} of {model} are of phase7"
+        found += [
+            Lines("geometry_radii", title, "radii by head", "layer", "radius", ("model", "of"), over="head", y_label="distance from the origin"),
+            Bars(
+                "geometry_variance", "Share of the variance of scores that the angle alone explains: mean of heads, and each",
+                "variance by head", "layers", "angle alone", share, null="untrained, angle alone",
             ),
-            Bars("geometry_variance", "Share of the variance of scores that is the angle's", "variance by head", "model", "angle alone"),
-            Disk("geometry_disk", "Keys of one head in the Poincaré disk", "disk", panels="model"),
-        ]
-    return Result("geometry", tables, notes_on(models, rows), figures)
+            Disk("geometry_disk", "Keys of one head in the Poincaré disk", "disk", panels="panel"),
+        ]  # fmt: skip
+    return found
 
 
 def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[str]:
@@ -120,6 +145,7 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
             + ". Distances from the centre are tanh(r/2) of true radii; angles alone are projected, to two principal directions of "
             "the keys shown, before their rotation by position"
         )  # fmt: skip
+    notes += [f"{name}: {words}" for name, words in EXPLAINED.items() if rows[name]]
     twins = [row for row in rows["radii"] if row.get("mixer") == NO_RADII]
     if rows["correlations"] and not twins:
         notes.append("no softmax run was named: the norms of a twin's keys, which correlate too, are not beside")

@@ -27,6 +27,7 @@ from hyperlm.loss import IGNORE
 from hyperlm.passkey import CHOICES, Reader
 
 ENOUGH = 8  # windows within documents; where there are fewer, documents are joined
+ALONE = ("from", "to", "loss", "standard error")  # what is told of positions with nothing farther back than in training
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a key in a text
 
 check = scoring.check
@@ -191,6 +192,7 @@ class Found:
     rows: list[Row]
     fingerprints: tuple[str, str]  # of text and tokens
     note: str
+    n: int  # tokens of a sequence of training
 
 
 def measure(job: Job, device: torch.device) -> Found:
@@ -204,6 +206,7 @@ def measure(job: Job, device: torch.device) -> Found:
     if job.part == "positions":
         windows = windows_of(texts_of(corpus), n, job.times, job.count)
         rows = buckets(*nats_by_place(score, windows, n, at_once), windows.group, n)
+        rows = [row if row["to"] > n else {name: row[name] for name in ALONE if name in row} for row in rows]
         guessing = math.log(loaded.config.model.vocab_size)
         note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {guessing:.2f} nats a token"
     else:
@@ -212,7 +215,7 @@ def measure(job: Job, device: torch.device) -> Found:
         rows = cells(passkey.reader(loaded.params, loaded.config, device), words, passkey.hay_of(corpus), lengths, job.count, at_once)
         note = f"{job.label}: lengths below {words.size} tokens have no room for a key and its question" if n // 2 < words.size else ""
     own = {"model": job.label, "weights": job.weights} if job.part == "passkeys" else {"model": job.label, "text": fingerprints[0]}
-    return Found([own | row for row in rows], fingerprints, note)
+    return Found([own | row for row in rows], fingerprints, note, n)
 
 
 def run(
@@ -255,34 +258,58 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
     outcomes = [outcome for outcome in found.values() if isinstance(outcome, Found)]
     notes = list(dict.fromkeys(outcome.note for outcome in outcomes if outcome.note))
     notes += scoring.comparable(outcome.fingerprints for outcome in outcomes)
+    if lengths:
+        notes.append(f"passkeys: means over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}" + "; none was said" * (not said_any(lengths)))
     tables = [
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents (windows, where "
-            "documents are joined); `loss of N`: of the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth, paired by "
-            "window, negative where it costs.",
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents (windows, where these are joined); `loss of N`: of "
+            "the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth.",
+            quiet=["text"],
         ),
         Table(
-            "passkey by length",
-            lengths,
-            f"Share of trials, over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}, in which a key of {passkey.DIGITS} digits "
-            f"hidden in a text is `said` (greedily, all digits; chance 0) and `chosen` (more probable than {CHOICES - 1} other numbers; "
-            f"chance {1 / CHOICES}), with the standard error of the latter.",
+            "passkeys",
+            passkeys(lengths),
+            f"Share of trials, ± standard error, in which a key of {passkey.DIGITS} digits hidden in so many tokens of text is chosen (more "
+            f"probable than {CHOICES - 1} other numbers; chance {1 / CHOICES}) or said (greedily, all digits; chance 0).",
         ),
+        Table("passkey by length", lengths, "The same, a row for each length.", shown=False),
         Table("passkey by length and depth", rows["passkeys", "trained"], "The same by depth.", shown=False),
         Table("passkey by length and depth, untrained", rows["passkeys", "untrained"], "With the weights before training.", shown=False),
     ]
-    return Result("long-context", [table for table in tables if table.rows], notes, figures({table.name for table in tables if table.rows}))
+    n = {outcome.n for outcome in outcomes}
+    return Result("long-context", [table for table in tables if table.rows], notes, figures(tables, n.pop() if len(n) == 1 else None))
 
 
-def figures(tables: set[str]) -> list[Figure]:
-    position = {"table": "loss by position", "x": "to", "x_label": "position (tokens)", "log_x": True}
-    length = {"table": "passkey by length", "x": "length", "x_label": "length (tokens)", "log_x": True}
+def said_any(lengths: Sequence[Row]) -> bool:
+    return any(row.get("said", 0) > 0 for row in lengths)
+
+
+def passkeys(lengths: Sequence[Row]) -> list[Row]:
+    """Rows to be read, with a column for each length; how many keys were said, where any was."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for row in lengths:
+        for answer in ("chosen", "said") if said_any(lengths) else ("chosen",):
+            own = rows.setdefault((row["model"], row["weights"], answer), {"model": row["model"], "weights": row["weights"], "answer": answer})
+            if "failed" in row:
+                own["failed"] = row["failed"]
+            else:
+                error = (row[answer] * (1 - row[answer]) / row["trials"]) ** 0.5
+                own[f"{row['length']:,}"] = f"{row[answer]:.2f} ± {error:.2f}"
+    return list(rows.values())
+
+
+def figures(tables: Sequence[Table], n: int | None) -> list[Figure]:
+    """Of tables with rows; `n`, the length of training, if it is that of all."""
+    rows = {table.name: table.rows for table in tables}
+    trained_on = f"; trained on {n:,}" if n else ""
+    position = {"table": "loss by position", "x": "to", "x_label": f"up to position (tokens{trained_on})", "log_x": True}
+    length = {"table": "passkey by length", "x": "length", "x_label": f"length (tokens{trained_on})", "log_x": True}
     cell = {
         "table": "passkey by length and depth",
         "x": "length",
-        "x_label": "length (tokens)",
+        "x_label": f"length (tokens{trained_on})",
         "y": "depth",
         "y_label": "depth of the key",
     }
@@ -291,8 +318,9 @@ def figures(tables: set[str]) -> list[Figure]:
     drawn: list[Figure] = [
         Lines("long_context_loss", "Loss by position", y="loss", y_label="loss (nats a token)", **position),
         Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"no gain": 0.0}, **position),
-        Lines("long_context_passkey", "Pass keys told from other numbers", series=both, levels={"chance": 1 / CHOICES}, **told, **length),
+        Lines("long_context_passkey", f"Pass keys told from {CHOICES - 1} other numbers, mean over depths", series=both, levels={"chance": 1 / CHOICES}, **told, **length),
         Heatmap("long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", value="chosen", low=0, high=1, **cell),
-        Heatmap("long_context_passkey_said", "Pass keys said", value="said", low=0, high=1, **cell),
     ]
-    return [figure for figure in drawn if figure.table in tables]
+    if said_any(rows["passkey by length"]):
+        drawn.append(Heatmap("long_context_passkey_said", "Pass keys said", value="said", low=0, high=1, **cell))
+    return [figure for figure in drawn if rows[figure.table]]

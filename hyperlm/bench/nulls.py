@@ -74,15 +74,15 @@ def result(trials: Trials, seed: int) -> Result:
     of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches; 95 % by Student's t."
     tables = [
         Table("nulls", [row_of(trials, label) for label in tried], told),
-        Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts),
+        Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts, digits=3),
         Table("seeds", [{"model": label, "seed": of, "loss": x.val["val_loss"]} for label in tried for of, x in at_best[label].items()], shown=False),
         Table("pairs", [{"part": part, "seed": of, "nats": nats} for part, (_, d) in parts.items() for of, nats in d.by_seed.items()], shown=False),
         Table("rates", comparison.rate_rows(trials), "Every training.", shown=False),
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
     ]
     figures = [
-        Bars("nulls", "Phase 7 and its nulls", "seeds", "model", "loss", "validation loss (nats a token)"),
-        Bars("nulls_parts", "What each part of the score brings", "pairs", "part", "nats", "fall of the loss (nats a token)"),
+        Bars("nulls", "Phase 7 and its nulls: a mark for each seed, and their mean", "seeds", "model", "loss", "validation loss (nats a token)"),
+        Bars("nulls_parts", "What each part of the score brings: a mark for each seed, and their mean", "pairs", "part", "nats", "fall of the loss (nats a token)"),
     ]
     return Result("nulls", tables, notes(trials, seed), figures)
 

@@ -129,17 +129,16 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
     notes = [f"{label}: its loss is not finite: the run diverged" for label in diverged]
     notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
     caption = (
-        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}; `no context` is that of "
-        "guessing by this text's own token frequencies. Windows are as long as in training: side by side, or half a window apart, where "
-        "a token is scored with half a window before it at least (texts alone; conversations are scored as they are trained on). Bits per "
-        "byte leave out tokens that stand for no text."
+        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}, in windows as long as in "
+        "training, side by side or (texts, not conversations) half a window apart; `no context`: of guessing by this text's own token "
+        "frequencies. Bits per byte leave out tokens that stand for no text."
     )
     curves = [row for outcome in found.values() if isinstance(outcome, Found) for row in outcome.curve]
-    tables = [Table("perplexity", rows, caption), *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
+    tables = [Table("perplexity", rows, caption, quiet=["step", "text"]), *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
     return Result("perplexity", tables, notes, [CURVES] * bool(curves))
 
 
 CURVES = Lines(
     "perplexity_curves", "Losses of the runs as they were trained, each on its own text", "curves", "tokens", "loss", ("model", "of"),
-    x_label="tokens learnt", y_label="loss (nats a token)",
+    x_label="tokens learnt", y_label="loss (nats a token)", within=1.5,
 )  # fmt: skip

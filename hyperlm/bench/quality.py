@@ -98,17 +98,18 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     seconds = min((max(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
     t, n = config.train, config.data.seq_len
     told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
-    told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
+    told += f"to the largest; and after the same time, {seconds:.3g} s. GiB: most memory in use. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
     at = {label: grid.best_rate(own) for label, own in trials.items()}
     differences = f"Validation loss less that of {TWIN} with the same seed, nats a token, below 0 is better; 95 % by Student's t."
     tables = [
         Table("quality", [row_of(label, trials[label], best[label], seconds, at[label]) for label in best], told),
-        Table("paired differences", paired(trials), differences),
+        Table("paired differences", paired(trials), differences, digits=3),
         Table("rates", comparison.rate_rows(trials), "Validation loss (nats a token) at every learning rate that was tried."),
+        Table("rates of the first seed", [row for row in comparison.rate_rows(trials) if row["seed"] == seeds[0]], shown=False),
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
         Table("best curves", comparison.curve_rows(trials, at), "Of those at the best rates.", shown=False),
     ]
-    return Result("quality", [table for table in tables if table.rows], notes(trials, seeds[0], seconds), figures(len(seeds)))
+    return Result("quality", [table for table in tables if table.rows], notes(trials, seeds[0], seconds), figures(seeds))
 
 
 def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], seconds: float, rate: float | None) -> Row:
@@ -134,14 +135,18 @@ def notes(trials: Trials, seed: int, seconds: float) -> list[str]:
     return [*comparison.notes(trials, seed), then, *[PEERS_NOTE] * any(label in PEERS for label in trials)]
 
 
-def figures(seeds: int) -> list[Figure]:
-    y_label, over = "validation loss (nats a token)", "seed" if seeds > 1 else ""
+def figures(seeds: Sequence[int]) -> list[Figure]:
+    y_label, over = "validation loss (nats a token)", "seed" if len(seeds) > 1 else ""
+    band = f", mean and range of {len(seeds)} seeds" if over else ""
 
     def curves(file: str, title: str, x: str, x_label: str) -> Lines:
-        return Lines(file, title, "best curves", x, "val_loss", over=over, x_label=x_label, y_label=y_label)
+        return Lines(file, title, "best curves", x, "val_loss", over=over, x_label=x_label, y_label=y_label, within=1.0)
 
     return [
-        curves("quality_tokens", "Validation loss over tokens, each at its best rate", "tokens", "tokens learnt"),
-        curves("quality_seconds", "Validation loss over time, each at its best rate", "seconds", "seconds of training"),
-        Lines("quality_rates", "Validation loss by rate", "rates", "rate", "loss", x_label="peak learning rate", y_label=y_label, log_x=True),
-    ]
+        curves("quality_tokens", f"Validation loss over tokens, each at its best rate{band}", "tokens", "tokens learnt"),
+        curves("quality_seconds", f"Validation loss over time, each at its best rate{band}", "seconds", "seconds of training"),
+        Lines(
+            "quality_rates", f"Validation loss by learning rate, of seed {seeds[0]}, by which the best was chosen", "rates of the first seed", "rate", "loss",
+            x_label="peak learning rate", y_label=y_label, log_x=True, within=0.5,
+        ),
+    ]  # fmt: skip

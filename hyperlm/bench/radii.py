@@ -220,7 +220,7 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
                 "untrained, largest": max((abs(row["untrained"]) for row in own if math.isfinite(row["untrained"])), default=math.nan),
                 "shifted, largest": max((row["shifted"] for row in there), default=math.nan),
                 "strongest head [95 %]": strongest,
-                "layer.head": "" if best is None else f"{best['layer']}.{best['head']}",
+                "which head": "" if best is None else f"layer {best['layer']}, head {best['head']}",
             }
         )
         for layer in dict.fromkeys(row["layer"] for row in own):

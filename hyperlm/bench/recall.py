@@ -194,7 +194,7 @@ def recall_tables(found: Found, task: Task, dtype: torch.dtype) -> tuple[list[Ta
     )
     most = [point for point in points if point["pairs"] == hardest.size]
     tables = [
-        Table("recall", failed + rows, caption),
+        Table("recall", failed + rows, caption, digits=3, quiet=["rate"]),
         Table("recall by setting", points, shown=False),
         Table("recall of the most pairs", most, shown=False),
     ]
@@ -276,7 +276,7 @@ def scopes_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
     )
     shadowed = [point for point in points if point["answers"] == "shadowed"]
     tables = [
-        Table("scopes by depth", without(rows, "task"), caption),
+        Table("scopes by depth", without(rows, "task"), caption, digits=3, quiet=["rate"]),
         Table("scopes at each depth", points, shown=False),
         Table("shadowed names at each depth", shadowed, shown=False),
     ]
@@ -290,7 +290,7 @@ def dyck_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
         f"Share of closing brackets whose type, of {synthetic.TYPES}, is told, by depth; learnt up to depth {learnt}. "
         "Those that close what has only just opened are not counted."
     )
-    tables = [Table("dyck by depth", without(rows, "task", "answers"), caption), Table("dyck at each depth", points, shown=False)]
+    tables = [Table("dyck by depth", without(rows, "task", "answers"), caption, digits=3, quiet=["rate"]), Table("dyck at each depth", points, shown=False)]
     return tables, [over_depth("recall_dyck", "Closing brackets", tables[-1].name, task)]
 
 
@@ -299,7 +299,7 @@ def counting_tables(found: dict[str, Found], counted: list[Task]) -> tuple[list[
     rows, points = ([row for part in parts for row in part] for parts in zip(*both, strict=True))
     learnt = counted[0].learnt[0].length
     caption = f"Share of right answers by position: how many ones there were so far, modulo 2 (parity) and 5; learnt on {learnt} positions."
-    tables = [Table("parity and counting", without(rows, "answers"), caption), Table("counts by position", points, shown=False)]
+    tables = [Table("parity and counting", without(rows, "answers"), caption, digits=3, quiet=["rate"]), Table("counts by position", points, shown=False)]
     figure = Lines(
         "recall_counting", "Running counts", tables[-1].name, "position", "accuracy", ("model", "task"), "seed", log_x=True,
         x_label=f"position (learnt up to {learnt})", levels={f"chance, {task.name}": CHANCE[task.name] for task in counted},

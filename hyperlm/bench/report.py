@@ -32,6 +32,8 @@ class Table:
     rows: list[Row]
     caption: str = ""  # in a sentence or two: what the numbers are, in which units, on what
     shown: bool = True
+    digits: int = 4  # of the largest float of a column; errors and spreads have one less
+    quiet: list[str] = field(default_factory=list)  # columns that are shown only where their values differ
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,13 @@ class Lines:
     levels: dict[str, float] = field(default_factory=dict)  # horizontal lines by name: chance, a published figure
     low: float | None = None  # of the y axis, where what is beyond is of no interest, as the first losses of a curve
     high: float | None = None
+    within: float = 0.0  # farther than this above the least value nothing is shown, so that one arm near divergence does not flatten the others
 
 
 @dataclass(frozen=True)
 class Bars:
-    """The mean of `y` for each value of the column `x`, with a point for each row. Bars begin at zero; where all values are within a factor
-    of two, marks take their place, on an axis that need not."""
+    """The mean of `y` for each value of the column `x`, with a point for each row, in the colour of its "model" if it has one. Bars begin at
+    zero; where all values are within a factor of two, marks take their place, on an axis that need not."""
 
     file: str
     title: str
@@ -67,6 +70,7 @@ class Bars:
     x: str
     y: str
     y_label: str = ""
+    null: str = ""  # column of what the null comes to: its mean is a mark beside
 
 
 @dataclass(frozen=True)
@@ -113,24 +117,29 @@ class Result:
 # -- tables as text --------------------------------------------------------------------------------------------------------------------
 
 
-def cell(value: Any) -> str:
-    """A value as tables show it: four digits of a float, thousands separated; nothing for None."""
+def cell(value: Any, digits: int = 4) -> str:
+    """A value as tables show it: so many digits of a float, thousands separated; nothing for None."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{rounded(value):,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else " ".join(str(value).split())
 
 
-def column(values: list[Any]) -> list[str]:
-    """Values of one column: floats with equally many decimals, of which the largest has four digits, unless the smallest would have none."""
+def rounded(value: float) -> float:
+    """A large measured number without digits that say nothing: 1,084,694 is 1,085,000."""
+    return float(f"{value:.4g}") if 1e4 <= abs(value) < math.inf else value
+
+
+def column(values: list[Any], digits: int = 4) -> list[str]:
+    """Values of one column: floats with equally many decimals, of which the largest has so many digits, unless the smallest would have none."""
     sizes = [abs(x) for x in values if isinstance(x, float) and math.isfinite(x) and x]
-    if not sizes or max(sizes) > 1e3 * min(sizes):
-        return [cell(x) for x in values]
-    decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
-    digits = [f"{x:,.{decimals}f}" if isinstance(x, float) else "" for x in values]
-    spare = min(len(x) - len(x.rstrip("0")) for x in digits if "." in x) if decimals else 0
-    return [text[: len(text) - spare].rstrip(".") if isinstance(x, float) and math.isfinite(x) else cell(x) for x, text in zip(values, digits, strict=True)]
+    decimals = max(0, digits - 1 - math.floor(math.log10(max(sizes)))) if sizes else 0
+    if not sizes or max(sizes) > 1e3 * min(sizes) and (min(sizes) < 0.5 * 10**-decimals or not decimals):
+        return [cell(x, digits) for x in values]
+    written = [f"{rounded(x):,.{decimals}f}" if isinstance(x, float) else "" for x in values]
+    spare = min(len(x) - len(x.rstrip("0")) for x in written if "." in x) if decimals else 0
+    return [text[: len(text) - spare].rstrip(".") if isinstance(x, float) and math.isfinite(x) else cell(x) for x, text in zip(values, written, strict=True)]
 
 
 def columns_of(rows: list[Row]) -> list[str]:
@@ -147,22 +156,47 @@ def alignment(rows: list[Row]) -> list[str]:
     return ["right" if of_numbers(name) else "left" for name in columns_of(rows)]
 
 
-def laid_out(rows: list[Row], style: str) -> str:
+UNCERTAIN = re.compile(r"\b(error|spread)\b")  # columns of how far others may be off
+
+
+def laid_out(rows: list[Row], style: str, digits: int = 4) -> str:
     columns = columns_of(rows)
-    cells = list(zip(*(column([row.get(name) for row in rows]) for name in columns), strict=True))
+    of_each = [digits - bool(UNCERTAIN.search(name)) for name in columns]
+    cells = list(zip(*(column([row.get(name) for row in rows], own) for name, own in zip(columns, of_each, strict=True)), strict=True))
     if style == "pipe":
         columns, *cells = ([text.replace("|", "\\|") for text in line] for line in [columns, *cells])
     return tabulate(cells, columns, tablefmt=style, disable_numparse=True, colalign=alignment(rows))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], digits: int = 4) -> str:
     """Rows as a Markdown table that also reads well in a terminal; nothing for no rows."""
-    return laid_out(rows, "pipe") if rows else ""
+    return laid_out(rows, "pipe", digits) if rows else ""
+
+
+def readable(shown: Table) -> tuple[list[Row], list[str]]:
+    """Rows without quiet columns that are equal in all; and why some failed, in lines below the table, which would widen all of it."""
+    there = [row for row in shown.rows if "failed" not in row]
+    equal = {name for name in shown.quiet if len({str(row.get(name)) for row in there}) < 2}
+    rows = [{name: value for name, value in row.items() if name not in equal} for row in shown.rows]
+    columns = [name for name in columns_of(rows) if name != "failed"]
+    why: list[str] = []
+    for i, row in enumerate(rows):
+        free = [name for name in columns if row.get(name) in (None, "")]
+        if row.get("failed") and free:
+            own = {name: row[name] for name in columns if name not in free}
+            rows[i] = own | {free[0]: "failed"}
+            why.append(f"{', '.join([cell(value) for value in own.values()])} failed: {cell(row['failed'])}")
+    columns = columns_of(rows)
+    return [{name: row.get(name) for name in columns} for row in rows], list(dict.fromkeys(why))
 
 
 def text(result: Result) -> str:
     """A result as a terminal shows it: the tables that are shown, each under its name, and the notes."""
-    parts = [f"{result.suite}, {t.name}\n{table(t.rows)}" for t in result.tables if t.shown and t.rows]
+    parts = []
+    for t in result.tables:
+        if t.shown and t.rows:
+            rows, why = readable(t)
+            parts.append("\n".join([f"{result.suite}, {t.name}", table(rows, t.digits), *why]))
     return "\n\n".join(parts + ["\n".join(result.notes)] * bool(result.notes))
 
 
@@ -203,14 +237,16 @@ def label(*words: str) -> str:
 def latex_table(suite: str, shown: Table) -> str:
     """A table as floats of at most PAGE rows, each smaller where it is too wide."""
     floats = []
-    for first in range(0, len(shown.rows), PAGE):
-        rows = [{name: row.get(name) for name in columns_of(shown.rows)} for row in shown.rows[first : first + PAGE]]
-        body = re.sub("--", "-{}-", re.sub(r"(?m)^( *)\[", r"\1{[}", laid_out(rows, "latex_booktabs")))  # a bracket first would be an argument
+    every, why = readable(shown)
+    below = "".join(f"\n\\par\\smallskip{{\\footnotesize {escape(line)}}}" for line in why)
+    for first in range(0, len(every), PAGE):
+        rows = every[first : first + PAGE]
+        body = re.sub("--", "-{}-", re.sub(r"(?m)^( *)\[", r"\1{[}", laid_out(rows, "latex_booktabs", shown.digits)))  # a bracket first would be an argument
         if max(map(len, table(rows).splitlines())) > WIDE:
             body = "\\resizebox{\\linewidth}{!}{%\n" + body + "}"
         caption = escape(sentence(shown.name, shown.caption)) + (" (continued)" if first else "")
         key = label(suite, shown.name, str(first // PAGE + 1) if first else "")
-        floats.append(f"\\begin{{table}}[t]\n\\centering\\small\n\\caption{{{caption}}}\n\\label{{tab:{key}}}\n{body}\n\\end{{table}}")
+        floats.append(f"\\begin{{table}}[t]\n\\centering\\small\n\\caption{{{caption}}}\n\\label{{tab:{key}}}\n{body}{below}\n\\end{{table}}")
     return "\n\n".join(floats)
 
 
@@ -238,7 +274,9 @@ def markdown(record: dict[str, Any], results: list[Result], drawn: set[str]) -> 
         parts.append(f"## {result.suite}")
         for shown in result.tables:
             if shown.shown and shown.rows:
-                parts += [f"### {shown.name}", *[shown.caption] * bool(shown.caption), table(shown.rows)]
+                rows, why = readable(shown)
+                parts += [f"### {shown.name}", *[shown.caption] * bool(shown.caption), table(rows, shown.digits)]
+                parts += ["\n".join(f"- {line}" for line in why)] * bool(why)
         parts += ["\n".join(f"- {note}" for note in result.notes)] * bool(result.notes)
         parts += [f"![{f.title}]({f.file}.png)\n\n*{f.title}* ([PDF]({f.file}.pdf))" for f in result.figures if f.file in drawn]
     return "\n\n".join(parts) + "\n"
