@@ -38,9 +38,10 @@ STYLE = {
 }  # fmt: skip
 COLOURS = {  # by model; lightness in grey: 0, .29, .45, .68
     "softmax": "#000000", "phase7": "#1f4fa8", "phase8": "#1b9e77", "hybrid": "#f5a031", "nanogpt": "#8c6bb1", "nanogpt-muon": "#c51b7d",
-    "chance": "#999999", "untrained": "#999999", "N0-cosine": "#000000", "N1-bias": "#a6761d", "N2-gain": "#56b4e9", "N3-first-order": "#c51b7d",
+    "chance": "#999999", "untrained": "#999999",
+    "N0-cosine": "#000000", "N1-bias": "#a6761d", "N2-gain": "#56b4e9", "N3-first-order": "#c51b7d",
 }  # fmt: skip
-OTHERS = ("#56b4e9", "#c51b7d", "#a6761d", "#8c6bb1", "#1f4fa8", "#f5a031", "#1b9e77", "#000000")  # of the kinds last: they would be taken for these
+OTHERS = ("#56b4e9", "#c51b7d", "#a6761d", "#8c6bb1", "#1f4fa8", "#f5a031", "#1b9e77", "#000000")  # those of kinds last
 NEUTRAL = "#6b7f99"  # of bars that are no models
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -54,7 +55,7 @@ def number(value: Any) -> bool:
 
 
 def known(models: Sequence[Any]) -> dict[Any, str]:
-    """Models that have a colour of their own, by what they have it: their name, or the kind that the folder of a run speaks of, the first that does."""
+    """Models that have a colour of their own, and by what: their name, or the kind that a run's folder speaks of, the first that does."""
     found = {model: model for model in models if model in COLOURS}
     for model in models:
         spoken = set(re.split("[^a-z0-9]+", str(model).rsplit("/", 1)[-1].lower())) & set(COLOURS)
@@ -205,7 +206,8 @@ def legend(canvas: Canvas, handles: Sequence[Line2D], where: str = "outside uppe
     """Outside the axes, in as many columns as the width has room for."""
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), int((canvas.get_figwidth() - 0.1) / (0.42 + 0.052 * longest))))
-    canvas.legend(handles=by_rows(handles, columns), loc=where, ncols=columns)
+    room = 3.6 if "lower" in where else None  # for dashes beside a marker
+    canvas.legend(handles=by_rows(handles, columns), loc=where, ncols=columns, handlelength=room)
 
 
 def by_rows(handles: Sequence[Line2D], columns: int) -> list[Line2D]:
@@ -277,14 +279,16 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
     name = {m: printable(m) + (f" (from {lowest[m]:.3g})" if high is not None and lowest[m] > high else "") for m in models}
     value_axis(axes, [*shown, *figure.levels.values()], figure.y_label or figure.y, figure.log_y, figure.low, high)
     setting_axis(axes, order, figure.x_label or figure.x, figure.log_x)
+    beside = {"xycoords": ("axes fraction", "data"), "xytext": (2, 0), "textcoords": "offset points", "annotation_clip": True}
     for words_of_level, level in figure.levels.items():
         axes.axhline(level, color="#777777", linewidth=0.7, linestyle=(0, (2, 2)), zorder=1)
-        beside = {"xycoords": ("axes fraction", "data"), "xytext": (2, 0), "textcoords": "offset points", "annotation_clip": True}
-        axes.annotate(printable_lines(words_of_level.replace(", ", ",\n")), (1, level), va="center", fontsize=SMALL, color="#555555", **beside)
+        words_of_level = printable_lines(words_of_level.replace(", ", ",\n"))
+        axes.annotate(words_of_level, (1, level), va="center", fontsize=SMALL, color="#555555", **beside)
     few = all(len(line.get_xdata()) <= FEW for line in axes.lines)
     if several:
         legend(canvas, [Line2D([], [], color=colour[m], linewidth=2.5, label=name[m]) for m in models])
-        named = [", ".join(f"{s} {exact(value)}" if number(value) else exact(value) for s, value in zip(settings, key, strict=True)) for key in keys]
+        both = [list(zip(settings, key, strict=True)) for key in keys]
+        named = [", ".join(f"{of} {exact(value)}" if number(value) else exact(value) for of, value in pairs) for pairs in both]
         legend(canvas, [Line2D([], [], color="#666666", label=n, **appearance(j, few, setting=True)) for j, n in enumerate(named)], "outside lower center")
     else:
         legend(canvas, [Line2D([], [], color=colour[m], label=name[m], **appearance(place[m], few, setting=False)) for m in models])

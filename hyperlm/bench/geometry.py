@@ -20,8 +20,8 @@ from hyperlm.config import ConfigError
 
 CAPTIONS = {
     "radii": (
-        "Distances from the origin (0.05 to 4) of queries and keys, over tokens of the validation text; std: over a head's tokens, mean over "
-        "heads. Half-life: tokens after which a head of phase8 has forgotten half, at its mean decay."
+        "Distances from the origin (0.05 to 4) of queries and keys, over tokens of the validation text; std: over a head's tokens, mean "
+        "over heads. Half-life: tokens after which a head of phase8 has forgotten half, at its mean decay."
     ),
     "correlations": (
         "Spearman's rho of the radii of queries and keys (softmax: norms) with log frequency, next-token entropy and bracket depth of "
@@ -45,9 +45,9 @@ EXPLAINED = {  # what a table means to the letter
         "twin's queries and keys are not seen by its scores"
     ),
     "variance of scores": (
-        "each query's mean is taken out, as softmax does; functions of the angle have 64 steps; scores of phase7 are functions of angle and "
-        "radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which is no function of the angle even where all radii "
-        "are equal, as they are before training"
+        "each query's mean is taken out, as softmax does; functions of the angle have 64 steps; scores of phase7 are functions of angle "
+        "and radii, so that the rest is theirs; those of phase8 are log phi(q) . phi(k), which is no function of the angle even where all "
+        "radii are equal, as they are before training"
     ),
     "ablations": (
         "tokens as frequent are others of the text with the same whole part of log2 (1 + frequency): if radii were functions of frequency "
@@ -100,15 +100,21 @@ def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
         title = "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads; before training it is at most "
         title += ", ".join(f"{most:.2f} ({what})" for what, most in before.items())
         found.append(
-            Heatmap("geometry_correlations", title, "key correlations by layer", "layer", "with", "mean |rho|", y_label="keys' radii with", low=0)
-        )
+            Heatmap(
+                "geometry_correlations", title, "key correlations by layer", "layer", "with", "mean |rho|",
+                y_label="keys' radii with", low=0,
+            )
+        )  # fmt: skip
     if rows["radii by head"]:
         title, share = "Radii by layer, mean and range over heads; 4 is the largest possible", "share of the variance of scores"
         for model in dict.fromkeys(row["model"] for row in rows["radii"] if row.get("mixer") == "phase8"):
             if exact := [str(row["layer"]) for row in rows["radii"] if row["model"] == model and row["mixer"] == "phase7"]:
                 title += f"; layers {', '.join(exact)} of {model} are of phase7"
         found += [
-            Lines("geometry_radii", title, "radii by head", "layer", "radius", ("model", "of"), over="head", y_label="distance from the origin"),
+            Lines(
+                "geometry_radii", title, "radii by head", "layer", "radius", ("model", "of"), over="head",
+                y_label="distance from the origin",
+            ),
             Bars(
                 "geometry_variance", "Share of the variance of scores that the angle alone explains: mean of heads, and each",
                 "variance by head", "layers", "angle alone", share, null="untrained, angle alone",

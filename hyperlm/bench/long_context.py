@@ -259,7 +259,8 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
     notes = list(dict.fromkeys(outcome.note for outcome in outcomes if outcome.note))
     notes += scoring.comparable(outcome.fingerprints for outcome in outcomes)
     if lengths:
-        notes.append(f"passkeys: means over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}" + "; none was said" * (not said_any(lengths)))
+        depths = f"passkeys: means over depths of {', '.join(f'{depth:.0%}' for depth in DEPTHS)}"
+        notes.append(depths + "; none was said" * (not said_any(lengths)))
     tables = [
         Table(
             "loss by position",
@@ -271,8 +272,8 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
         Table(
             "passkeys",
             passkeys(lengths),
-            f"Share of trials, ± standard error, in which a key of {passkey.DIGITS} digits hidden in so many tokens of text is chosen (more "
-            f"probable than {CHOICES - 1} other numbers; chance {1 / CHOICES}) or said (greedily, all digits; chance 0).",
+            f"Share of trials, ± standard error, in which a key of {passkey.DIGITS} digits hidden in so many tokens of text is chosen "
+            f"(more probable than {CHOICES - 1} other numbers; chance {1 / CHOICES}) or said (greedily, all digits; chance 0).",
         ),
         Table("passkey by length", lengths, "The same, a row for each length.", shown=False),
         Table("passkey by length and depth", rows["passkeys", "trained"], "The same by depth.", shown=False),
@@ -291,7 +292,8 @@ def passkeys(lengths: Sequence[Row]) -> list[Row]:
     rows: dict[tuple[str, str, str], Row] = {}
     for row in lengths:
         for answer in ("chosen", "said") if said_any(lengths) else ("chosen",):
-            own = rows.setdefault((row["model"], row["weights"], answer), {"model": row["model"], "weights": row["weights"], "answer": answer})
+            key = row["model"], row["weights"], answer
+            own = rows.setdefault(key, dict(zip(("model", "weights", "answer"), key, strict=True)))
             if "failed" in row:
                 own["failed"] = row["failed"]
             else:
@@ -315,10 +317,11 @@ def figures(tables: Sequence[Table], n: int | None) -> list[Figure]:
     }
     told, both = {"y": "chosen", "y_label": "share of trials", "low": 0.0, "high": 1.0}, ("model", "weights")
     farther = "What text farther back than in training is worth"
+    right = f"Pass keys told from {CHOICES - 1} other numbers, mean over depths"
     drawn: list[Figure] = [
         Lines("long_context_loss", "Loss by position", y="loss", y_label="loss (nats a token)", **position),
         Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"no gain": 0.0}, **position),
-        Lines("long_context_passkey", f"Pass keys told from {CHOICES - 1} other numbers, mean over depths", series=both, levels={"chance": 1 / CHOICES}, **told, **length),
+        Lines("long_context_passkey", right, series=both, levels={"chance": 1 / CHOICES}, **told, **length),
         Heatmap("long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", value="chosen", low=0, high=1, **cell),
     ]
     if said_any(rows["passkey by length"]):

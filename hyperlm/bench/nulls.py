@@ -80,9 +80,10 @@ def result(trials: Trials, seed: int) -> Result:
         Table("rates", comparison.rate_rows(trials), "Every training.", shown=False),
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
     ]
+    each = "a mark for each seed, and their mean"
     figures = [
-        Bars("nulls", "Phase 7 and its nulls: a mark for each seed, and their mean", "seeds", "model", "loss", "validation loss (nats a token)"),
-        Bars("nulls_parts", "What each part of the score brings: a mark for each seed, and their mean", "pairs", "part", "nats", "fall of the loss (nats a token)"),
+        Bars("nulls", f"Phase 7 and its nulls: {each}", "seeds", "model", "loss", "validation loss (nats a token)"),
+        Bars("nulls_parts", f"What each part of the score brings: {each}", "pairs", "part", "nats", "fall of the loss (nats a token)"),
     ]
     return Result("nulls", tables, notes(trials, seed), figures)
 

@@ -98,7 +98,8 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     seconds = min((max(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
     t, n = config.train, config.data.seq_len
     told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
-    told += f"to the largest; and after the same time, {seconds:.3g} s. GiB: most memory in use. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step."
+    told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step. "
+    told += "GiB: peak memory."
     at = {label: grid.best_rate(own) for label, own in trials.items()}
     differences = f"Validation loss less that of {TWIN} with the same seed, nats a token, below 0 is better; 95 % by Student's t."
     tables = [
@@ -146,7 +147,7 @@ def figures(seeds: Sequence[int]) -> list[Figure]:
         curves("quality_tokens", f"Validation loss over tokens, each at its best rate{band}", "tokens", "tokens learnt"),
         curves("quality_seconds", f"Validation loss over time, each at its best rate{band}", "seconds", "seconds of training"),
         Lines(
-            "quality_rates", f"Validation loss by learning rate, of seed {seeds[0]}, by which the best was chosen", "rates of the first seed", "rate", "loss",
-            x_label="peak learning rate", y_label=y_label, log_x=True, within=0.5,
+            "quality_rates", f"Validation loss by learning rate, of seed {seeds[0]}, by which the best was chosen",
+            "rates of the first seed", "rate", "loss", x_label="peak learning rate", y_label=y_label, log_x=True, within=0.5,
         ),
     ]  # fmt: skip

@@ -199,7 +199,7 @@ def recall_tables(found: Found, task: Task, dtype: torch.dtype) -> tuple[list[Ta
         Table("recall of the most pairs", most, shown=False),
     ]
     label = f"state after {longest} tokens (KiB a sequence)"
-    title, levels = f"Recall of {hardest.size} pairs in {hardest.length} tokens", {"chance": 1 / hardest.size}
+    title, levels = f"Recall of {hardest.size} pairs in {hardest.length} tokens, by size of the state", {"chance": 1 / hardest.size}
     figure = Lines("recall_state", title, tables[-1].name, "state KiB", "accuracy", over="seed", x_label=label, log_x=True, levels=levels)
     return tables, [figure]
 
@@ -271,8 +271,9 @@ def scopes_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
     rows, points = line_rows(found, task)
     learnt = task.learnt[0].size
     caption = (
-        f"Share of names answered with their value in the nearest enclosing scope, of {synthetic.VALUES} values, by depth; learnt up to "
-        f"depth {learnt}. Shadowed: where that is not the newest value of the name, because a scope has closed since."
+        f"Share of names answered with their value in the nearest enclosing scope, of {synthetic.VALUES} values, by depth, in programs "
+        f"deeper than those learnt, up to depth {learnt} (as learnt). Shadowed: where that is not the newest value of the name, because a "
+        "scope has closed since."
     )
     shadowed = [point for point in points if point["answers"] == "shadowed"]
     tables = [
@@ -280,18 +281,19 @@ def scopes_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
         Table("scopes at each depth", points, shown=False),
         Table("shadowed names at each depth", shadowed, shown=False),
     ]
-    return tables, [over_depth("recall_scopes", "Shadowed names", tables[-1].name, task)]
+    return tables, [over_depth("recall_scopes", "Shadowed names answered with their value, by depth", tables[-1].name, task)]
 
 
 def dyck_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
     rows, points = line_rows(found, task)
     learnt = task.learnt[0].size
     caption = (
-        f"Share of closing brackets whose type, of {synthetic.TYPES}, is told, by depth; learnt up to depth {learnt}. "
-        "Those that close what has only just opened are not counted."
+        f"Share of closing brackets whose type, of {synthetic.TYPES}, is told, by depth, in sequences deeper than "
+        f"those learnt, up to depth {learnt} (as learnt). Those that close what has only just opened are not counted."
     )
-    tables = [Table("dyck by depth", without(rows, "task", "answers"), caption, digits=3, quiet=["rate"]), Table("dyck at each depth", points, shown=False)]
-    return tables, [over_depth("recall_dyck", "Closing brackets", tables[-1].name, task)]
+    told = Table("dyck by depth", without(rows, "task", "answers"), caption, digits=3, quiet=["rate"])
+    tables = [told, Table("dyck at each depth", points, shown=False)]
+    return tables, [over_depth("recall_dyck", "Closing brackets of which the type is told, by depth", tables[-1].name, task)]
 
 
 def counting_tables(found: dict[str, Found], counted: list[Task]) -> tuple[list[Table], list[Figure]]:
@@ -299,9 +301,10 @@ def counting_tables(found: dict[str, Found], counted: list[Task]) -> tuple[list[
     rows, points = ([row for part in parts for row in part] for parts in zip(*both, strict=True))
     learnt = counted[0].learnt[0].length
     caption = f"Share of right answers by position: how many ones there were so far, modulo 2 (parity) and 5; learnt on {learnt} positions."
-    tables = [Table("parity and counting", without(rows, "answers"), caption, digits=3, quiet=["rate"]), Table("counts by position", points, shown=False)]
+    told = Table("parity and counting", without(rows, "answers"), caption, digits=3, quiet=["rate"])
+    tables = [told, Table("counts by position", points, shown=False)]
     figure = Lines(
-        "recall_counting", "Running counts", tables[-1].name, "position", "accuracy", ("model", "task"), "seed", log_x=True,
+        "recall_counting", "Running counts told, by position", tables[-1].name, "position", "accuracy", ("model", "task"), "seed", log_x=True,
         x_label=f"position (learnt up to {learnt})", levels={f"chance, {task.name}": CHANCE[task.name] for task in counted},
     )  # fmt: skip
     return tables, [figure]

@@ -56,13 +56,13 @@ class Lines:
     levels: dict[str, float] = field(default_factory=dict)  # horizontal lines by name: chance, a published figure
     low: float | None = None  # of the y axis, where what is beyond is of no interest, as the first losses of a curve
     high: float | None = None
-    within: float = 0.0  # farther than this above the least value nothing is shown, so that one arm near divergence does not flatten the others
+    within: float = 0.0  # farther than this above the least value nothing is shown: one arm near divergence would flatten the others
 
 
 @dataclass(frozen=True)
 class Bars:
-    """The mean of `y` for each value of the column `x`, with a point for each row, in the colour of its "model" if it has one. Bars begin at
-    zero; where all values are within a factor of two, marks take their place, on an axis that need not."""
+    """The mean of `y` for each value of the column `x`, with a point for each row, in the colour of its "model" if it has one. Bars begin
+    at zero; where all values are within a factor of two, marks take their place, on an axis that need not."""
 
     file: str
     title: str
@@ -132,14 +132,15 @@ def rounded(value: float) -> float:
 
 
 def column(values: list[Any], digits: int = 4) -> list[str]:
-    """Values of one column: floats with equally many decimals, of which the largest has so many digits, unless the smallest would have none."""
+    """Values of one column: floats with equally many decimals, so that the largest has `digits`, unless the smallest would have none."""
     sizes = [abs(x) for x in values if isinstance(x, float) and math.isfinite(x) and x]
     decimals = max(0, digits - 1 - math.floor(math.log10(max(sizes)))) if sizes else 0
     if not sizes or max(sizes) > 1e3 * min(sizes) and (min(sizes) < 0.5 * 10**-decimals or not decimals):
         return [cell(x, digits) for x in values]
     written = [f"{rounded(x):,.{decimals}f}" if isinstance(x, float) else "" for x in values]
     spare = min(len(x) - len(x.rstrip("0")) for x in written if "." in x) if decimals else 0
-    return [text[: len(text) - spare].rstrip(".") if isinstance(x, float) and math.isfinite(x) else cell(x) for x, text in zip(values, written, strict=True)]
+    shorter = [text[: len(text) - spare].rstrip(".") for text in written]
+    return [text if isinstance(x, float) and math.isfinite(x) else cell(x) for x, text in zip(values, shorter, strict=True)]
 
 
 def columns_of(rows: list[Row]) -> list[str]:
@@ -175,8 +176,7 @@ def table(rows: list[Row], digits: int = 4) -> str:
 
 def readable(shown: Table) -> tuple[list[Row], list[str]]:
     """Rows without quiet columns that are equal in all; and why some failed, in lines below the table, which would widen all of it."""
-    there = [row for row in shown.rows if "failed" not in row]
-    equal = {name for name in shown.quiet if len({str(row.get(name)) for row in there}) < 2}
+    equal = {name for name in shown.quiet if len({str(row[name]) for row in shown.rows if row.get(name) not in (None, "")}) < 2}
     rows = [{name: value for name, value in row.items() if name not in equal} for row in shown.rows]
     columns = [name for name in columns_of(rows) if name != "failed"]
     why: list[str] = []
@@ -241,12 +241,14 @@ def latex_table(suite: str, shown: Table) -> str:
     below = "".join(f"\n\\par\\smallskip{{\\footnotesize {escape(line)}}}" for line in why)
     for first in range(0, len(every), PAGE):
         rows = every[first : first + PAGE]
-        body = re.sub("--", "-{}-", re.sub(r"(?m)^( *)\[", r"\1{[}", laid_out(rows, "latex_booktabs", shown.digits)))  # a bracket first would be an argument
+        body = laid_out(rows, "latex_booktabs", shown.digits)
+        body = re.sub("--", "-{}-", re.sub(r"(?m)^( *)\[", r"\1{[}", body))  # a bracket first would be an argument
         if max(map(len, table(rows).splitlines())) > WIDE:
             body = "\\resizebox{\\linewidth}{!}{%\n" + body + "}"
         caption = escape(sentence(shown.name, shown.caption)) + (" (continued)" if first else "")
         key = label(suite, shown.name, str(first // PAGE + 1) if first else "")
-        floats.append(f"\\begin{{table}}[t]\n\\centering\\small\n\\caption{{{caption}}}\n\\label{{tab:{key}}}\n{body}{below}\n\\end{{table}}")
+        head = f"\\begin{{table}}[t]\n\\centering\\small\n\\caption{{{caption}}}\n\\label{{tab:{key}}}"
+        floats.append(f"{head}\n{body}{below}\n\\end{{table}}")
     return "\n\n".join(floats)
 
 
