@@ -92,7 +92,7 @@ def run(
                 row, each = ({"model": kind, "batch": batch, "context": context, "failed": found.why}, []) if failed else found
                 rows.append(row)
                 calls += each
-                yield Result("decode", [Table("decode", list(rows), caption), Table("calls", list(calls), shown=False)], list(notes), FIGURES)
+                yield Result("decode", [Table("decode", list(rows), caption, digits=3), Table("calls", list(calls), shown=False)], list(notes), FIGURES)
                 bar.update(len(points) - done + 1 if failed else 1)
                 if failed:
                     break

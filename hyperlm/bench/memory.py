@@ -89,4 +89,5 @@ def run(kinds: list[str], config: Config, device: torch.device, budget: float = 
         row, each = ({"model": kind, "failed": found.why}, []) if isinstance(found, Failure) else found
         rows.append(row)
         calls += each
-        yield Result("memory", [Table("memory", list(rows), caption), Table("calls", list(calls), shown=False)], notes, FIGURES)
+        shown = Table("memory", list(rows), caption, digits=3, quiet=["residence", "state", "clipped by", "retries"])
+        yield Result("memory", [shown, Table("calls", list(calls), shown=False)], notes, FIGURES)

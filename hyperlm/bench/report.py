@@ -157,7 +157,7 @@ def alignment(rows: list[Row]) -> list[str]:
     return ["right" if of_numbers(name) else "left" for name in columns_of(rows)]
 
 
-UNCERTAIN = re.compile(r"\b(error|spread)\b")  # columns of how far others may be off
+UNCERTAIN = re.compile(r"\b(error|spread)\b|± %")  # columns of how far others may be off
 
 
 def laid_out(rows: list[Row], style: str, digits: int = 4) -> str:
