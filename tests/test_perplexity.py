@@ -218,3 +218,16 @@ def test_losses_of_training_are_overlaid_as_the_run_recorded_them(run):
     assert sorted((row["tokens"], row["of"], row["loss"]) for row in result.tables[1].rows) == sorted((tokens[step], of, loss) for step, of, loss in wanted)
     (run / "metrics.jsonl").unlink()  # as of models that are trained to be compared
     assert [table.name for table in evaluated({"a": run}, max_tokens=SOME).tables] == ["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "high"),
+    [
+        ({"a": (9.0, 5.0, 3.2), "b": (8.0, 4.0, 3.6)}, 5),  # a nat above the best of the worse run, and up to the next whole number
+        ({"a": (3.4, 3.2), "b": (3.9, 3.6)}, None),  # all is to be seen
+        ({"a": (9.0, 3.2), "b": (math.nan, math.nan)}, None),
+    ],
+)
+def test_first_losses_do_not_flatten_the_last(losses, high):
+    rows = [{"model": m, "of": "validation", "tokens": i, "loss": x} for m, own in losses.items() for i, x in enumerate(own)]
+    assert perplexity.overlaid(rows).high == high

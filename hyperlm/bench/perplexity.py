@@ -134,11 +134,19 @@ def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
         "frequencies. Bits per byte leave out tokens that stand for no text."
     )
     curves = [row for outcome in found.values() if isinstance(outcome, Found) for row in outcome.curve]
-    tables = [Table("perplexity", rows, caption, quiet=["step", "text"]), *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
-    return Result("perplexity", tables, notes, [CURVES] * bool(curves))
+    told = Table("perplexity", rows, caption, quiet=["step", "text"])
+    tables = [told, *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
+    return Result("perplexity", tables, notes, [overlaid(curves)] if curves else [])
 
 
-CURVES = Lines(
-    "perplexity_curves", "Losses of the runs as they were trained, each on its own text", "curves", "tokens", "loss", ("model", "of"),
-    x_label="tokens learnt", y_label="loss (nats a token)", within=1.5,
-)  # fmt: skip
+def overlaid(curves: list[Row]) -> Lines:
+    """The losses of runs, without the first, beside which the last would all look the same: from a nat above the worst run's best on."""
+    least: dict[tuple[str, str], float] = {}
+    for row in curves:
+        key = row["model"], row["of"]
+        least[key] = min(least.get(key, math.inf), row["loss"])
+    high = math.ceil(max(least.values()) + 1) if math.isfinite(max(least.values())) else math.inf
+    return Lines(
+        "perplexity_curves", "Losses of the runs as they were trained, each on its own text", "curves", "tokens", "loss", ("model", "of"),
+        x_label="tokens learnt", y_label="loss (nats a token)", high=high if high < max(row["loss"] for row in curves) < math.inf else None,
+    )  # fmt: skip
