@@ -95,10 +95,10 @@ def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
     if rows["correlations by layer"]:
         before: dict[str, float] = {}
         for row in rows["correlations"]:
-            if row.get("of", "").startswith("key"):
+            if row.get("of", "").startswith("key") and math.isfinite(row["untrained |rho|"]):
                 before[row["with"]] = max(before.get(row["with"], 0.0), row["untrained |rho|"])
-        title = "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads; before training it is at most "
-        title += ", ".join(f"{most:.2f} ({what})" for what, most in before.items())
+        title = "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads"
+        title += "; before training at most " * bool(before) + ", ".join(f"{most:.2f} ({what})" for what, most in before.items())
         found.append(
             Heatmap(
                 "geometry_correlations", title, "key correlations by layer", "layer", "with", "mean |rho|",
