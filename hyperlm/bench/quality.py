@@ -147,7 +147,7 @@ def figures(seeds: Sequence[int]) -> list[Figure]:
         curves("quality_tokens", f"Validation loss over tokens, each at its best rate{band}", "tokens", "tokens learnt"),
         curves("quality_seconds", f"Validation loss over time, each at its best rate{band}", "seconds", "seconds of training"),
         Lines(
-            "quality_rates", f"Validation loss by learning rate, of seed {seeds[0]}, by which the best was chosen",
+            "quality_rates", f"Validation loss by learning rate, of seed {seeds[0]}",
             "rates of the first seed", "rate", "loss", x_label="peak learning rate", y_label=y_label, log_x=True, within=0.5,
         ),
     ]  # fmt: skip
