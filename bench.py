@@ -186,6 +186,8 @@ def long_context_suite(bench: Bench, command: Command) -> Measuring:
 
 def geometry_suite(bench: Bench, command: Command) -> Measuring:
     tokens = command.tokens or (200_000 if bench.gpu else 2000)
+    if text_of(bench, command):
+        raise cli.UsageError("--data.sources: suite geometry looks at runs on their own validation text; leave it out, or name other suites")
     check, run = partial(geometry.check, tokens=tokens), partial(geometry.run, devices=bench.devices, tokens=tokens, kernels=command.kernels)
     return of_models(bench, command, check, run)
 
@@ -199,22 +201,24 @@ class Suite(NamedTuple):
     gpu: str  # preset
     cpu: str
     start: Callable[[Bench, Command], Measuring]
+    flags: tuple[str, ...] = ()  # that it takes, of those that are not for all; "settings": of models, from the preset on
 
 
 SUITES: dict[str, Suite] = {
-    "speed": Suite("kinds", "standard", "small", speed_suite),
-    "memory": Suite("kinds", "standard", "small", memory_suite),
-    "decode": Suite("kinds", "standard", "small", decode_suite),
-    "quality": Suite("peers", "study", "glance", quality_suite),
-    "perplexity": Suite("models", "study", "glance", perplexity_suite),
-    "long-context": Suite("models", "study", "glance", long_context_suite),
-    "geometry": Suite("models", "study", "glance", geometry_suite),
-    "recall": Suite("kinds", "study", "glance", recall_suite),
-    "nulls": Suite("nothing", "study", "glance", nulls_suite),
+    "speed": Suite("kinds", "standard", "small", speed_suite, ("settings", "lengths", "tokens")),
+    "memory": Suite("kinds", "standard", "small", memory_suite, ("settings",)),
+    "decode": Suite("kinds", "standard", "small", decode_suite, ("settings", "lengths")),
+    "quality": Suite("peers", "study", "glance", quality_suite, ("settings", "seeds", "rates")),
+    "perplexity": Suite("models", "study", "glance", perplexity_suite, ("settings",)),
+    "long-context": Suite("models", "study", "glance", long_context_suite, ("settings",)),
+    "geometry": Suite("models", "study", "glance", geometry_suite, ("settings", "tokens")),
+    "recall": Suite("kinds", "study", "glance", recall_suite, ("seeds", "rates")),
+    "nulls": Suite("nothing", "study", "glance", nulls_suite, ("settings", "seeds", "rates")),
     "linear": Suite("nothing", "standard", "small", partial(kernel_suite, "linear")),
     "hyperbolic": Suite("nothing", "standard", "small", partial(kernel_suite, "hyperbolic")),
     "report": Suite("reports", "standard", "small", report_suite),
 }
+SETTINGS = ("preset", "model", "data", "train", "optim", "eval")  # groups of flags
 
 
 # -- what suites that train have in common ---------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ def check(command: Command, argv: list[str], device: torch.device) -> Bench:
     folder = runs.ROOT / (command.name or f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists():
         raise cli.UsageError(f"{folder} exists: choose another --name")
-    subjects = list(dict.fromkeys(command.subjects))
+    subjects = list(dict.fromkeys(subject.rstrip("/") or subject for subject in command.subjects))
     for subject in subjects:
         if subject not in arms.KINDS + arms.PEERS and not Path(subject).is_dir():
             names = ", ".join(arms.KINDS + arms.PEERS)
@@ -329,7 +333,32 @@ def chosen(command: Command, bench: Bench) -> list[str]:
     for name in asked:
         if not available[SUITES[name].measured]:
             raise cli.UsageError(f"--suite {name} needs {wanted[SUITES[name].measured]}, and none was named")
+    measured = {subject for name in asked for subject in available[SUITES[name].measured]}
+    if idle := [subject for subject in bench.kinds + bench.peers + bench.runs if subject not in measured]:
+        raise cli.UsageError(f"{idle[0]}: nothing that suite {' or '.join(asked)} measures; leave it out, or name another --suite")
     return asked
+
+
+def makes_models(bench: Bench, name: str) -> bool:
+    """Whether a suite measures models that are made for it, by the settings of the command, and not runs alone."""
+    return "settings" in SUITES[name].flags and (SUITES[name].measured != "models" or bool(bench.kinds))
+
+
+def takes(bench: Bench, name: str, flag: str) -> bool:
+    """Whether a suite depends on a flag."""
+    group = flag.partition(".")[0]
+    if group not in SETTINGS:
+        return flag in SUITES[name].flags
+    return makes_models(bench, name) or (group == "data" and name in ("perplexity", "long-context"))
+
+
+def check_flags(bench: Bench, names: list[str]) -> None:
+    """Raises UsageError on a flag that would change nothing."""
+    for flag in (a.partition("=")[0][2:].replace("_", "-") for a in bench.argv if a.startswith("--")):
+        takers = [name for name, suite in SUITES.items() if flag in suite.flags]
+        if (takers or flag.partition(".")[0] in SETTINGS) and flag != "train.device" and not any(takes(bench, name, flag) for name in names):
+            why = f"that is for {', '.join(takers)}" if takers else "runs have settings of their own" if bench.runs else "it has sizes of its own"
+            raise cli.UsageError(f"--{flag} would change nothing in suite {' and '.join(names)} ({why}): leave it out")
 
 
 def main(argv: list[str]) -> int:
@@ -337,13 +366,15 @@ def main(argv: list[str]) -> int:
     command = parse(argv, "standard" if device.type == "cuda" else "small")
     bench = check(command, argv, device)
     names = chosen(command, bench)
+    check_flags(bench, names)
     env.prepare(device)
     suites = {}
     for name in names:
         own = parse(argv, SUITES[name].gpu if bench.gpu else SUITES[name].cpu)
         suites[name] = SUITES[name].start(bench, own)
         if name != "report":
-            print(f"{name}: preset {own.preset} on {', '.join(map(str, bench.devices)) if SUITES[name].measured != 'kinds' else device}")
+            where = ", ".join(map(str, bench.devices)) if SUITES[name].measured != "kinds" else device
+            print(f"{name}: {f'preset {own.preset} on ' * makes_models(bench, name)}{where}")
     runs.ROOT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):  # found out now, not when there is something to write
         pass
@@ -371,9 +402,9 @@ def main(argv: list[str]) -> int:
         if results:
             write()
             print(f"written to {bench.folder}: report.md, report.tex, results.json{', figures' if any(r.figures for r in results.values()) else ''}")
-    failed = [f"{row.get('model', 'one')} ({name})" for name, r in results.items() for t in r.tables for row in t.rows if "failed" in row]
+    failed = dict.fromkeys(f"{row.get('model', 'one')} ({name})" for name, r in results.items() for t in r.tables for row in t.rows if "failed" in row)
     if failed:
-        raise cli.UsageError(f"{len(failed)} failed, and the tables say why: {', '.join(dict.fromkeys(failed))}")
+        raise cli.UsageError(f"{len(failed)} failed, and the tables say why: {', '.join(failed)}")
     return 0
 
 

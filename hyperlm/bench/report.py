@@ -320,7 +320,19 @@ def write(folder: Path, results: Sequence[Result], machine: dict[str, Any], comm
 
     What an earlier call wrote there is replaced, file by file and each at once, results.json first; other files, models among them, stay.
     A figure that cannot be drawn is a note in the report: what was measured is worth more.
+
+    Raises:
+        RunError: if the disk does not take it.
     """
+    try:
+        replace_in(folder, results, machine, command)
+    except OSError as e:
+        kept = "; what it holds is an earlier report" if folder.exists() else ""
+        raise RunError(f"the report could not be written to {folder} ({e.strerror or e}){kept}: mend that and measure again") from e
+
+
+def replace_in(folder: Path, results: Sequence[Result], machine: dict[str, Any], command: str) -> None:
+    """The work of `write`."""
     from hyperlm.bench import figures  # matplotlib takes a second
 
     record = {"command": command, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "machine": machine}
@@ -333,7 +345,8 @@ def write(folder: Path, results: Sequence[Result], machine: dict[str, Any], comm
         drawn, told = set(), []
         for result in results:
             notes = list(result.notes)
-            for figure in result.figures:
+            there = {table.name for table in result.tables}
+            for figure in (figure for figure in result.figures if figure.table in there):  # nothing was measured for others
                 try:
                     if figures.draw(figure, result.tables, part):
                         drawn.add(figure.file)
