@@ -145,6 +145,11 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage, message, run
         (["phase7", "--suite", "decode", "--preset", "max", "--lengths", "33554432", "--train.device", "cpu"], "a cache of phase7 needs"),
         (["phase8", "--suite", "memory", "--model.d-model", "16384", "--model.n-layers", "64", "--train.device", "cpu"], "GiB of host memory"),
         (["phase7", "--train.device", "cuda:99"], "not on this machine"),
+        (["phase7", "nanogpt", "--suite", "speed"], "nanogpt: nothing that suite speed measures"),
+        (["phase8", "--suite", "nulls"], "phase8: nothing that suite nulls measures"),
+        (["phase7", "--suite", "recall", "--train.steps", "5"], "--train.steps would change nothing in suite recall"),
+        (["phase7", "--suite", "memory", "--rates=1e-3"], "--rates would change nothing in suite memory (that is for quality, recall, nulls)"),
+        (["phase7", "--suite", "speed", "--seeds", "2"], "--seeds would change nothing"),
     ],
 )
 def test_a_mistake_is_one_clear_line(argv, message, capsys):
@@ -154,3 +159,26 @@ def test_a_mistake_is_one_clear_line(argv, message, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
     assert {str(p) for p in Path("runs").rglob("*")} <= {"runs/taken"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.d-model", "64"], "--model.d-model would change nothing in suite perplexity (runs have settings of their own)"),
+        (["--data.sources", "prose.txt", "--suite", "geometry"], "--data.sources would change nothing in suite geometry"),
+        (["--data.sources", "prose.txt", "--suite", "perplexity", "geometry"], "geometry looks at runs on their own validation text"),
+        (["--data.sources", "empty.txt"], "--data.sources empty.txt: no text in it"),
+        (["--suite", "long-context", "--lengths", "64"], "--lengths would change nothing"),
+    ],
+)
+def test_what_runs_do_not_take_is_refused_before_anything_is_measured(argv, message, run, capsys, monkeypatch):
+    Path("empty.txt").touch()
+    monkeypatch.setattr(model, "init", fails)
+    assert call(run, *argv, "--name", "b", "--train.device", "cpu") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1 and not Path("runs/b").exists()
+
+
+def test_a_run_that_is_named_twice_is_measured_once(run, capsys):
+    assert call(run, f"{run}/", "--name", "b", "--train.device", "cpu") == 0
+    assert len(results("b")[0]["rows"]) == 2 and "preset" not in capsys.readouterr().out  # two strides; no preset was used

@@ -110,7 +110,9 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
         Table("best curves", comparison.curve_rows(trials, at), "Of those at the best rates.", shown=False),
     ]
-    return Result("quality", [table for table in tables if table.rows], notes(trials, seeds[0], seconds), figures(seeds))
+    tables = [table for table in tables if table.rows]
+    drawn = [figure for figure in figures(seeds) if any(figure.table == table.name for table in tables)]
+    return Result("quality", tables, notes(trials, seeds[0], seconds), drawn)
 
 
 def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], seconds: float, rate: float | None) -> Row:
@@ -133,7 +135,8 @@ def paired(trials: Trials) -> list[Row]:
 def notes(trials: Trials, seed: int, seconds: float) -> list[str]:
     then = f"at equal seconds: after {seconds:.3g} s of training alone, the time of the quickest for all its steps, interpolated on curves "
     then += "whose schedule was made for all steps, so that slower arms have rates that are still high there"
-    return [*comparison.notes(trials, seed), then, *[PEERS_NOTE] * any(label in PEERS for label in trials)]
+    equal = [then] if math.isfinite(seconds) else []  # nothing was trained to its end
+    return [*comparison.notes(trials, seed), *equal, *[PEERS_NOTE] * any(label in PEERS for label in trials)]
 
 
 def figures(seeds: Sequence[int]) -> list[Figure]:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -322,16 +323,16 @@ def write(folder: Path, results: Sequence[Result], machine: dict[str, Any], comm
     A figure that cannot be drawn is a note in the report: what was measured is worth more.
 
     Raises:
-        RunError: if the disk does not take it.
+        OSError: if it cannot be written; its strerror says what and where.
     """
     try:
-        replace_in(folder, results, machine, command)
+        write_all(folder, results, machine, command)
     except OSError as e:
-        kept = "; what it holds is an earlier report" if folder.exists() else ""
-        raise RunError(f"the report could not be written to {folder} ({e.strerror or e}){kept}: mend that and measure again") from e
+        kept = "what is there is an earlier report" if (folder / "results.json").exists() else "none is there"
+        raise OSError(e.errno, f"the report could not be written to {folder}, and {kept} ({e.strerror or e})") from e
 
 
-def replace_in(folder: Path, results: Sequence[Result], machine: dict[str, Any], command: str) -> None:
+def write_all(folder: Path, results: Sequence[Result], machine: dict[str, Any], command: str) -> None:
     """The work of `write`."""
     from hyperlm.bench import figures  # matplotlib takes a second
 
@@ -345,8 +346,7 @@ def replace_in(folder: Path, results: Sequence[Result], machine: dict[str, Any],
         drawn, told = set(), []
         for result in results:
             notes = list(result.notes)
-            there = {table.name for table in result.tables}
-            for figure in (figure for figure in result.figures if figure.table in there):  # nothing was measured for others
+            for figure in result.figures:
                 try:
                     if figures.draw(figure, result.tables, part):
                         drawn.add(figure.file)
@@ -409,17 +409,31 @@ def load(folder: Path) -> list[Result]:
     return results
 
 
+def labels(result: Result) -> set[str]:
+    """The models of a result."""
+    return {row["model"] for t in result.tables for row in t.rows if "model" in row}
+
+
+def relabelled(result: Result, names: dict[str, str]) -> Result:
+    tables = [replace(t, rows=[row | {"model": names.get(row["model"], row["model"])} if "model" in row else row for row in t.rows]) for t in result.tables]
+    return replace(result, tables=tables)
+
+
 def join(folders: Sequence[Path]) -> list[Result]:
     """The results of several benchmarks as one: those of a suite together, the rows of tables of one name one after another, and a note on each.
+    Models that several have are told apart by the names of their folders.
 
     Raises:
         RunError: where `load` does.
     """
     joined: dict[str, Result] = {}
-    for folder in folders:
+    loaded = {folder: load(folder) for folder in folders}
+    often = Counter((result.suite, label) for results in loaded.values() for result in results for label in labels(result))
+    for folder, results in loaded.items():
         record = read(folder)
         origin = ", ".join(str(record.get(name)) for name in ("commit", "date") if record.get(name))
-        for result in load(folder):
+        for result in results:
+            result = relabelled(result, {label: f"{label} ({folder.name})" for label in labels(result) if often[result.suite, label] > 1})
             former = joined.get(result.suite, Result(result.suite, []))
             tables = {t.name: t for t in former.tables}
             for t in result.tables:

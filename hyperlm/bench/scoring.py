@@ -24,16 +24,19 @@ AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 12}  # tokens that are read together, by
 
 
 def check(models: Mapping[str, Path], text: DataConfig | None) -> None:
-    """As far as a moment tells.
+    """Find out early what would be found out late, and tokenise `text` for each run here, not in several processes at once.
 
     Raises:
         RunError, CheckpointError, TokenizerError: where a run cannot be read.
-        DataError: where `text` is not there.
+        DataError: where `text` cannot be.
     """
-    for run in models.values():
-        trained.load_tokenizer(run, checkpoint.latest(run), runs.read_config(run))
     if text is not None:
-        parse_sources(text.sources)
+        parse_sources(text.sources)  # a moment, for none at all as well
+    for run in models.values():
+        config = runs.read_config(run)
+        trained.load_tokenizer(run, checkpoint.latest(run), config)
+        if text is not None:
+            given(config, run, text)
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -64,8 +67,7 @@ def text_for(model: Model, run: Path, text: DataConfig | None) -> data.Corpus:
     """
     config = model.config
     if text is not None:
-        own = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
-        return data.prepare(replace(config, data=own), say=lambda line: None)
+        return given(config, run, text)
     return own_text(run, config, model.step)
 
 
@@ -86,6 +88,15 @@ def untrained(config: Config, device: torch.device) -> Tree:
     """The weights that a run had before training, as `Model.params` has them."""
     dtype = compute_dtype(device)
     return decoder.init(config.model, config.train.seed, device=device, keep=lambda p: p.to(dtype) if p.dim() > 1 else p)
+
+
+def given(config: Config, run: Path, text: DataConfig) -> data.Corpus:
+    """All of a text, to be evaluated on, in tokens of a run."""
+    own = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
+    try:
+        return data.prepare(replace(config, data=own), say=lambda line: None)
+    except data.DataError as e:
+        raise data.DataError(str(e).replace("--data.val-sources", "--data.sources")) from e  # as it was asked for
 
 
 def fingerprints(corpus: data.Corpus) -> tuple[str, str]:
