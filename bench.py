@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
     startup.quiet()  # before the slow imports
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ class Bench:
     kinds: list[str]
     peers: list[str]
     runs: list[str]
+    failed: dict[str, str] = field(default_factory=dict)  # kinds that could not be trained for suites of models, and why
 
     @property
     def gpu(self) -> bool:
@@ -110,11 +112,18 @@ def settings(command: Command) -> Config:
     return resolve(replace(PRESETS[command.preset](), **own))
 
 
-def shape(command: Command, device: torch.device, residence: Literal["device", "host"] = "device") -> Config:
-    """The model to measure, but for its kind; `residence` where the command leaves it open, and the optimizer's state decided as for a run."""
+def shape(bench: Bench, command: Command, residence: Literal["device", "host"] = "device") -> Config:
+    """The model to measure, but for its kind; `residence` where the command leaves it open, and the optimizer's state decided as for a run.
+
+    Raises:
+        ConfigError: if a kind can have no such model.
+    """
     config = settings(command)
     if config.train.residence == "auto":
         config = replace(config, train=replace(config.train, residence=residence))
+    for kind in bench.kinds:
+        arms.of_kind(config, kind)
+    device = bench.device
     memory = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
     return plan.decided(config, env.compute_dtype(device), *memory, gpu=device.type == "cuda")
 
@@ -126,20 +135,20 @@ Measuring = Iterator[report.Result]
 
 def speed_suite(bench: Bench, command: Command) -> Measuring:
     lengths = list(command.lengths) or [1 << i for i in (range(9, 15) if bench.gpu else range(6, 11))]
-    what = bench.kinds, shape(command, bench.device), bench.device, lengths, command.tokens or max(lengths)
+    what = bench.kinds, shape(bench, command), bench.device, lengths, command.tokens or max(lengths)
     speed.check(*what)
     return speed.run(*what)
 
 
 def decode_suite(bench: Bench, command: Command) -> Measuring:
     contexts = list(command.lengths) or ([1024, 16384, 131072] if bench.gpu else [64, 1024])
-    what = bench.kinds, shape(command, bench.device), bench.device, contexts, [1, 16, 256] if bench.gpu else [1, 4]
+    what = bench.kinds, shape(bench, command), bench.device, contexts, [1, 16, 256] if bench.gpu else [1, 4]
     decode.check(*what)
     return decode.run(*what)
 
 
 def memory_suite(bench: Bench, command: Command) -> Measuring:
-    config = shape(command, bench.device, "host")
+    config = shape(bench, command, "host")
     memory.check(bench.kinds, config, bench.device)
     return memory.run(bench.kinds, config, bench.device)
 
@@ -226,7 +235,7 @@ SETTINGS = ("preset", "model", "data", "train", "optim", "eval")  # groups of fl
 
 def learning(bench: Bench, command: Command) -> Config:
     """The run that models are trained by, but for their kind, rate and seed."""
-    return data.with_vocabulary(shape(command, bench.device))
+    return data.with_vocabulary(shape(bench, command))
 
 
 def rates(bench: Bench, command: Command, config: Config) -> tuple[float, ...]:
@@ -258,14 +267,16 @@ def of_models(bench: Bench, command: Command, check: Callable, run: Callable[...
     check(named)
 
     def measuring() -> Measuring:
-        failed, config = {}, learning(bench, command)
+        failed, config = bench.failed, learning(bench, command)
         wanted = {kind: bench.folder / kind for kind in bench.kinds}
-        jobs = [training.Job(kind, arms.of_kind(config, kind), folder) for kind, folder in wanted.items() if not folder.exists()]
+        missing = [kind for kind, folder in wanted.items() if not folder.exists() and kind not in failed]
+        jobs = [training.Job(kind, arms.of_kind(config, kind), wanted[kind]) for kind in missing]
         if jobs:
             data.prepare(config)
         for job, outcome in pool.side_by_side(training.train, jobs, bench.devices, desc="training") if jobs else ():
             if isinstance(outcome, pool.Failure) or not (job.keep and job.keep.exists()):
                 failed[job.label] = outcome.why if isinstance(outcome, pool.Failure) else "its training diverged"
+                shutil.rmtree(wanted[job.label], ignore_errors=True)  # half a run
         models = {**{kind: folder for kind, folder in wanted.items() if kind not in failed}, **named}
         rows = [{"model": kind, "failed": f"could not be trained: {why}"} for kind, why in failed.items()]
         for result in run(models) if models else [report.Result("training", [])]:
@@ -376,8 +387,11 @@ def main(argv: list[str]) -> int:
             where = ", ".join(map(str, bench.devices)) if SUITES[name].measured != "kinds" else device
             print(f"{name}: {f'preset {own.preset} on ' * makes_models(bench, name)}{where}")
     runs.ROOT.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):  # found out now, not when there is something to write
-        pass
+    try:  # found out now, not when there is something to write
+        with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):
+            pass
+    except OSError as e:
+        raise cli.UsageError(f"{runs.ROOT.absolute()} cannot be written to ({e.strerror}): results lie there; mend that, or go to another folder") from e
 
     results: dict[str, report.Result] = {}
     written = time.monotonic()
@@ -389,14 +403,15 @@ def main(argv: list[str]) -> int:
 
     try:
         for name, measuring in suites.items():
+            result = None
             for result in measuring:
                 results[result.suite] = result
                 if time.monotonic() - written > OFTEN:
                     write()
                 if name == "report":
                     print(report.text(result), flush=True)
-            if name != "report" and name in results:
-                print(report.text(results[name]), flush=True)
+            if name != "report" and result:
+                print(report.text(result), flush=True)
                 write()
     finally:  # whatever ended it: what was measured is not lost
         if results:

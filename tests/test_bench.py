@@ -13,7 +13,7 @@ from conftest import SMALLEST, write_prose
 import bench
 import train
 from hyperlm import cli, env, kernels, model
-from hyperlm.bench import speed
+from hyperlm.bench import speed, training
 from hyperlm.bench.report import table
 from hyperlm.bench.speed import exponent
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
@@ -145,6 +145,7 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage, message, run
         (["phase7", "--suite", "decode", "--preset", "max", "--lengths", "33554432", "--train.device", "cpu"], "a cache of phase7 needs"),
         (["phase8", "--suite", "memory", "--model.d-model", "16384", "--model.n-layers", "64", "--train.device", "cpu"], "GiB of host memory"),
         (["phase7", "--train.device", "cuda:99"], "not on this machine"),
+        (["hybrid", "--model.n-layers", "3"], "a hybrid has a layer of phase7 in every 4"),
         (["phase7", "nanogpt", "--suite", "speed"], "nanogpt: nothing that suite speed measures"),
         (["phase8", "--suite", "nulls"], "phase8: nothing that suite nulls measures"),
         (["phase7", "--suite", "recall", "--train.steps", "5"], "--train.steps would change nothing in suite recall"),
@@ -182,3 +183,20 @@ def test_what_runs_do_not_take_is_refused_before_anything_is_measured(argv, mess
 def test_a_run_that_is_named_twice_is_measured_once(run, capsys):
     assert call(run, f"{run}/", "--name", "b", "--train.device", "cpu") == 0
     assert len(results("b")[0]["rows"]) == 2 and "preset" not in capsys.readouterr().out  # two strides; no preset was used
+
+
+def test_a_kind_that_cannot_be_trained_is_tried_once_and_is_a_row_that_says_why(capsys, monkeypatch, tmp_path):
+    write_prose(tmp_path / "prose.txt")
+    trained = []
+
+    def diverges(job: training.Job, device: torch.device) -> None:
+        trained.append(job.label)
+        (job.keep / "checkpoints").mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "train", diverges)
+    settings = [*TINIEST, "--data.sources", "prose.txt", "--data.seq-len", "32"]
+    assert call("phase7", *settings, "--suite", "perplexity", "geometry", "--name", "b") == 2
+    said = capsys.readouterr()
+    assert "1 failed, and the tables say why: phase7 (training)" in said.err and "could not be trained: OSError: [Errno 28] No space" in said.out
+    assert trained == ["phase7"] and not Path("runs/b/phase7").exists()

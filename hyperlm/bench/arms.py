@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Literal, get_args
 
-from hyperlm.config import Config, Kind
+from hyperlm.config import Config, ConfigError, Kind
 
 Peer = Literal["nanogpt", "nanogpt-muon"]
 HYBRID_EVERY = 4  # layers of a hybrid: three of phase8, one of phase7
@@ -13,7 +13,14 @@ PEERS = get_args(Peer)
 
 
 def of_kind(config: Config, label: str) -> Config:
-    """The configuration with the model of that kind; "hybrid" is phase8 with every fourth layer of phase7."""
+    """The configuration with the model of that kind; "hybrid" is phase8 with every fourth layer of phase7.
+
+    Raises:
+        ConfigError: on a hybrid that would have none of phase7.
+    """
     if label == "hybrid":
-        return replace(config, model=replace(config.model, kind="phase8", exact_every=config.model.exact_every or HYBRID_EVERY))
+        every, layers = config.model.exact_every or HYBRID_EVERY, config.model.n_layers
+        if every > layers:
+            raise ConfigError(f"--model.n-layers {layers}: a hybrid has a layer of phase7 in every {every}; ask for as many, or set --model.exact-every")
+        return replace(config, model=replace(config.model, kind="phase8", exact_every=every))
     return replace(config, model=replace(config.model, kind=label))

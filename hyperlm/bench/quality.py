@@ -44,9 +44,6 @@ def check(
         if label not in (*KINDS, *PEERS):
             raise ConfigError(f"{label}: neither a kind nor a peer; choose from {', '.join((*KINDS, *PEERS))}")
         own, cpu = arm(config, label), torch.device("cpu")
-        if label == "hybrid" and own.model.exact_every > own.model.n_layers:
-            layers = f"a hybrid has a layer of phase7 in every {own.model.exact_every}"
-            raise ConfigError(f"--model.n-layers {own.model.n_layers}: {layers}; ask for as many, or set --model.exact-every")
         if cpu in devices and (need := plan.everything(own, torch.float32).device) > (have := env.total_memory(cpu)):
             sizes = f"{need / env.GIB:,.1f} GiB, and {have / env.GIB:,.1f} are there"
             raise ConfigError(f"--suite quality: training {label} needs {sizes}; lower the shape of the model, or --train.batch-size")
