@@ -36,9 +36,10 @@ def tiny(text: Path, **train: object) -> Config:
     )
 
 
-@pytest.mark.parametrize("label", ["phase7", "hybrid"])
-def test_a_model_is_what_the_same_configuration_gives_by_hand_and_its_folder_is_a_run(label, prose, tmp_path):
-    config = of_kind(tiny(prose), label)
+@pytest.mark.parametrize(("label", "every"), [("phase7", 0), ("hybrid", 2)])
+def test_a_model_is_what_the_same_configuration_gives_by_hand_and_its_folder_is_a_run(label, every, prose, tmp_path):
+    config = tiny(prose)
+    config = of_kind(replace(config, model=replace(config.model, exact_every=every)), label)
     found = train(Job(label, config, tmp_path / "kept"), CPU)
 
     training = hyperlm.prepare(config)
