@@ -265,14 +265,14 @@ def of_models(bench: Bench, command: Command, check: Callable, run: Callable[...
     """The results of a suite on runs, and on kinds that are trained for it, once for all suites of a command."""
     named = named_runs(bench.runs)
     check(named)
+    if bench.kinds:
+        data.prepare(config := learning(bench, command))
 
     def measuring() -> Measuring:
-        failed, config = bench.failed, learning(bench, command)
+        failed = bench.failed
         wanted = {kind: bench.folder / kind for kind in bench.kinds}
         missing = [kind for kind, folder in wanted.items() if not folder.exists() and kind not in failed]
         jobs = [training.Job(kind, arms.of_kind(config, kind), wanted[kind]) for kind in missing]
-        if jobs:
-            data.prepare(config)
         for job, outcome in pool.side_by_side(training.train, jobs, bench.devices, desc="training") if jobs else ():
             if isinstance(outcome, pool.Failure) or not (job.keep and job.keep.exists()):
                 failed[job.label] = outcome.why if isinstance(outcome, pool.Failure) else "its training diverged"
@@ -333,8 +333,8 @@ def chosen(command: Command, bench: Bench) -> list[str]:
         if not bench.kinds + bench.runs:
             raise cli.UsageError("--suite all needs kinds or runs, and none was named")
         kernels = ("linear", "hyperbolic") if bench.gpu and HAVE_TRITON else ()
-        return [name for name in ("speed", "memory", "decode", *kernels, "quality", "perplexity", "long-context", "geometry", "recall", "nulls")
-                if available[SUITES[name].measured] and (bench.kinds or SUITES[name].measured == "models")]  # fmt: skip
+        asked = [name for name in ("speed", "memory", "decode", *kernels, "quality", "perplexity", "long-context", "geometry", "recall", "nulls")
+                 if available[SUITES[name].measured] and (bench.kinds or SUITES[name].measured == "models")]  # fmt: skip
     if not asked:
         if not bench.kinds + bench.runs:
             what = "has suite quality alone: add --suite quality" if bench.peers else ""
@@ -368,7 +368,8 @@ def check_flags(bench: Bench, names: list[str]) -> None:
     for flag in (a.partition("=")[0][2:].replace("_", "-") for a in bench.argv if a.startswith("--")):
         takers = [name for name, suite in SUITES.items() if flag in suite.flags]
         if (takers or flag.partition(".")[0] in SETTINGS) and flag != "train.device" and not any(takes(bench, name, flag) for name in names):
-            why = f"that is for {', '.join(takers)}" if takers else "runs have settings of their own" if bench.runs else "it has sizes of its own"
+            why = "runs have settings of their own" if bench.runs else "it has sizes of its own"
+            why = f"that is for {', '.join(takers)}" if takers else why
             raise cli.UsageError(f"--{flag} would change nothing in suite {' and '.join(names)} ({why}): leave it out")
 
 
@@ -391,7 +392,8 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix=".", dir=runs.ROOT):
             pass
     except OSError as e:
-        raise cli.UsageError(f"{runs.ROOT.absolute()} cannot be written to ({e.strerror}): results lie there; mend that, or go to another folder") from e
+        where = runs.ROOT.absolute()
+        raise cli.UsageError(f"{where}, where results go, cannot be written to ({e.strerror}): mend that, or go to another folder") from e
 
     results: dict[str, report.Result] = {}
     written = time.monotonic()
@@ -417,7 +419,8 @@ def main(argv: list[str]) -> int:
         if results:
             write()
             print(f"written to {bench.folder}: report.md, report.tex, results.json{', figures' if any(r.figures for r in results.values()) else ''}")
-    failed = dict.fromkeys(f"{row.get('model', 'one')} ({name})" for name, r in results.items() for t in r.tables for row in t.rows if "failed" in row)
+    rows = ((name, row) for name, result in results.items() for table in result.tables for row in table.rows)
+    failed = dict.fromkeys(f"{row.get('model', 'one')} ({name})" for name, row in rows if "failed" in row)
     if failed:
         raise cli.UsageError(f"{len(failed)} failed, and the tables say why: {', '.join(failed)}")
     return 0

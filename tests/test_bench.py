@@ -134,6 +134,7 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage, message, run
         (["runs", "--suite", "decode"], "neither a kind"),
         (["--suite", "decode"], "needs kinds"),
         (["--suite", "linear", "--train.device", "cpu"], "needs a CUDA device"),
+        (["phase8", "--suite", "perplexity", "--data.sources", "nowhere.txt"], "--data.sources nowhere.txt: no such file"),
         (["phase7", "--preset", "huge"], "choose from"),
         (["phase7", "--lengths", "0"], "at least 1"),
         (["phase7", "--lengths", "16", "99999999999999999999"], "at most"),

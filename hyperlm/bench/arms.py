@@ -21,6 +21,7 @@ def of_kind(config: Config, label: str) -> Config:
     if label == "hybrid":
         every, layers = config.model.exact_every or HYBRID_EVERY, config.model.n_layers
         if every > layers:
-            raise ConfigError(f"--model.n-layers {layers}: a hybrid has a layer of phase7 in every {every}; ask for as many, or set --model.exact-every")
+            has = f"a hybrid has a layer of phase7 in every {every}"
+            raise ConfigError(f"--model.n-layers {layers}: {has}; ask for as many, or set --model.exact-every")
         return replace(config, model=replace(config.model, kind="phase8", exact_every=every))
     return replace(config, model=replace(config.model, kind=label))

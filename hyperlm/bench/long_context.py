@@ -76,7 +76,8 @@ def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Wi
     while times >= 2 and total < times * n:
         times //= 2
     if times < 2:
-        raise data.DataError(f"{total:,} tokens of texts (conversations are none), fewer than twice the {n:,} of training: name more by --data.sources")
+        few = f"{total:,} tokens of texts (conversations are none), fewer than twice the {n:,} of training"
+        raise data.DataError(f"{few}: name more by --data.sources")
     length = times * n
     places = sorted((i, k) for k, text in enumerate(texts) for i in range((len(text) - 1) // length))[:most]
     if joined := len(places) < min(ENOUGH, most, total // length):

@@ -415,8 +415,10 @@ def labels(result: Result) -> set[str]:
 
 
 def relabelled(result: Result, names: dict[str, str]) -> Result:
-    tables = [replace(t, rows=[row | {"model": names.get(row["model"], row["model"])} if "model" in row else row for row in t.rows]) for t in result.tables]
-    return replace(result, tables=tables)
+    def renamed(row: Row) -> Row:
+        return row | {"model": names.get(row["model"], row["model"])} if "model" in row else row
+
+    return replace(result, tables=[replace(t, rows=[renamed(row) for row in t.rows]) for t in result.tables])
 
 
 def join(folders: Sequence[Path]) -> list[Result]:
