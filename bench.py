@@ -43,8 +43,25 @@ import tyro
 
 from configs import PRESETS
 from hyperlm import cli, data, env, plan, runs, startup
-from hyperlm.bench import arms, decode, geometry, grid, long_context, memory, nulls, perplexity, pool, quality, recall, report, speed, training
+from hyperlm.bench import (
+    arms,
+    decode,
+    geometry,
+    grid,
+    long_context,
+    memory,
+    nulls,
+    perplexity,
+    pool,
+    quality,
+    recall,
+    report,
+    speed,
+    tables,
+    training,
+)
 from hyperlm.bench import kernels as kernel_suites
+from hyperlm.bench.result import Result, Table
 from hyperlm.config import Config, ConfigError, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, peak_rate, resolve
 from hyperlm.kernels import HAVE_TRITON
 
@@ -130,7 +147,7 @@ def shape(bench: Bench, command: Command, residence: Literal["device", "host"] =
 
 # -- suites: each checks first what would otherwise be found out late, and returns what measures: results that grow ---------------------
 
-Measuring = Iterator[report.Result]
+Measuring = Iterator[Result]
 
 
 def speed_suite(bench: Bench, command: Command) -> Measuring:
@@ -279,8 +296,8 @@ def of_models(bench: Bench, command: Command, check: Callable, run: Callable[...
                 shutil.rmtree(wanted[job.label], ignore_errors=True)  # half a run
         models = {**{kind: folder for kind, folder in wanted.items() if kind not in failed}, **named}
         rows = [{"model": kind, "failed": f"could not be trained: {why}"} for kind, why in failed.items()]
-        for result in run(models) if models else [report.Result("training", [])]:
-            yield replace(result, tables=[*result.tables, *[report.Table("failed", rows)] * bool(rows)])
+        for result in run(models) if models else [Result("training", [])]:
+            yield replace(result, tables=[*result.tables, *[Table("failed", rows)] * bool(rows)])
 
     return measuring()
 
@@ -395,7 +412,7 @@ def main(argv: list[str]) -> int:
         where = runs.ROOT.absolute()
         raise cli.UsageError(f"{where}, where results go, cannot be written to ({e.strerror}): mend that, or go to another folder") from e
 
-    results: dict[str, report.Result] = {}
+    results: dict[str, Result] = {}
     written = time.monotonic()
 
     def write() -> None:
@@ -411,9 +428,9 @@ def main(argv: list[str]) -> int:
                 if time.monotonic() - written > OFTEN:
                     write()
                 if name == "report":
-                    print(report.text(result), flush=True)
+                    print(tables.text(result), flush=True)
             if name != "report" and result:
-                print(report.text(result), flush=True)
+                print(tables.text(result), flush=True)
                 write()
     finally:  # whatever ended it: what was measured is not lost
         if results:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from conftest import SMALLEST, write_prose
 
 import bench
 import train
-from hyperlm import cli, env, kernels, model
-from hyperlm.bench import speed, training
-from hyperlm.bench.report import table
-from hyperlm.bench.speed import exponent
-from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from hyperlm import cli, kernels, model
+from hyperlm.bench import training
 
 TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
 

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hyperlm import flops, kernels, model, tree
 from hyperlm.bench import checks, comparison, grid, nulls, training
 from hyperlm.bench.grid import Trial
-from hyperlm.bench.report import Result
+from hyperlm.bench.result import Result
 from hyperlm.bench.training import Job, Outcome, Point
 from hyperlm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.geometry import R_MAX, R_MIN, direction, distance, lift, time_of

@@ -18,7 +18,7 @@ import train
 from hyperlm import checkpoint, cli, data, evals, model, trained
 from hyperlm import tokenizer as tok
 from hyperlm.bench import perplexity, scoring
-from hyperlm.bench.report import Result
+from hyperlm.bench.result import Result
 from hyperlm.config import DataConfig
 
 CPU = torch.device("cpu")

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as Canvas
 
-from hyperlm.bench import figures, report
-from hyperlm.bench.report import Bars, Disk, Heatmap, Lines, Result, Table
+from hyperlm.bench import figures, latex, report, tables
+from hyperlm.bench.result import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.runs import RunError
 
 MACHINE = {"torch": "2.13", "cpu": "of_a kind", "gpu": ""}
 KINDS = ("phase7", "phase8", "softmax", "hybrid")
 
 
-def losses(shift: float = 0.0) -> list[report.Row]:
+def losses(shift: float = 0.0) -> list[Row]:
     return [{"model": m, "seed": s, "length": n, "loss": 3 + i / 10 + s / 100 + 50 / n + shift} for i, m in enumerate(KINDS) for s in (0, 1) for n in (64, 128, 256)]
 
 
-def points(shift: float = 0.0) -> list[report.Row]:
+def points(shift: float = 0.0) -> list[Row]:
     return [{"x": 0.9 * math.cos(i + shift), "y": 0.9 * math.sin(i), "label": f"word {i}", "group": "ab"[i % 2], "head": i % 2} for i in range(20)]
 
 
@@ -58,7 +58,7 @@ def result(shift: float = 0.0, names: str = "bars") -> Result:
     ],
 )
 def test_cells(values, shown):
-    assert report.column(values) == shown
+    assert tables.column(values) == shown
 
 
 @pytest.mark.parametrize(
@@ -72,33 +72,33 @@ def test_cells(values, shown):
     ],
 )
 def test_as_many_digits_as_mean_something(values, digits, shown):
-    assert report.column(values, digits) == shown
+    assert tables.column(values, digits) == shown
 
 
 def test_errors_have_a_digit_less_than_what_they_are_of():
-    assert report.table([{"loss": 3.1459, "standard error": 0.17305}]).splitlines()[-1] == "|  3.146 |            0.173 |"
+    assert tables.table([{"loss": 3.1459, "standard error": 0.17305}]).splitlines()[-1] == "|  3.146 |            0.173 |"
 
 
 def test_what_is_equal_in_all_rows_is_not_shown_where_it_need_not_be_and_failures_stand_below():
     rows = [{"model": "phase8", "failed": "no\nluck"}, *({"model": m, "text": "a1b2", "rate": 0.1, "loss": x} for m, x in (("phase7", 3.0), ("softmax", 3.5)))]
     shown = Table("t", rows, "", quiet=["text", "loss"])
-    assert report.readable(shown) == (
+    assert tables.readable(shown) == (
         [{"model": "phase8", "rate": "failed", "loss": None}, {"model": "phase7", "rate": 0.1, "loss": 3.0}, {"model": "softmax", "rate": 0.1, "loss": 3.5}],
         ["phase8 failed: no luck"],
     )
     other = replace(shown, rows=[*rows, {"model": "hybrid", "text": "c3d4"}])
-    assert "text" in report.readable(other)[0][0]  # texts that differ are told apart
-    everywhere = {report.text(Result("s", [shown])), report.latex_table("s", shown), report.markdown({"command": "", "commit": "", "date": "", "machine": {}}, [Result("s", [shown])], set())}
+    assert "text" in tables.readable(other)[0][0]  # texts that differ are told apart
+    everywhere = {tables.text(Result("s", [shown])), latex.latex_table("s", shown), report.markdown({"command": "", "commit": "", "date": "", "machine": {}}, [Result("s", [shown])], set())}
     assert all(words.count("no luck") == 1 and "a1b2" not in words for words in everywhere)
     alone = Table("t", [{"model": "phase8", "failed": "why"}])
-    assert report.readable(alone) == (alone.rows, [])
+    assert tables.readable(alone) == (alone.rows, [])
 
 
 def test_tables_align_numbers_to_the_right_and_show_what_is_missing():
-    lines = report.table([{"model": "a|b", "x": "3.1 ± 0.1"}, {"model": "phase7", "x": "12 ± 1", "failed": "out of memory"}]).splitlines()
+    lines = tables.table([{"model": "a|b", "x": "3.1 ± 0.1"}, {"model": "phase7", "x": "12 ± 1", "failed": "out of memory"}]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split("|")[1:4] == [":" + "-" * 8, "-" * 10 + ":", ":" + "-" * 14]
-    assert lines[2].split("|")[1:3] == [" a\\", "b    "] and lines[3].split("|")[2] == "    12 ± 1 " and report.table([]) == ""
+    assert lines[2].split("|")[1:3] == [" a\\", "b    "] and lines[3].split("|")[2] == "    12 ± 1 " and tables.table([]) == ""
 
 
 # -- LaTeX -----------------------------------------------------------------------------------------------------------------------------
@@ -125,22 +125,22 @@ def balanced(tex: str) -> None:
         assert not re.search(r"(?m)^\s*\[", body)  # would be an argument of the rule or line break before it
     outside = re.sub(r"\\begin\{tabular\}.*?\\end\{tabular\}", "", bare, flags=re.DOTALL)
     assert not re.search(r"[&$#^]", outside.replace(r"\ensuremath{^", "")) and not re.search(r"\\item \[", tex)
-    assert all(ord(c) < report.LATIN for c in tex)
+    assert all(ord(c) < latex.LATIN for c in tex)
 
 
 def test_latex_is_whole_whatever_the_words():
     rows = [{words: words, "n": i, "loss": 1.5} for i, words in enumerate(HOSTILE)]
-    wide = [{f"a long name of column {i}": float(i) for i in range(9)} for _ in range(report.PAGE + 1)]
+    wide = [{f"a long name of column {i}": float(i) for i in range(9)} for _ in range(latex.PAGE + 1)]
     tables = [Table("t", rows, caption=words) for words in HOSTILE] + [Table("[first]", [{words: words} for words in HOSTILE[2:3]]), Table("wide", wide), Table("none", []), Table("hidden", rows, shown=False)]
     record = {"command": " ".join(HOSTILE), "commit": "", "date": "today", "machine": {"cpu_model": HOSTILE[0]}}
-    tex = report.latex(record, [Result("a_suite", tables, HOSTILE, [FIGURES["lines"], FIGURES["bars"]])], {"lines"})
+    tex = latex.document(record, [Result("a_suite", tables, HOSTILE, [FIGURES["lines"], FIGURES["bars"]])], {"lines"})
     balanced(tex)
     assert tex.count(r"\begin{table}") == len(HOSTILE) + 3 and tex.count("(continued)") == 1 and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
     assert r"\includegraphics{lines.pdf}" in tex and "bars.pdf" not in tex and r"\label{tab:a-suite-wide-2}" in tex and "-{}-data.sources" in tex
 
 
 def test_a_table_can_be_lifted_out_of_latex():
-    tex = report.known(report.latex_table("recall", Table("by width", [{"model": "phase7", "recall": "0.91 ± 0.02"}, {"model": "phase8", "recall": "1"}], "Accuracy.")))
+    tex = latex.known(latex.latex_table("recall", Table("by width", [{"model": "phase7", "recall": "0.91 ± 0.02"}, {"model": "phase8", "recall": "1"}], "Accuracy.")))
     assert tex == r"""\begin{table}[t]
 \centering\small
 \caption{Accuracy.}
@@ -179,7 +179,7 @@ def test_where_there_is_nothing_to_draw_no_figure_is_left(figure, rows, tmp_path
     assert not figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) and not list(tmp_path.iterdir())
 
 
-def drawn(figure: report.Figure, rows: list[report.Row]) -> Canvas:
+def drawn(figure: Figure, rows: list[Row]) -> Canvas:
     with matplotlib.rc_context(figures.STYLE):
         canvas = figures.DRAW[type(figure)](figure, rows)
         canvas.draw_without_rendering()
@@ -363,7 +363,7 @@ def test_a_report_shows_what_is_shown():
     text = Path("b/report.md").read_text()
     assert "`python bench.py`" in text and "- cpu: of_a kind" in text and "gpu" not in text and "### t\n\nIn nats.\n\n| model" in text and "- a note" in text
     assert "### points" not in text and "![Loss](bars.png)" in text and "word 1" not in text
-    assert report.text(result()).startswith("quality, t\n| model") and "word 1" not in report.text(result()) and report.text(result()).endswith("a note")
+    assert tables.text(result()).startswith("quality, t\n| model") and "word 1" not in tables.text(result()) and tables.text(result()).endswith("a note")
 
 
 def test_results_grow_and_models_beside_them_stay():

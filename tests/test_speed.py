@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hyperlm import env, kernels, plan
-from hyperlm.bench import arms, checks, decode, figures, memory, report, speed
+from hyperlm.bench import arms, checks, decode, figures, memory, speed
 from hyperlm.bench import kernels as kernel_suites
-from hyperlm.bench.report import Result, Row
+from hyperlm.bench.result import Result, Row
 from hyperlm.bench.speed import Timing, exponent
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -268,4 +268,4 @@ def test_times_of_kernels_are_drawn_for_each_token(tmp_path):
     rows += [{"B, H, N, K": "8, 16, 4096, 128", "kernel": "ours", "forward+backward, device": 1.0}]
     found = kernel_suites.result("linear", rows, [])
     assert found.tables[1].rows == [{"kernel": "ours", "length": n, "ns a token": pytest.approx(100)} for n in (1024, 2048)]
-    assert figures.draw(found.figures[0], found.tables, tmp_path) and isinstance(found, report.Result) and Path(tmp_path / "linear_attention.pdf").exists()
+    assert figures.draw(found.figures[0], found.tables, tmp_path) and isinstance(found, Result) and Path(tmp_path / "linear_attention.pdf").exists()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hyperlm.bench import grid
 from hyperlm.bench.grid import NO_LOSS, Trial, Trials
 from hyperlm.bench.pool import Failure
-from hyperlm.bench.report import Row
+from hyperlm.bench.result import Row
 from hyperlm.bench.training import Outcome
 
 # By how many standard errors the mean of n pairs is off in 5 % of cases: 97.5 % quantiles of Student's t with n - 1 degrees of freedom.

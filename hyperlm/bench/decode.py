@@ -10,7 +10,7 @@ from hyperlm import env, model, sample, tree
 from hyperlm.bench import checks
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
-from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Lines, Result, Row, Table
 from hyperlm.bench.speed import OUT_OF_MEMORY, SPREAD, timed
 from hyperlm.config import Config, ConfigError
 from hyperlm.precision import compute_copy

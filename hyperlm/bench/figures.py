@@ -23,7 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Row, Table, cell
+from hyperlm.bench.result import Bars, Disk, Figure, Heatmap, Lines, Row, Table
+from hyperlm.bench.tables import cell
 
 WIDTH = 3.35  # inches: a column of a paper
 DPI = 200

@@ -15,7 +15,7 @@ from hyperlm import checkpoint, runs
 from hyperlm.bench import scoring
 from hyperlm.bench.pool import Failure, side_by_side
 from hyperlm.bench.radii import NO_RADII, SHIFTS, Found, Job, look_into
-from hyperlm.bench.report import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
+from hyperlm.bench.result import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.config import ConfigError
 
 CAPTIONS = {

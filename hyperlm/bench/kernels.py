@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperlm import env, geometry, kernels
 from hyperlm.bench.pool import Failure, attempt
-from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Lines, Result, Row, Table
 from hyperlm.bench.speed import SPREAD, Timing
 from hyperlm.geometry import R_MAX, R_MIN
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hyperlm import data, env, passkey, trained
 from hyperlm.bench import pool, scoring
-from hyperlm.bench.report import Figure, Heatmap, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.bench.scoring import Scorer
 from hyperlm.bench.statistics import mean_and_error
 from hyperlm.config import DataConfig

@@ -9,7 +9,7 @@ from hyperlm import env, plan
 from hyperlm.batch import next_tokens
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
-from hyperlm.bench.report import Bars, Figure, Result, Row, Table
+from hyperlm.bench.result import Bars, Figure, Result, Row, Table
 from hyperlm.bench.speed import SPREAD, timed
 from hyperlm.config import Config, ConfigError
 from hyperlm.optim import new_schedule

@@ -16,7 +16,7 @@ from hyperlm import data
 from hyperlm.bench import comparison, grid
 from hyperlm.bench.comparison import Difference, difference
 from hyperlm.bench.grid import Trials
-from hyperlm.bench.report import Bars, Result, Row, Table
+from hyperlm.bench.result import Bars, Result, Row, Table
 from hyperlm.config import Config
 
 # Labels, and the score that each is: up to a term of the query alone, which a softmax drops, N3 is N4 to first order.

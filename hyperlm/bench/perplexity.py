@@ -13,7 +13,7 @@ import torch
 
 from hyperlm import data, evals, log, trained
 from hyperlm.bench import pool, scoring
-from hyperlm.bench.report import Lines, Result, Row, Table
+from hyperlm.bench.result import Lines, Result, Row, Table
 from hyperlm.config import DataConfig
 from hyperlm.loss import IGNORE
 

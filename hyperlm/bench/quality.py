@@ -15,7 +15,7 @@ from hyperlm import data, env, plan
 from hyperlm.bench import comparison, grid
 from hyperlm.bench.arms import KINDS, PEERS, of_kind
 from hyperlm.bench.grid import Trial, Trials
-from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Lines, Result, Row, Table
 from hyperlm.bench.training import Outcome, Point
 from hyperlm.config import Config, ConfigError
 

@@ -17,7 +17,7 @@ from hyperlm import data, evals, trained
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch, joined
 from hyperlm.bench import checks, inside, scoring, statistics, wording
-from hyperlm.bench.report import Row
+from hyperlm.bench.result import Row
 from hyperlm.config import Config, ModelConfig
 from hyperlm.loss import IGNORE
 from hyperlm.tree import Tree

@@ -16,7 +16,7 @@ from hyperlm import env
 from hyperlm.bench import grid, pool, synthetic
 from hyperlm.bench.answering import Job, Outcome, Score, measure, state_bytes
 from hyperlm.bench.arms import KINDS, of_kind
-from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Lines, Result, Row, Table
 from hyperlm.bench.synthetic import SMALLEST, Draw, Setting, Task
 from hyperlm.cli import UsageError
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig, resolve

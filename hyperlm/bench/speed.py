@@ -21,7 +21,7 @@ from hyperlm.batch import next_tokens
 from hyperlm.bench import checks
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
-from hyperlm.bench.report import Figure, Lines, Result, Row, Table
+from hyperlm.bench.result import Figure, Lines, Result, Row, Table
 from hyperlm.config import Config, ConfigError
 from hyperlm.loss import head_nats
 from hyperlm.optim import new_schedule
