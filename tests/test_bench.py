@@ -12,7 +12,7 @@ from conftest import SMALLEST, write_prose
 import bench
 import train
 from hyperlm import cli, kernels, model
-from hyperlm.bench import training
+from hyperlm.bench import suites, training
 
 TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
 
@@ -93,7 +93,7 @@ def test_runs_on_different_texts_are_told_apart(run, tmp_path, capsys):
 
 def test_runs_have_short_names_that_are_no_kinds():
     short = {"runs/study/phase8": "study/phase8", "runs/phase8": "runs/phase8", "/data/run": "/data/run", "runs/a/b": "runs/a/b", "a/b": "a/b"}
-    assert bench.named_runs(list(short)) == {name: Path(folder) for folder, name in short.items()}
+    assert suites.named_runs(list(short)) == {name: Path(folder) for folder, name in short.items()}
 
 
 def test_a_run_that_diverged_is_measured_as_such_in_valid_json(run, diverged):
