@@ -49,6 +49,16 @@ def test_a_process_that_dies_is_the_failure_of_its_job_alone():
     assert os.getpid() not in pids and not any(map(psutil.pid_exists, pids))
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_jobs_may_lead_to_others(each):
+    jobs = [("do", 1), ("do", 2)]
+    for (_, number), found in side_by_side(work, jobs, [CPU], each=each):
+        assert found[1] == number
+        if number < 5:
+            jobs.append(("do", number + 2))
+    assert sorted(number for _, number in jobs) == [1, 2, 3, 4, 5, 6]
+
+
 def test_all_gpus_are_taken_where_none_was_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu = torch.device("cuda", 0)

@@ -134,20 +134,24 @@ def search(
     """
     trials: Trials = {label: [] for label in arms}
     kept = {label: Kept(folder, label) for label in arms} if folder else {}
+    jobs: list[Job] = []
+
+    def ask(label: str) -> None:
+        for rate, seed in wanted(trials[label], rates, seeds):
+            config = arms[label]
+            own = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
+            jobs.append(Job(label, own, kept[label].at(rate) if kept and seed == seeds[0] else None))
+
     try:
-        while True:
-            jobs = []
-            for label, config in arms.items():
-                for rate, seed in wanted(trials[label], rates, seeds):
-                    own = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
-                    jobs.append(Job(label, own, kept[label].at(rate) if kept and seed == seeds[0] else None))
-            if not jobs:
-                return
-            for job, found in side_by_side(measure, jobs, devices, desc=desc):
-                trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, found))
-                if kept:
-                    kept[job.label].choose(trials[job.label], seeds[0])
-                yield trials
+        for label in arms:
+            ask(label)
+        for job, found in side_by_side(measure, jobs, devices, desc=desc):
+            trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, found))
+            if kept:
+                kept[job.label].choose(trials[job.label], seeds[0])
+            if len(trials[job.label]) == sum(other.label == job.label for other in jobs):  # what is next depends on all of them
+                ask(job.label)
+            yield trials
     finally:
         for own in kept.values():
             own.close()

@@ -153,24 +153,29 @@ def side_by_side(
 
     With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function
     of a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller
-    stops, is stopped or killed, all processes end at once.
+    stops, is stopped or killed, all processes end at once. Jobs that the caller adds to the list on the way are done as well.
     """
     places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:
+
+        def count() -> None:
+            bar.total = len(jobs)
+            bar.update()
+
         if len(places) == 1:
             for job in jobs:
                 yield job, attempt(work, job, places[0])
-                bar.update()
+                count()
             return
         threads = max(1, torch.get_num_threads() // len(places))
-        free, waiting = list(reversed(places)), list(reversed(jobs))
+        free, begun = list(reversed(places)), 0
         idle: dict[torch.device, list[Worker]] = {}
         running: dict[Connection, tuple[Worker, Job, torch.device]] = {}
         workers: list[Worker] = []
         try:
-            while waiting or running:
-                while waiting and free:
-                    job, device = waiting.pop(), free.pop()
+            while begun < len(jobs) or running:
+                while begun < len(jobs) and free:
+                    job, device, begun = jobs[begun], free.pop(), begun + 1
                     if idle.get(device):
                         worker = idle[device].pop()
                     else:
@@ -188,7 +193,7 @@ def side_by_side(
                     else:
                         idle.setdefault(device, []).append(worker)
                     yield job, found
-                    bar.update()
+                    count()
         finally:
             for worker in workers:
                 end(worker)
