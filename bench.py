@@ -64,7 +64,11 @@ def check(command: Command, argv: list[str], device: torch.device) -> Bench:
     Raises:
         ConfigError, UsageError: on what cannot be measured or written.
     """
-    for flag, values, low, high in (("lengths", command.lengths, 1, MOST), ("tokens", (command.tokens,), 0, MOST), ("seeds", (command.seeds,), 0, 1000)):
+    for flag, values, low, high in (
+        ("lengths", command.lengths, 1, MOST),
+        ("tokens", (command.tokens,), 0, MOST),
+        ("seeds", (command.seeds,), 0, 1000),
+    ):
         for value in values:
             if not low <= value <= high:
                 raise ConfigError(f"--{flag} {value}: must be at least {low} and at most {high:,}")
@@ -105,7 +109,11 @@ def chosen(command: Command, bench: Bench) -> list[str]:
     if not asked:
         if not bench.kinds + bench.runs:
             what = "has suite quality alone: add --suite quality" if bench.peers else ""
-            raise cli.UsageError(f"{bench.peers[0]}: {what}" if what else "name what to measure: phase7, phase8, softmax, hybrid or folders of runs; or a --suite")
+            raise cli.UsageError(
+                f"{bench.peers[0]}: {what}"
+                if what
+                else "name what to measure: phase7, phase8, softmax, hybrid or folders of runs; or a --suite"
+            )
         asked = ["speed"] * bool(bench.kinds) + ["perplexity"] * bool(bench.runs)
     wanted = {"kinds": "kinds", "peers": "kinds or peers", "models": "kinds or folders of runs", "reports": "folders of benchmarks"}
     for name in asked:
@@ -134,7 +142,11 @@ def check_flags(bench: Bench, names: list[str]) -> None:
     """Raises UsageError on a flag that would change nothing."""
     for flag in (a.partition("=")[0][2:].replace("_", "-") for a in bench.argv if a.startswith("--")):
         takers = [name for name, suite in SUITES.items() if flag in suite.flags]
-        if (takers or flag.partition(".")[0] in SETTINGS) and flag != "train.device" and not any(takes(bench, name, flag) for name in names):
+        if (
+            (takers or flag.partition(".")[0] in SETTINGS)
+            and flag != "train.device"
+            and not any(takes(bench, name, flag) for name in names)
+        ):
             why = "runs have settings of their own" if bench.runs else "it has sizes of its own"
             why = f"that is for {', '.join(takers)}" if takers else why
             raise cli.UsageError(f"--{flag} would change nothing in suite {' and '.join(names)} ({why}): leave it out")
@@ -185,7 +197,9 @@ def main(argv: list[str]) -> int:
     finally:  # whatever ended it: what was measured is not lost
         if results:
             write()
-            print(f"written to {bench.folder}: report.md, report.tex, results.json{', figures' if any(r.figures for r in results.values()) else ''}")
+            print(
+                f"written to {bench.folder}: report.md, report.tex, results.json{', figures' if any(r.figures for r in results.values()) else ''}"
+            )
     rows = ((name, row) for name, result in results.items() for table in result.tables for row in table.rows)
     failed = dict.fromkeys(f"{row.get('model', 'one')} ({name})" for name, row in rows if "failed" in row)
     if failed:

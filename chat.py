@@ -1,7 +1,7 @@
 """Talk to a run: it answers, or where its data was text alone, goes on with yours.
 
-    python chat.py                          the newest run; /help lists commands
-    python chat.py runs/x --prompt "def "   one text, then the end
+python chat.py                          the newest run; /help lists commands
+python chat.py runs/x --prompt "def "   one text, then the end
 """
 
 if __name__ == "__main__":
@@ -76,7 +76,7 @@ def talk(start: Session) -> None:
             try:
                 if order and order[1] == "quit":
                     return
-                elif order:
+                if order:
                     now = obey(now, order[1], order[2] or "")
                 elif line.strip() or not chat:
                     now = respond(now, (*now.messages, Message("user", line)))

@@ -76,4 +76,11 @@ def glance() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"small": small, "standard": standard, "max": max, "max-ssm": max_ssm, "study": study, "glance": glance}
+PRESETS: dict[str, Callable[[], Config]] = {
+    "small": small,
+    "standard": standard,
+    "max": max,
+    "max-ssm": max_ssm,
+    "study": study,
+    "glance": glance,
+}

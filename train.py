@@ -1,10 +1,10 @@
 """Train a hyperbolic language model: parse, resume or init; then the loop.
 
-    python train.py --preset small         a whole run in two minutes
-    python train.py --resume runs/x        go on exactly where runs/x stopped
-    python train.py --init runs/x --data.sources talks.jsonl
-                                           a new run from its weights: fine-tuning
-    python train.py --preset max --plan    what a run takes on this machine
+python train.py --preset small         a whole run in two minutes
+python train.py --resume runs/x        go on exactly where runs/x stopped
+python train.py --init runs/x --data.sources talks.jsonl
+                                       a new run from its weights: fine-tuning
+python train.py --preset max --plan    what a run takes on this machine
 """
 
 if __name__ == "__main__":
@@ -87,7 +87,9 @@ def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]
     """The command, its configuration checked, and the settings of a resumed run that it changes."""
     preset, resume, init = (cli.peek(flag, argv) for flag in ("preset", "resume", "init"))
     if resume and (preset or init):
-        raise cli.UsageError(f"--{'preset' if preset else 'init'} and --resume exclude each other: a run keeps the settings it was started with")
+        raise cli.UsageError(
+            f"--{'preset' if preset else 'init'} and --resume exclude each other: a run keeps the settings it was started with"
+        )
     if not init and cli.peek("init-checkpoint", argv):
         raise cli.UsageError("--init-checkpoint says which checkpoint of --init to start from, and there is no --init")
     if preset and preset not in PRESETS:
@@ -150,11 +152,19 @@ def choose_residence(config: Config, device: torch.device) -> Config:
     if config.train.residence == "host":
         there = plan.visits(config, dtype, allowed)
         if there.device > allowed:
-            raise too_little(f"on its visits to {device} this model needs {there.device / env.GIB:.1f} GiB, and {allowed / env.GIB:.1f} may be used")
+            raise too_little(
+                f"on its visits to {device} this model needs {there.device / env.GIB:.1f} GiB, and {allowed / env.GIB:.1f} may be used"
+            )
         if there.host > have:
             small = plan.visits(replace(config, optim=replace(config.optim, state="int8")), dtype, allowed).host
-            fits = f"--optim.state int8 needs {small / env.GIB:.1f}" if small <= have and small < there.host else "lower --model.d-model or --model.n-layers"
-            raise cli.TrainingError(f"this run needs {there.host / env.GIB:.1f} GiB of host memory, and {have / env.GIB:.1f} are free: {fits}")
+            fits = (
+                f"--optim.state int8 needs {small / env.GIB:.1f}"
+                if small <= have and small < there.host
+                else "lower --model.d-model or --model.n-layers"
+            )
+            raise cli.TrainingError(
+                f"this run needs {there.host / env.GIB:.1f} GiB of host memory, and {have / env.GIB:.1f} are free: {fits}"
+            )
     elif asked.train.residence == "auto" and device.type == "cpu" and (need := plan.everything(config, dtype).device) > allowed:
         raise too_little(f"this run needs {need / env.GIB:.1f} GiB and {device} has {allowed / env.GIB:.1f}")
     if asked.optim.state == "auto" and config.optim.state == "int8":
@@ -183,14 +193,18 @@ SHOWN = "; --plan shows the parts"
 
 
 def too_little(what: str) -> cli.TrainingError:
-    return cli.TrainingError(f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute{SHOWN}")
+    return cli.TrainingError(
+        f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute{SHOWN}"
+    )
 
 
 def announce(config: Config, device: torch.device) -> None:
     """Say what will be trained, where, and with which kernels."""
     cfg, dtype = config.model, env.compute_dtype(device)
     allowed = env.allowed_memory(device, config.train.device_memory)
-    print(log.labelled("model", f"{cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers"))
+    print(
+        log.labelled("model", f"{cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
+    )
     print(log.labelled("device", f"{device}, {str(dtype).removeprefix('torch.')}"))
     if config.train.residence == "host":
         p = plan.visits(config, dtype, allowed)
@@ -211,7 +225,10 @@ def kernels_of(config: Config, device: torch.device) -> list[Choice]:
 def kernel_facts(config: Config, device: torch.device) -> dict[str, str]:
     """Of each operation, for env.json: what runs it, and why."""
     heads = config.train.batch_size * config.model.n_heads
-    return {c.op: ", ".join(filter(None, (f"{c.backend} ({c.reason})", division(c, heads, config.data.seq_len, device)))) for c in kernels_of(config, device)}
+    return {
+        c.op: ", ".join(filter(None, (f"{c.backend} ({c.reason})", division(c, heads, config.data.seq_len, device))))
+        for c in kernels_of(config, device)
+    }
 
 
 def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], command: Command) -> tuple[Path, State]:
@@ -247,7 +264,9 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
             "go on with that version; chat.py and bench.py read it"
         )
     if meta["fingerprint"] != corpus.fingerprint:
-        raise data.DataError(f"the text of {', '.join(config.data.sources)} changed since {run} was started, or another version of hyperlm prepared it: resuming would not be exact; start a new run")
+        raise data.DataError(
+            f"the text of {', '.join(config.data.sources)} changed since {run} was started, or another version of hyperlm prepared it: resuming would not be exact; start a new run"
+        )
     runs.write_config(run, config)
     if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
         runs.write_text(path, corpus.tokenizer.to_str(pretty=True))
@@ -257,7 +276,14 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
 
 
 def go_on(
-    run: Path, state: State, schedule: Schedule, rate: float, total: int, config: Config, changes: dict[str, tuple[Any, Any]], argv: list[str]
+    run: Path,
+    state: State,
+    schedule: Schedule,
+    rate: float,
+    total: int,
+    config: Config,
+    changes: dict[str, tuple[Any, Any]],
+    argv: list[str],
 ) -> Schedule:
     """The schedule that a resumed run follows from here: what it was, unless its end or its warm-up is to be another. Said, and remembered."""
     if "optim.warmup_steps" in changes and state.updates < schedule.warmup:
@@ -280,7 +306,9 @@ def command_line(argv: list[str]) -> str:
 def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingError:
     good = checkpoint.steps(run)
     if not good:
-        return cli.TrainingError(f"diverged by step {step}: {why}; no checkpoint was good enough to save: remove {run} (rm -r {run}), and start again with a lower --optim.lr")
+        return cli.TrainingError(
+            f"diverged by step {step}: {why}; no checkpoint was good enough to save: remove {run} (rm -r {run}), and start again with a lower --optim.lr"
+        )
     settled = from_dict(checkpoint.read_meta(run, good[-1])["config"]).optim.lr  # the rate that led there did no harm until then
     return cli.TrainingError(
         f"diverged by step {step}: {why}; the last checkpoint with a finite loss is {checkpoint.folder_of(run, good[-1])}: "
@@ -304,7 +332,9 @@ def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -
     """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
     tokenizer, prompt = corpus.tokenizer, sample_prompt(corpus, config)
     ids, generator = [tok.end_of_text(tokenizer), *prompt], sample.generator(seed)
-    text = sample.write(params, config.model, tokenizer, ids, sample.Sampling(), generator, config.eval.sample_tokens, kernels=config.kernels)
+    text = sample.write(
+        params, config.model, tokenizer, ids, sample.Sampling(), generator, config.eval.sample_tokens, kernels=config.kernels
+    )
     return tokenizer.decode(prompt, skip_special_tokens=False) + text
 
 
@@ -317,7 +347,9 @@ def evaluation_batch(config: Config, device: torch.device) -> int:
     return together * config.train.batch_size
 
 
-def evaluate(state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+def evaluate(
+    state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Validation losses; and radius gauges with, if asked for, a sample."""
     params = weights(config, state, device)
     val = evals.evaluate(params, corpus, config, device, evaluation_batch(config, device))
@@ -369,7 +401,10 @@ def train(
                 if health.all_finite(state):
                     checkpoint.save(writer, state, facts, None, None, in_place=in_place)
                     checkpoint.finish(writer)
-                    print(f"the evaluation failed; step {state.step} is saved: go on with {startup.command('train')} --resume {run}", file=sys.stderr)
+                    print(
+                        f"the evaluation failed; step {state.step} is saved: go on with {startup.command('train')} --resume {run}",
+                        file=sys.stderr,
+                    )
                 raise
             log.record(records, state.step, val | more)
             say(log.eval_line(state.step, total, val, state.tokens))
@@ -389,7 +424,9 @@ def train(
             bar.update()
 
             if now % config.log.every == 0 or last or metrics["skipped"]:
-                record = log.step_record(state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device), fastest)
+                record = log.step_record(
+                    state, metrics, total, (time.monotonic() - timed_from) / (now - timed_step), env.peak_memory(device), fastest
+                )
                 log.record(records, now, record)
                 say(log.step_line(now, total, record))
                 timed_from, timed_step = time.monotonic(), now
@@ -438,7 +475,11 @@ def carry_out(
     if stopped and state.step < total:
         with suppress(OSError):  # where a terminal or a pipe was closed, there may still be the other
             out = sys.stderr if stopped == env.HANGUP else sys.stdout
-            print(f"stopped by {stopped.name} after step {state.step}, all saved; go on with: {startup.command('train')} --resume {run}", file=out, flush=True)
+            print(
+                f"stopped by {stopped.name} after step {state.step}, all saved; go on with: {startup.command('train')} --resume {run}",
+                file=out,
+                flush=True,
+            )
         return 128 + stopped
     summary = summarise(run, state, device, time.monotonic() - started)
     say(log.summary_lines(run, summary))

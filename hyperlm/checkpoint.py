@@ -39,7 +39,11 @@ from hyperlm.state import State, require_settled
 from hyperlm.tree import Tree
 
 FORMAT = 4
-WRITERS = {1: "a version before 0.1", 2: "version 0.1", 3: "version 0.2 or 0.3"}  # of earlier formats. Weights of 2 and 3 are read as well; see `train.resume`
+WRITERS = {
+    1: "a version before 0.1",
+    2: "version 0.1",
+    3: "version 0.2 or 0.3",
+}  # of earlier formats. Weights of 2 and 3 are read as well; see `train.resume`
 NOTHING = {"config": None, "schedule": None, "tokenizer": None, "loss": None}  # what format 2 does not say
 WORST = 1e30  # validation loss in format 2 where there was none
 PREFIX, DIGITS = "step", 8
@@ -235,7 +239,9 @@ def save(writer: Writer, state: State, facts: Facts, val_loss: float | None, los
         raise write_error(writer.run, OSError(f"no space left on the disk: it needs {readable(need)}, {readable(free)} are free"))
     writer.retention.val_losses[state.step] = val_loss
     try:
-        started = writer.storage.save(state.step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({**meta, "digest": digest(meta)})))
+        started = writer.storage.save(
+            state.step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({**meta, "digest": digest(meta)}))
+        )
     except Exception as e:  # whatever the storage layer raises
         raise write_error(writer.run, e) from e
     if not started:
@@ -314,7 +320,9 @@ def latest(run: Path) -> int:
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run; `ls runs` shows those that exist")
     if not (found := steps(run)):
-        raise CheckpointError(f"{run} has no checkpoint: it ended before its first save; remove it (rm -r {run}) and start again, or choose another --name")
+        raise CheckpointError(
+            f"{run} has no checkpoint: it ended before its first save; remove it (rm -r {run}) and start again, or choose another --name"
+        )
     return found[-1]
 
 
@@ -359,7 +367,9 @@ def read_meta(run: Path, step: int) -> dict[str, Any]:
         if not isinstance(meta, dict) or type(meta.get("format")) is not int:
             raise ValueError("its meta has no format")
         if meta["format"] > FORMAT:
-            raise CheckpointError(f"{path} has format {meta['format']}, and this version reads up to {FORMAT}: a newer version of hyperlm wrote it")
+            raise CheckpointError(
+                f"{path} has format {meta['format']}, and this version reads up to {FORMAT}: a newer version of hyperlm wrote it"
+            )
         if meta["format"] < 2:
             raise CheckpointError(f"{path} has format {meta['format']}: {WRITERS[1]} of hyperlm wrote it, and reads it")
         if meta["format"] == 2 and "digest" not in meta:
@@ -403,9 +413,7 @@ def require_same_run(run: Path, step: int, meta: dict[str, Any], config: Config)
 # -- reading -----------------------------------------------------------------------------------------------------------------------------
 
 
-def restore(
-    run: Path, step: int, config: Config, place: Callable[[Tree], Tree], *, with_opt: bool = True
-) -> tuple[State, dict[str, Any]]:
+def restore(run: Path, step: int, config: Config, place: Callable[[Tree], Tree], *, with_opt: bool = True) -> tuple[State, dict[str, Any]]:
     """Read the checkpoint of `step` and verify it, stage by stage.
 
     Args:
@@ -420,7 +428,9 @@ def restore(
     path = folder_of(run, step)
     meta = read_meta(run, step)
     require_same_run(run, step, meta, config)
-    expected = dict(zip(("params", "opt") if with_opt else ("params",), stored(model.declaration(config.model), config.optim)))
+    expected = dict(
+        zip(("params", "opt") if with_opt else ("params",), stored(model.declaration(config.model), config.optim), strict=False)
+    )
     for name, whole in expected.items():
         require_same_leaves(path, name, set(tree.by_path(whole)), set(meta["checksums"][name]))
     try:
@@ -433,7 +443,9 @@ def restore(
                     item = tree.map_with_path(lambda p, _: 0 if p.startswith(prefix) else ocp.PLACEHOLDER, expected[name])
                     found = reader.restore(path.absolute(), args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(item=item)}))
                     arrays, sums = tree.by_path(found[name]), meta["checksums"][name]
-                    return place(tree.map_with_path(lambda p, x: verified(f"{name}/{prefix}{p}", arrays[prefix + p], x, sums[prefix + p]), like))
+                    return place(
+                        tree.map_with_path(lambda p, x: verified(f"{name}/{prefix}{p}", arrays[prefix + p], x, sums[prefix + p]), like)
+                    )
 
                 return from_stages([stage(f"{above}{own}/", part) for own, part in zip(names(like), stages(like), strict=True)])
 
@@ -477,4 +489,7 @@ def unreadable(run: Path, step: int, error: Exception) -> CheckpointError:
 
 def refused(text: str) -> bool:
     """Whether the storage layer says that it was not let to read, not that what it read is wrong."""
-    return any(word in text for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Too many open files", "Cannot allocate memory"))
+    return any(
+        word in text
+        for word in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Too many open files", "Cannot allocate memory")
+    )

@@ -197,7 +197,15 @@ class Config:
 # -- checks and storage ----------------------------------------------------------------------------------------------------------------
 
 LARGEST_FLOAT = 1e30  # below the end of fp32, so that products with a few such numbers are infinite and not an error
-LARGEST = {"train.batch_size": 1 << 20, "train.grad_accum": 1 << 20, "model.d_model": 1 << 20, "model.n_layers": 10_000, "model.vocab_size": 1 << 24, "data.seq_len": 1 << 30, "eval.passkey": 1 << 10}  # far above what anyone trains: a typing error, or damage
+LARGEST = {
+    "train.batch_size": 1 << 20,
+    "train.grad_accum": 1 << 20,
+    "model.d_model": 1 << 20,
+    "model.n_layers": 10_000,
+    "model.vocab_size": 1 << 24,
+    "data.seq_len": 1 << 30,
+    "eval.passkey": 1 << 10,
+}  # far above what anyone trains: a typing error, or damage
 PROSPECTIVE = (  # what concerns the future of a run only, and may change when it is resumed
     "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip", "optim.clip_scope",
     "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute",
@@ -255,7 +263,9 @@ def resolve(config: Config) -> Config:
     require(m.d_model % 8 == 0, "model.d-model", m.d_model, "must be a multiple of 8, for the low-rank layers")
     require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be at least 0 and below 1")
     require(len(d.sources) > 0, "data.sources", "", "needs at least one file, folder, recipe or `stdlib`")
-    require(d.max_mib == 0 or 0.001 <= d.max_mib < float("inf"), "data.max-mib", d.max_mib, "must be at least 0.001, or 0 for all of the text")
+    require(
+        d.max_mib == 0 or 0.001 <= d.max_mib < float("inf"), "data.max-mib", d.max_mib, "must be at least 0.001, or 0 for all of the text"
+    )
     require(d.text_field != "", "data.text-field", "''", "must be the name of a field, such as text")
     require(0 < d.val_fraction < 1, "data.val-fraction", d.val_fraction, "must be between 0 and 1")
     require(t.steps > 0 or t.epochs > 0, "train.epochs", t.epochs, "must be above 0 where --train.steps is 0")
@@ -263,7 +273,12 @@ def resolve(config: Config) -> Config:
     require(0 <= o.lr_floor <= 1, "optim.lr-floor", o.lr_floor, "must be between 0 and 1")
     require(0 <= o.beta1 < 1, "optim.beta1", o.beta1, "must be at least 0 and below 1")
     require(0 <= o.beta2 < 1, "optim.beta2", o.beta2, "must be at least 0 and below 1")
-    plain = config.name.isprintable() and not set("/ \\") & set(config.name) and not config.name.startswith("-") and config.name not in (".", "..")
+    plain = (
+        config.name.isprintable()
+        and not set("/ \\") & set(config.name)
+        and not config.name.startswith("-")
+        and config.name not in (".", "..")
+    )
     require(plain, "name", repr(config.name), "must be a plain folder name, without spaces")
     return config if o.lr else replace(config, optim=replace(o, lr=peak_rate(m)))
 

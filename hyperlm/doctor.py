@@ -31,9 +31,15 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
 
     inputs = [torch.randn(b, h, n, k, generator=generator, dtype=torch.float64).to(dtype).double() for _ in range(3)]
     errors = {}
-    for name, op, attention in (("hyperbolic attention", "hyperbolic_attention", attention7), ("linear attention", "linear_attention", attention8)):
+    for name, op, attention in (
+        ("hyperbolic attention", "hyperbolic_attention", attention7),
+        ("linear attention", "linear_attention", attention8),
+    ):
         results = []
-        for fn, at, as_ in ((OPS[op]["torch"], torch.device("cpu"), torch.float64), (kernels.select(op, device, head_dim=k).fn, device, torch.float32)):
+        for fn, at, as_ in (
+            (OPS[op]["torch"], torch.device("cpu"), torch.float64),
+            (kernels.select(op, device, head_dim=k).fn, device, torch.float32),
+        ):
             leaves = [x.to(at, as_).requires_grad_() for x in inputs]
             out = attention(*leaves, fn=fn)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
@@ -47,7 +53,10 @@ def check(device: torch.device, cache: Path) -> int:
     for name, value in env.describe(device).items():
         print(f"{name:<18} {value}")
     for op, backends in OPS.items():
-        print(f"kernel             {op}: " + ", ".join(f"{b} ({kernels.unusable(op, b, device) or 'usable'})" for b in sorted({*backends, "triton"})))
+        print(
+            f"kernel             {op}: "
+            + ", ".join(f"{b} ({kernels.unusable(op, b, device) or 'usable'})" for b in sorted({*backends, "triton"}))
+        )
     fine = True
     try:
         for name, error in numerical_errors(device, env.compute_dtype(device)).items():

@@ -26,7 +26,18 @@ OFTEN = 64  # batches, after which gaps in the heap are given back: they would a
 MUCH = 200 << 20  # bytes of text that tokenizers takes a minute for on two cores
 LONGEST = 1 << 16  # characters of it
 TORTURE = (
-    *("", " ", "\n", "\x00", "a" * 5000, " " * 5000, "\r\n" * 500, "0123456789" * 300, "日本語の文章" * 200, "ab \u3000\t\xa0\x85 \x1c c" * 99),
+    *(
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "a" * 5000,
+        " " * 5000,
+        "\r\n" * 500,
+        "0123456789" * 300,
+        "日本語の文章" * 200,
+        "ab \u3000\t\xa0\x85 \x1c c" * 99,
+    ),
     "I'll we've 'S 's ’t don't DON'T it's'd 12.5 1,000 ٣٤٥ ⅷ² x_y __init__ a-b C++ (a)(b) {}\t\treturn  \n\n\n  if x:\r\n\f\v end   ",
     "ñ n\u0303 é e\u0301 ſ İ ß ﬁ Å 한국어 하 ไทย العربية हिन्दी עברית Ελλάδα Привет \u200d\ufeff\ufffd\U000e0001\U0010ffff 👩‍👩‍👧 🇫🇷 👍🏽 𝔘𝔫𝔦",
     "".join(map(chr, (*range(0x600), *range(0x1F00, 0x2200), *range(0x2FF0, 0x3200), *range(0xFE00, 0x10000), *range(0x1F300, 0x1F700)))),

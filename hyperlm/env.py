@@ -88,7 +88,9 @@ def allowed_memory(device: torch.device, budget: float) -> int:
         return total_memory(device)
     if budget:
         return round(budget * GIB) - CONTEXT
-    return available_memory(device) + torch.cuda.memory_reserved(device) - CONTEXT // 2  # half of that is taken when the device is first asked
+    return (
+        available_memory(device) + torch.cuda.memory_reserved(device) - CONTEXT // 2
+    )  # half of that is taken when the device is first asked
 
 
 def limit_memory(device: torch.device, size: int) -> None:

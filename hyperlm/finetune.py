@@ -26,7 +26,11 @@ def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
     data = DataConfig(seq_len=config.data.seq_len, cache=config.data.cache) if new_text else config.data
     if preset is None:
         rest = replace(config, data=data, name="")
-        rest = replace(rest, train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"), optim=replace(config.optim, lr=0.0, warmup_steps=0, state="auto"))
+        rest = replace(
+            rest,
+            train=replace(config.train, steps=0, epochs=EPOCHS, residence="auto"),
+            optim=replace(config.optim, lr=0.0, warmup_steps=0, state="auto"),
+        )
     else:
         rest = replace(preset, data=preset.data if new_text else replace(data, seq_len=preset.data.seq_len))
     return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(base / "tokenizer.json")))
@@ -43,7 +47,9 @@ def require_base(base: Path, which: checkpoint.Which, config: Config) -> None:
     stored = runs.read_config(base)
     have = replace(wanted, model=replace(stored.model, dropout=0.0), data=replace(wanted.data, tokenizer=str(base / "tokenizer.json")))
     for name, (old, new) in differences(have, wanted).items():
-        raise ConfigError(f"--{flag_of(name)} {new}: {base} has {old}, and its weights fit nothing else; leave it out, or train without --init")
+        raise ConfigError(
+            f"--{flag_of(name)} {new}: {base} has {old}, and its weights fit nothing else; leave it out, or train without --init"
+        )
     trained.load_tokenizer(base, checkpoint.chosen(base, which), stored)
 
 

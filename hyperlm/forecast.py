@@ -123,7 +123,9 @@ def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
     few = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
     if few and config.train.residence == "device":
         part = replace(config, train=replace(config.train, batch_size=few, grad_accum=1))
-        return measured(part, device) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
+        return measured(
+            part, device
+        ) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
     how = f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
     if config.train.residence == "host" and device.type == "cuda":
         dtype = env.compute_dtype(device)

@@ -43,7 +43,9 @@ def flaw(state: State, loss: float, before: list[float], config: Config) -> str:
         return f"its loss is {loss}"
     best = min([*before, math.log(config.model.vocab_size)])
     if loss > best + MARGIN:
-        return f"its loss, {loss:.2f}, is far above " + (f"{min(before):.2f}, where it was" if before and min(before) == best else f"that of guessing, {best:.2f}")
+        return f"its loss, {loss:.2f}, is far above " + (
+            f"{min(before):.2f}, where it was" if before and min(before) == best else f"that of guessing, {best:.2f}"
+        )
     if not all_finite(state):
         return "weights or moments are not finite"
     return ""

@@ -206,7 +206,9 @@ def evaluations(run: Path) -> list[tuple[int, float]]:
 
 def labelled(label: str, text: str) -> str:
     """What a run says of one thing: a label, and text that is wrapped beside it."""
-    return textwrap.fill(text, COLUMNS, initial_indent=f"{label:<11}", subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(
+        text, COLUMNS, initial_indent=f"{label:<11}", subsequent_indent=" " * 11, break_on_hyphens=False, break_long_words=False
+    )
 
 
 def count(n: float) -> str:
@@ -306,4 +308,6 @@ def curve(points: list[tuple[int, float]], width: int = 60, height: int = 4) -> 
     rows = ["".join(BLOCKS[min(8, max(0, n - 8 * row))] for n in eighths) for row in reversed(range(height))]
     names = [f"{high:.4f}", *[""] * (height - 2), f"{low:.4f}"]
     first, last = f"step {steps[0]:.0f}", f"{steps[-1]:.0f}"
-    return [f"{name:>10} {row}".rstrip() for name, row in zip(names, rows, strict=True)] + [" " * 11 + first + last.rjust(width - len(first))]
+    return [f"{name:>10} {row}".rstrip() for name, row in zip(names, rows, strict=True)] + [
+        " " * 11 + first + last.rjust(width - len(first))
+    ]

@@ -58,7 +58,9 @@ class HeadNats(Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ops = table.table(OPS, features.device, backend)
         parts = chunks(len(weight), len(features), at_once or logits_at_once(features.device, backend))
-        d_features, d_weight = (torch.empty_like(features), torch.empty_like(weight)) if pulled else (None, None)  # first, while there are large gaps
+        d_features, d_weight = (
+            (torch.empty_like(features), torch.empty_like(weight)) if pulled else (None, None)
+        )  # first, while there are large gaps
         log_z, picked, room, logits = taken(features, weight, targets, parts, ops)
         counted = targets != IGNORE
         nats = torch.where(counted, log_z - picked, 0).sum(dtype=log_z.dtype if pulled else torch.float64)

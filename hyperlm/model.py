@@ -261,7 +261,9 @@ def hidden(
     for layer, (block, block_params) in enumerate(zip(skeleton(cfg).blocks, params["blocks"], strict=True)):
         own = layer_context(ctx, layer)
         if recompute:  # functional_call inside the checkpointed function: outside, the recomputation would lose these parameters
-            x = checkpoint(lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(
+                lambda x, b=block, p=block_params, c=own: run(b, p, x, None, c)[0], x, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x, _ = run(block, block_params, x, None, own)
     return finish(params["head"], x, cfg, ctx)

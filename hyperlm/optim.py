@@ -148,7 +148,15 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
         return known[step, device]
 
     def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Iterable[Tensor], factor: Tensor | None = None, what: int = ALL
+        grads: Tree,
+        opt_state: Tree,
+        params: Tree,
+        step: int,
+        *,
+        decay: Tree,
+        origin: Iterable[Tensor],
+        factor: Tensor | None = None,
+        what: int = ALL,
     ) -> tuple[Tree, Tree]:
         p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
         device = p[0].device

@@ -24,7 +24,9 @@ from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 FP32, BF16 = 4, 2
-WORKSPACE = 64 << 20  # bytes that cuBLAS keeps of what torch allocates, on a Hopper GPU: half for the backward pass, which has a thread of its own
+WORKSPACE = (
+    64 << 20
+)  # bytes that cuBLAS keeps of what torch allocates, on a Hopper GPU: half for the backward pass, which has a thread of its own
 MARGIN = 224 << 20, 0.05  # bytes of device memory, and share of it, that a plan leaves for gaps between allocations: the larger
 SMALL = 48 << 20  # bytes of that for tensors that torch keeps apart, below 1 MiB or of other streams
 LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces
@@ -225,8 +227,12 @@ def remembers(config: Config, dtype: torch.dtype) -> bool:
     cfg, t = config.model, config.train
     params, opt_state = stored(config)
     read = cfg.n_layers * read_bytes(config, dtype, products=True)
-    beside = size(params["blocks"]) + sum(size(part["blocks"]) for part in opt_state.values()) + gradient_bytes(config, dtype, params["blocks"])
-    operations = 2 * t.grad_accum * t.batch_size * config.data.seq_len * parameters(config)["blocks"]  # forward; backward it is three times that
+    beside = (
+        size(params["blocks"]) + sum(size(part["blocks"]) for part in opt_state.values()) + gradient_bytes(config, dtype, params["blocks"])
+    )
+    operations = (
+        2 * t.grad_accum * t.batch_size * config.data.seq_len * parameters(config)["blocks"]
+    )  # forward; backward it is three times that
     return dtype == torch.bfloat16 and read * BALANCE < operations and (beside + read) * BALANCE < 3 * operations
 
 
@@ -250,7 +256,9 @@ def staying(config: Config, dtype: torch.dtype, spare: int, kept: int, read: int
     return count + in_head, in_head, shelf_size(own[:count], kept, read) - kept * read
 
 
-def visiting(config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0) -> Plan:
+def visiting(
+    config: Config, dtype: torch.dtype, group: int, kept: int, shared: bool = False, products: bool = False, more: int = 0
+) -> Plan:
     """The plan of the host residence, with `group` micro-batches at a time, what is read of `kept` blocks left on the device, wide products
     among it if `products`, and the head in the place of all other stages but the last block if `shared`; with `more` bytes for logits at a time.
 
@@ -324,7 +332,9 @@ def visits(config: Config, dtype: torch.dtype, budget: int) -> Plan:
     products = remembers(config, dtype)
     ways = [visiting(config, dtype, g, 0, shared, products) for g in groups for shared in (products, not products)]
     found = next((plan for plan in ways if plan.device <= room), ways[-1])
-    more = max(0, room - found.device) if products else 0  # a step of many tokens: the fewer the chunks of logits, the fewer are found twice
+    more = (
+        max(0, room - found.device) if products else 0
+    )  # a step of many tokens: the fewer the chunks of logits, the fewer are found twice
     found = visiting(config, dtype, found.group, 0, found.shared, products, more)
     read = read_bytes(config, dtype, products=products)
     kept = max(0, min(layers, (room - found.device) // read))

@@ -234,7 +234,15 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def write(
-    params: Tree, cfg: ModelConfig, tokenizer: Tokenizer, ids: list[int], how: Sampling, generator: torch.Generator, limit: int, *, kernels: str = "auto"
+    params: Tree,
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    how: Sampling,
+    generator: torch.Generator,
+    limit: int,
+    *,
+    kernels: str = "auto",
 ) -> str:
     """The text that follows `ids`, of at most `limit` tokens.
 

@@ -73,4 +73,6 @@ def require_settled(state: State) -> None:
 
 def require_current(state: State) -> None:
     if state.use != state.uses.count:
-        raise StaleState(f"the state of step {state.step} was consumed: a step updates its tensors in place; use the state that it returned")
+        raise StaleState(
+            f"the state of step {state.step} was consumed: a step updates its tensors in place; use the state that it returned"
+        )

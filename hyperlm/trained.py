@@ -90,5 +90,7 @@ def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
         raise runs.RunError(f"{path} is not what {run} was trained with: {command('train')} --resume {run} puts it back")
     tokenizer = tok.load(path)
     if (largest := tok.vocabulary_size(tokenizer) - 1) >= config.model.vocab_size:
-        raise runs.RunError(f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own")
+        raise runs.RunError(
+            f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own"
+        )
     return tokenizer

@@ -90,7 +90,9 @@ def made(tmp_path_factory) -> Callable[..., Path]:
             with pytest.MonkeyPatch.context() as within:
                 within.chdir(folder)
                 within.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-                assert cli.run(train.main, [*SMALLEST, "--data.sources", str(write_prose(folder / "prose.txt")), "--name", "r", *flags]) == 0
+                assert (
+                    cli.run(train.main, [*SMALLEST, "--data.sources", str(write_prose(folder / "prose.txt")), "--name", "r", *flags]) == 0
+                )
             found[flags] = folder
         return found[flags]
 
@@ -113,7 +115,25 @@ def diverged(monkeypatch) -> None:
 
 
 # A whole run in a second or two: flags for train.py, with a text of one's own.
-SMALLEST = (
-    "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --data.seq-len 32 --train.batch-size 4 --train.grad-accum 2 "
-    "--eval.max-tokens 2000 --eval.sample-tokens 8 --log.every 1"
-).split()
+SMALLEST = [
+    "--model.d-model",
+    "32",
+    "--model.n-layers",
+    "2",
+    "--model.head-dim",
+    "8",
+    "--model.vocab-size",
+    "320",
+    "--data.seq-len",
+    "32",
+    "--train.batch-size",
+    "4",
+    "--train.grad-accum",
+    "2",
+    "--eval.max-tokens",
+    "2000",
+    "--eval.sample-tokens",
+    "8",
+    "--log.every",
+    "1",
+]

@@ -501,7 +501,7 @@ def stopped(outcome: Outcome, ending: signal.Signals, seconds: float, early: boo
     """
     decent(outcome)
     require(seconds <= EXIT * load(), f"{outcome.short} takes {seconds:.0f} s to exit after {ending.name}")
-    if b"done " in outcome.out and outcome.code in (0, 128 + ending, -ending) or early and outcome.code == -ending:
+    if (b"done " in outcome.out and outcome.code in (0, 128 + ending, -ending)) or (early and outcome.code == -ending):
         return outcome
     require(outcome.code == 128 + ending, f"{outcome.short} ends with {outcome.code} after {ending.name}, not with {128 + ending}")
     lines = [line for line in outcome.lines if "finishing the step" not in line]

@@ -14,7 +14,20 @@ import train
 from hyperlm import cli, kernels, model
 from hyperlm.bench import suites, training
 
-TINIEST = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --preset small --train.device cpu".split()
+TINIEST = [
+    "--model.d-model",
+    "32",
+    "--model.n-layers",
+    "2",
+    "--model.head-dim",
+    "8",
+    "--model.vocab-size",
+    "320",
+    "--preset",
+    "small",
+    "--train.device",
+    "cpu",
+]
 
 
 def call(*argv: str) -> int:
@@ -92,7 +105,13 @@ def test_runs_on_different_texts_are_told_apart(run, tmp_path, capsys):
 
 
 def test_runs_have_short_names_that_are_no_kinds():
-    short = {"runs/study/phase8": "study/phase8", "runs/phase8": "runs/phase8", "/data/run": "/data/run", "runs/a/b": "runs/a/b", "a/b": "a/b"}
+    short = {
+        "runs/study/phase8": "study/phase8",
+        "runs/phase8": "runs/phase8",
+        "/data/run": "/data/run",
+        "runs/a/b": "runs/a/b",
+        "a/b": "a/b",
+    }
     assert suites.named_runs(list(short)) == {name: Path(folder) for folder, name in short.items()}
 
 
@@ -140,13 +159,19 @@ def test_a_damaged_run_is_found_before_anything_is_measured(damage, message, run
         (["phase7", "--name", "taken"], "choose another --name"),
         (["phase7", "--preset", "max", "--lengths", "1048576", "--train.device", "cpu"], "a step of phase7 needs"),
         (["phase7", "--suite", "decode", "--preset", "max", "--lengths", "33554432", "--train.device", "cpu"], "a cache of phase7 needs"),
-        (["phase8", "--suite", "memory", "--model.d-model", "16384", "--model.n-layers", "64", "--train.device", "cpu"], "GiB of host memory"),
+        (
+            ["phase8", "--suite", "memory", "--model.d-model", "16384", "--model.n-layers", "64", "--train.device", "cpu"],
+            "GiB of host memory",
+        ),
         (["phase7", "--train.device", "cuda:99"], "not on this machine"),
         (["hybrid", "--model.n-layers", "3"], "a hybrid has a layer of phase7 in every 4"),
         (["phase7", "nanogpt", "--suite", "speed"], "nanogpt: nothing that suite speed measures"),
         (["phase8", "--suite", "nulls"], "phase8: nothing that suite nulls measures"),
         (["phase7", "--suite", "recall", "--train.steps", "5"], "--train.steps would change nothing in suite recall"),
-        (["phase7", "--suite", "memory", "--rates=1e-3"], "--rates would change nothing in suite memory (that is for quality, recall, nulls)"),
+        (
+            ["phase7", "--suite", "memory", "--rates=1e-3"],
+            "--rates would change nothing in suite memory (that is for quality, recall, nulls)",
+        ),
         (["phase7", "--suite", "speed", "--seeds", "2"], "--seeds would change nothing"),
     ],
 )
@@ -195,5 +220,8 @@ def test_a_kind_that_cannot_be_trained_is_tried_once_and_is_a_row_that_says_why(
     settings = [*TINIEST, "--data.sources", "prose.txt", "--data.seq-len", "32"]
     assert call("phase7", *settings, "--suite", "perplexity", "geometry", "--name", "b") == 2
     said = capsys.readouterr()
-    assert "1 failed, and the tables say why: phase7 (training)" in said.err and "could not be trained: OSError: [Errno 28] No space" in said.out
+    assert (
+        "1 failed, and the tables say why: phase7 (training)" in said.err
+        and "could not be trained: OSError: [Errno 28] No space" in said.out
+    )
     assert trained == ["phase7"] and not Path("runs/b/phase7").exists()

@@ -220,7 +220,7 @@ def test_texts_and_frequencies_are_those_of_the_tokenizer_and_the_training_text(
 def test_the_passage_shown_is_code_where_there_is_some_and_of_one_document():
     texts = ["<end>", " the", " a", "def", " f", "(", "x", ")", ":", " return", " y", "_", "z", "\n"]
     code, prose = list(range(3, 13)) * 2, [1, 2] * 20
-    tokens = np.array([prose[:24] + code[:16], prose[:10] + [0] + prose[:29]])
+    tokens = np.array([prose[:24] + code[:16], [*prose[:10], 0, *prose[:29]]])
     assert wording.passage(tokens, texts, 0, 8) in [(0, 24), (0, 28), (0, 32)]
 
 
@@ -332,7 +332,9 @@ def test_radii_that_replace_others_are_used(kind):
 def text_of(batch) -> radii.Text:
     frequency = torch.arange(TINY.vocab_size)[batch.tokens] ** 2
     depth = batch.tokens % 3
-    return radii.Text(batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0, torch.arange(len(depth)))
+    return radii.Text(
+        batch, batch.targets != IGNORE, frequency, depth, depth >= 0, [f"w{i}" for i in range(TINY.vocab_size)], 0, torch.arange(len(depth))
+    )
 
 
 @pytest.mark.parametrize("kind", ["phase7", "phase8", "hybrid"])
@@ -398,13 +400,13 @@ def test_planted_correlations_are_found_in_their_head_beside_their_nulls():
     )
     rho = {(row["of"], row["head"], row["with"]): row for row in rows}
     planted = rho["key radius", 1, "log frequency"]
-    assert (
-        planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shifted"] < 0.3 and math.isnan(planted["untrained"])
-    )
+    assert planted["rho"] == pytest.approx(-1) and planted["high"] < -0.99 and planted["shifted"] < 0.3 and math.isnan(planted["untrained"])
     assert rho["query radius", 1, "depth, partial"]["rho"] > 0.5 > rho["query radius", 1, "bracket depth"]["rho"]
     summary, layers = radii.correlation_summary(rows)
     (best,) = [row for row in summary if (row["of"], row["with"]) == ("key radius", "log frequency")]
-    assert best["which head"] == "layer 0, head 1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
+    assert (
+        best["which head"] == "layer 0, head 1" and best["strongest head [95 %]"].startswith("-1.00 [") and len(layers) == len(summary) == 8
+    )
 
 
 def test_what_is_alike_over_long_stretches_is_in_the_null():

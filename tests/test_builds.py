@@ -39,14 +39,27 @@ def builds():
             for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
                 x, f = f"*{name}", "*fp32"
                 sizes = dict.fromkeys(("B", "N", "H", "segment", "stride_q", "stride_k", "stride_v"), INTS)
-                common = sizes | dict.fromkeys(("q", "k", "v"), x) | dict.fromkeys(("decay", "write", "totals", "starts"), f) | dict(STARTS=True, MARK=la.MARK)
+                common = (
+                    sizes
+                    | dict.fromkeys(("q", "k", "v"), x)
+                    | dict.fromkeys(("decay", "write", "totals", "starts"), f)
+                    | dict(STARTS=True, MARK=la.MARK)
+                )
                 pulls = dict.fromkeys(("do", "dq", "dk", "dv", "marks"), x) | dict.fromkeys(("ends", "rows", "columns", "first"), f)
                 pulls |= dict(stride_do=INTS, ROLE=0, ROLES=3, ENDS=True)
                 sweeps = (la.backward_sweep, pulls), (la.forward_sweep, dict(o=x, last=f))
                 for (kernel, more), decay, even in product(sweeps, (False, True), (True, False)):
                     c = la.config(k, k, dtype, capability == 90, decay, even, backward=kernel is la.backward_sweep)
                     shape = dict(K=k, V=k, C=c.C, KEYS=c.KEYS, VALUES=c.VALUES, DECAY=decay, EVEN=even)
-                    yield f"{kernel.__name__}, {k}, {name}{', decay' * decay}{', even' * even}", kernel, common | shape | more, c.warps, c.stages, capability, c.registers
+                    yield (
+                        f"{kernel.__name__}, {k}, {name}{', decay' * decay}{', even' * even}",
+                        kernel,
+                        common | shape | more,
+                        c.warps,
+                        c.stages,
+                        capability,
+                        c.registers,
+                    )
                 strides = dict.fromkeys(("q_b", "q_h", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "tk_b", "tk_h"), INTS)
                 common = dict.fromkeys(("s_q", "s_k", "v"), x) | dict(t_q=f, t_k=f, beta=f, M=INTS, H=INTS, G=INTS, K=k, V=k) | strides
                 many = common | dict(log_sums=f, N=INTS, q_n=INTS)
@@ -67,13 +80,22 @@ def builds():
                 yield f"one_query, {k}, {name}", ha.one_query, args, 4, 3, capability
                 args = dict.fromkeys(("sums", "totals", "leasts"), f) | dict(o=x, splits=INTS, V=k, BLOCK=16)
                 yield f"join, {k}, {name}", ha.join, args, 4, 3, capability
-                args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(("N", "H", "segment", "stride_key", "stride_value"), INTS)
+                args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(
+                    ("N", "H", "segment", "stride_key", "stride_value"), INTS
+                )
                 yield f"segment_sums, {k}, {name}", la.segment_sums, args | shape, c.warps, c.stages, capability
                 for lift in (convolution.FEATURES.value, convolution.POINTS.value):
                     args = dict.fromkeys(("x", "weight", "tail"), x) | dict.fromkeys(("r", "beta", "cos", "sin"), f)
                     args |= dict.fromkeys(("B", "N", "H", "row_stride"), INTS) | dict(K=k, TAIL=True, LIFT=lift)
                     rows, warps = convolution.tile(k, dtype, lift)
-                    yield f"convolve {lift}, {k}, {name}", convolution.convolve, args | dict(out=x, times=f, part_stride=INTS, ROWS=rows), warps, 3, capability
+                    yield (
+                        f"convolve {lift}, {k}, {name}",
+                        convolution.convolve,
+                        args | dict(out=x, times=f, part_stride=INTS, ROWS=rows),
+                        warps,
+                        3,
+                        capability,
+                    )
                     w = convolution.walk(512, 32, k, dtype, lift)
                     out = dict.fromkeys(("dq", "dk", "dv", "dx"), x) | dict.fromkeys(("d_times", "d_weight", "d_r", "d_beta"), f)
                     title, shape = f"convolve_backward {lift}, {k}, {name}", dict(HEADS=w.heads, ROWS=w.rows)
@@ -82,9 +104,15 @@ def builds():
                 yield f"norm_gate, {k}, {name}", readout.norm_gate_forward, args | dict(y=x), 4, 3, capability
                 out = dict(y=x, d=x, do=x, d_weight=f, TILES=readout.TILES, AGAIN=True)
                 yield f"norm_gate_backward, {k}, {name}", readout.norm_gate_backward, args | out, 4, 3, capability
-                args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(("r", "beta", "log_decay", "state"), f)
+                args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(
+                    ("r", "beta", "log_decay", "state"), f
+                )
                 yield f"step, {k}, {name}", decoding.step_kernel, args | dict(H=INTS, K=k, KEYS=decoding.keys(k)), 4, 3, capability
-            args = dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f) | dict(marks=x) | dict.fromkeys(("B", "N", "H", "parts"), INTS)
+            args = (
+                dict.fromkeys(("rows", "columns", "last", "d_last", "d_decay"), f)
+                | dict(marks=x)
+                | dict.fromkeys(("B", "N", "H", "parts"), INTS)
+            )
             yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
         args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
@@ -97,7 +125,11 @@ def builds():
             shape = dict(T=INTS, D=INTS, WIDTH=d)
             args = dict(x=f, y="*bf16", weight=f, out=f, n="*bf16") | shape
             yield f"add_norm, {d}", add_norm.add_norm_forward, args | dict(ADD=True), add_norm.warps(d), 3, capability
-            args = dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f) | shape | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
+            args = (
+                dict(out=f, weight=f, d_out=f, d_n="*bf16", dx=f, dy="*bf16", d_weight=f)
+                | shape
+                | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
+            )
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
         yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         args = dict(x="*bf16", N=INTS, BLOCK=mlp.BLOCK)
@@ -114,10 +146,19 @@ def builds():
         yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
         shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", shift="*i64", N=INTS)
-        yield "adamw8", adamw8.update, args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION), adamw8.WARPS, 3, capability
+        yield (
+            "adamw8",
+            adamw8.update,
+            args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION),
+            adamw8.WARPS,
+            3,
+            capability,
+        )
         wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
-        coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS)
+        coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(
+            codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS
+        )
         yield "encode8", adamw8.encode, coded | shape | dict(ROWS=adamw8.CODED_ROWS), adamw8.CODED_WARPS, 3, capability
 
 
@@ -140,9 +181,15 @@ def build(name, kernel, arguments, warps, stages, capability, registers=None):
     assert set(names) == set(arguments), (name, set(names) ^ set(arguments))
     types = {n: a if isinstance(a, str) else "constexpr" for n, a in arguments.items()}
     constants = {(names.index(n),): a for n, a in arguments.items() if not isinstance(a, str)}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if types[n].startswith("*") or "stride" in n or re.fullmatch("(q|k|v|do)_.", n)}
+    aligned = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n in names
+        if types[n].startswith("*") or "stride" in n or re.fullmatch("(q|k|v|do)_.", n)
+    }
     source = ASTSource(kernel, {n: types[n] for n in names}, constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages, "maxnreg": registers})
+    built = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

@@ -208,9 +208,8 @@ def test_processes_that_tokenise_the_same_text_at_once_all_succeed(prose, tmp_pa
 def test_a_name_whose_lock_a_sweeping_process_took_is_given_up(tmp_path, monkeypatch):
     names = iter(["00000000", "11111111"])
     monkeypatch.setattr(cache.secrets, "token_hex", lambda n: next(names))
-    with FileLock(tmp_path / ("0" * 24 + ".00000000.lock")):
-        with cache.writing(tmp_path / ("0" * 24)) as part:
-            assert part.name.endswith(".11111111")
+    with FileLock(tmp_path / ("0" * 24 + ".00000000.lock")), cache.writing(tmp_path / ("0" * 24)) as part:
+        assert part.name.endswith(".11111111")
 
 
 # -- what the name of a folder stands for --------------------------------------------------------------------------------------------
@@ -285,7 +284,9 @@ def test_text_that_changes_while_it_is_read_is_an_error_and_is_not_kept(prose, t
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_source_that_cannot_be_read_is_named(prose, monkeypatch, error):
-    monkeypatch.setattr(folders, "open", lambda path, mode: (_ for _ in ()).throw(OSError(error, os.strerror(error), str(path))), raising=False)
+    monkeypatch.setattr(
+        folders, "open", lambda path, mode: (_ for _ in ()).throw(OSError(error, os.strerror(error), str(path))), raising=False
+    )
     with pytest.raises(data.DataError) as e:
         prepare(config(prose))
     assert str(e.value) == f"{prose}: cannot be read ({os.strerror(error)})"

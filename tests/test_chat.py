@@ -51,7 +51,9 @@ def plain_run(made, monkeypatch) -> str:
 def talks(tmp_path_factory) -> Path:
     """Conversations as train.py reads them."""
     path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
-    records = [{"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i}"}]} for i in range(200)]
+    records = [
+        {"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i}"}]} for i in range(200)
+    ]
     path.write_text("\n".join(map(json.dumps, records)))
     return path
 
@@ -161,7 +163,9 @@ def replies(out: str) -> list[str]:
 
 
 def test_an_answer_is_drawn_again_and_a_seed_decides_it(any_run, typed):
-    out, _ = typed("hello\n/regen\n/regen\n/seed 5\n/regen\n/regen\n/seed\n/regen\n/undo\n/seed 5\nhello\n", "--temperature", "3", "--top-p", "1")
+    out, _ = typed(
+        "hello\n/regen\n/regen\n/seed 5\n/regen\n/regen\n/seed\n/regen\n/undo\n/seed 5\nhello\n", "--temperature", "3", "--top-p", "1"
+    )
     first, second, third, _, seeded, same, _, other, _, _, from_seed = replies(out)
     assert len({first, second, third, seeded, other}) == 5 and seeded == same == from_seed
 
@@ -193,7 +197,19 @@ def test_only_a_file_of_this_conversation_is_replaced(chat_run, typed, tmp_path)
     assert len(conversation.load(mine)) == 4 and other.read_text() == "precious" and sorted(tmp_path.glob("*.part")) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"messages": []}', '{"messages": [{"role": "cat", "content": "x"}]}', '{"messages": [{"role": "user"}]}', "\0", "{" * 10000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"messages": []}',
+        '{"messages": [{"role": "cat", "content": "x"}]}',
+        '{"messages": [{"role": "user"}]}',
+        "\0",
+        "{" * 10000,
+    ],
+)
 def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ConversationError, match=r"x\.json is no conversation"):
@@ -205,7 +221,9 @@ def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
 
 def opened(run: str, **settings) -> session.Session:
     loaded = chat.load(chat.Command(run))
-    return session.Session(loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
+    return session.Session(
+        loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40)
+    )
 
 
 def require_fresh(now: session.Session) -> None:
@@ -264,7 +282,9 @@ def test_ctrl_c_before_the_first_word_leaves_the_conversation_as_it_was(any_run,
     require_fresh(said(after, "hello"))
 
 
-def test_ctrl_c_between_answers_does_nothing_and_while_a_line_is_read_ends_a_session_without_terminal(plain_run, typed, monkeypatch, capsys):
+def test_ctrl_c_between_answers_does_nothing_and_while_a_line_is_read_ends_a_session_without_terminal(
+    plain_run, typed, monkeypatch, capsys
+):
     note = session.note
     with monkeypatch.context() as during:
         during.setattr(session, "note", lambda text: (note(text), signal.raise_signal(signal.SIGINT)) if "token" in text else note(text))
@@ -489,7 +509,9 @@ class Screen:
         self.end, terminal_end = pty.openpty()
         self.modes, self.text = termios.tcgetattr(terminal_end), ""
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen([sys.executable, *argv], stdin=terminal_end, stdout=terminal_end, stderr=terminal_end, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, *argv], stdin=terminal_end, stdout=terminal_end, stderr=terminal_end, env=env, start_new_session=True
+        )
         self.terminal_end = terminal_end
 
     def wait_for(self, words: str, seconds: float = 60) -> None:
@@ -550,7 +572,9 @@ def test_a_console_of_another_encoding_ends_nothing(encoding, plain_run, capsys,
 def test_a_closed_pipe_ends_it_quietly(plain_run, capsys, monkeypatch):
     read_end, write_end = os.pipe()
     os.close(read_end)
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.FileIO(write_end, "w"), write_through=True))  # with nothing left to flush at its end
+    monkeypatch.setattr(
+        "sys.stdout", io.TextIOWrapper(io.FileIO(write_end, "w"), write_through=True)
+    )  # with nothing left to flush at its end
     talk("--prompt", "def ", "--max-tokens", "20")
     assert len(capsys.readouterr().err.splitlines()) == 1  # what it loaded
 

@@ -163,7 +163,12 @@ def test_a_full_disk_is_found_before_anything_is_half_written(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(checkpoint.CheckpointError) as e:
         save(tmp_path, (2, None))
-    assert "no space left on the disk" in str(e.value) and "the last good checkpoint is" in str(e.value) and "step_00000001" in str(e.value) and "--resume" in str(e.value)
+    assert (
+        "no space left on the disk" in str(e.value)
+        and "the last good checkpoint is" in str(e.value)
+        and "step_00000001" in str(e.value)
+        and "--resume" in str(e.value)
+    )
     assert checkpoint.steps(tmp_path) == [1]
 
 
@@ -191,7 +196,19 @@ def test_no_flipped_bit_in_a_meta_gives_other_values(tmp_path):
             assert "step_00000003" in str(e) and "\n" not in str(e)
 
 
-@pytest.mark.parametrize("change", [{"step": 4}, {"updates": 1}, {"tokens": 0}, {"seed": 2}, {"val_loss": 0.5}, {"fingerprint": "other"}, {"digest": "0"}, {"digest": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 4},
+        {"updates": 1},
+        {"tokens": 0},
+        {"seed": 2},
+        {"val_loss": 0.5},
+        {"fingerprint": "other"},
+        {"digest": "0"},
+        {"digest": None},
+    ],
+)
 def test_counters_are_covered(tmp_path, change):
     save(tmp_path, (2, 1.0), (3, 1.0))
     rewrite(tmp_path, 3, **change)
@@ -224,7 +241,13 @@ def test_settings_of_another_run_are_blamed_and_not_the_checkpoint(tmp_path, oth
 
 def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
     save(tmp_path, (2, 1.0), (3, 1.0))
-    for error in (PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), MemoryError(), ValueError("PERMISSION_DENIED: not for you")):
+    for error in (
+        PermissionError(13, "Permission denied"),
+        OSError(24, "Too many open files"),
+        MemoryError(),
+        ValueError("PERMISSION_DENIED: not for you"),
+    ):
+
         def fails(*_, error=error, **__):
             raise error
 

@@ -92,13 +92,24 @@ def test_the_doctor_is_train_with_a_flag(typed, monkeypatch):
 def test_every_word_is_quiet_before_its_slow_imports(word):
     """The first of them is not there: one line with what installs it."""
     code = "import sys; sys.modules['torch'] = None; from hyperlm.command import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, word], check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stderr.startswith("error: the package torch is missing: pip install torch") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code, word], check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: the package torch is missing: pip install torch")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("argv0", "installed", "words"),
-    [("train.py", False, "python chat.py"), ("/x/bench.py", False, "python chat.py"), ("hyperlm train", False, "hyperlm chat"), ("x.py", True, "hyperlm chat")],
+    [
+        ("train.py", False, "python chat.py"),
+        ("/x/bench.py", False, "python chat.py"),
+        ("hyperlm train", False, "hyperlm chat"),
+        ("x.py", True, "hyperlm chat"),
+    ],
 )
 def test_messages_name_what_is_at_hand(argv0, installed, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [argv0])

@@ -25,7 +25,10 @@ def base(made, tmp_path, request) -> Path:
 @pytest.fixture
 def talks(tmp_path) -> Path:
     path = tmp_path / "talks.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"who {i} are you?"}, {"role": "assistant", "content": f"i am {i % 7}"}]} for i in range(300)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"who {i} are you?"}, {"role": "assistant", "content": f"i am {i % 7}"}]}
+        for i in range(300)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -71,7 +74,13 @@ def test_shape_and_tokenizer_are_the_bases_and_the_origin_is_remembered(base, ta
     assert Path("runs/tuned/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     first, *_ = [json.loads(line) for line in Path("runs/tuned/history.jsonl").read_text().splitlines()]
     meta = checkpoint.read_meta(base, 4)
-    assert first["init"] == {"run": "runs/base", "step": 4, "tokens": meta["tokens"], "val_loss": meta["val_loss"], "text": meta["fingerprint"]}
+    assert first["init"] == {
+        "run": "runs/base",
+        "step": 4,
+        "tokens": meta["tokens"],
+        "val_loss": meta["val_loss"],
+        "text": meta["fingerprint"],
+    }
     assert "runs/base/checkpoints/step_00000004" in capsys.readouterr().out
 
 

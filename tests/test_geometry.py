@@ -56,7 +56,7 @@ def test_distance_and_its_gradient_are_zero_where_points_coincide_and_bounded_be
         d = g.distance(g.time_of(s), s, g.time_of(other), other, eps)
         (slope,) = torch.autograd.grad(d.sum(), s)
         assert (d >= 0).all() and (slope.norm(dim=-1) <= 1.01 * math.cosh(r)).all()
-        assert offset or (d == 0).all() and (slope == 0).all()
+        assert offset or ((d == 0).all() and (slope == 0).all())
 
 
 def test_near_points_are_told_apart_in_fp32():

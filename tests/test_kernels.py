@@ -16,7 +16,11 @@ LENGTHS = [1, 2, 63, 64, 65, 100, 200]
 
 
 def points(n: int, seed: int, radius: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    r = R_MIN + (R_MAX - R_MIN) * torch.sigmoid(normal(B, H, n, seed=seed + 1000)) if radius is None else torch.full((B, H, n), radius).double()
+    r = (
+        R_MIN + (R_MAX - R_MIN) * torch.sigmoid(normal(B, H, n, seed=seed + 1000))
+        if radius is None
+        else torch.full((B, H, n), radius).double()
+    )
     return lift(direction(normal(B, H, n, K, seed=seed)), r)
 
 
@@ -88,8 +92,10 @@ def test_gradients_stay_finite_where_points_coincide_in_fp32(score):
 def test_rounding_space_before_computing_time_keeps_points_on_the_hyperboloid():
     u, r = direction(normal(1, 1, 512, 64, seed=10, dtype=torch.float32)), torch.full((1, 1, 512), 3.0)
     t, s = lift_rounded(u, r, torch.bfloat16)
-    truth = distance(*(x.double()[..., :, None] if x.dim() == 3 else x.double()[..., :, None, :] for x in lift(u, r)),
-                     *(x.double()[..., None, :] if x.dim() == 3 else x.double()[..., None, :, :] for x in lift(u, r)))
+    truth = distance(
+        *(x.double()[..., :, None] if x.dim() == 3 else x.double()[..., :, None, :] for x in lift(u, r)),
+        *(x.double()[..., None, :] if x.dim() == 3 else x.double()[..., None, :, :] for x in lift(u, r)),
+    )
     z = t[..., :, None] * t[..., None, :] - s.float() @ s.float().mT
     assert z.min() > 1 - 1e-4  # rounding of t t' in fp32, at cosh(3)^2 = 101
     error = (torch.acosh(z.clamp(min=1)) - truth).abs()
@@ -109,7 +115,12 @@ def quadratic(q, k, v, log_decay):
 
 
 def linear_inputs(n: int) -> list[torch.Tensor]:
-    return [normal(B, H, n, K, seed=1).abs(), normal(B, H, n, K, seed=2).abs(), normal(B, H, n, V, seed=3), -normal(B, H, n, seed=4).abs() * 0.2]
+    return [
+        normal(B, H, n, K, seed=1).abs(),
+        normal(B, H, n, K, seed=2).abs(),
+        normal(B, H, n, V, seed=3),
+        -normal(B, H, n, seed=4).abs() * 0.2,
+    ]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -158,7 +169,14 @@ def test_scan_equals_a_loop(n):
 
 
 def test_gradients_of_scan():
-    assert gradcheck(ref.scan, [(-normal(2, 7, 3, seed=1).abs()).requires_grad_(), normal(2, 7, 3, seed=2).requires_grad_(), normal(2, 3, seed=3).requires_grad_()])
+    assert gradcheck(
+        ref.scan,
+        [
+            (-normal(2, 7, 3, seed=1).abs()).requires_grad_(),
+            normal(2, 7, 3, seed=2).requires_grad_(),
+            normal(2, 3, seed=3).requires_grad_(),
+        ],
+    )
 
 
 def test_causal_convolution_equals_torch_and_goes_on_from_its_tail():
@@ -178,7 +196,12 @@ def test_causal_convolution_equals_torch_and_goes_on_from_its_tail():
 
 
 def test_tangent_features_are_elu_plus_one_of_radius_times_direction():
-    x, weight, r, beta = normal(B, 9, 3 * H * K, seed=1), normal(4, 3 * H * K, seed=2), normal(B, 2 * H, 9, seed=3).abs(), normal(H, seed=4).abs()
+    x, weight, r, beta = (
+        normal(B, 9, 3 * H * K, seed=1),
+        normal(4, 3 * H * K, seed=2),
+        normal(B, 2 * H, 9, seed=3).abs(),
+        normal(H, seed=4).abs(),
+    )
     *plain, _ = ref.causal_conv(x, weight, H)
     *found, _ = ref.tangent_features(x, weight, r, beta)
     for part in (0, 1):
@@ -198,7 +221,9 @@ def test_norm_gate_leaves_each_head_with_its_weights_as_root_mean_square():
     o, gate = normal(B, H, 9, V, seed=1), normal(B, 9, H * V, seed=2)
     y = ref.norm_gate(3 * o, torch.full((H, V), 2.0).double(), gate) / torch.nn.functional.silu(gate)
     torch.testing.assert_close(y.unflatten(-1, (H, V)).square().mean(-1), torch.full((B, 9, H), 4.0).double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(y.unflatten(-1, (H, V)).transpose(1, 2) / o, (2 / o.square().mean(-1, keepdim=True).sqrt()).expand_as(o), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        y.unflatten(-1, (H, V)).transpose(1, 2) / o, (2 / o.square().mean(-1, keepdim=True).sqrt()).expand_as(o), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_backend_is_chosen_with_its_reason_and_never_replaced_silently():

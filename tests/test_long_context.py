@@ -126,7 +126,9 @@ def test_buckets_are_means_with_errors_over_documents():
             own, other = ([np.mean([float(x[w, t]) for t in range(row["from"], row["to"])]) for w in range(5)] for x in (whole, recent))
             gain = np.subtract(other, own)
             expected = [np.mean(own), by_document(own, documents), np.mean(other), np.mean(gain), by_document(gain, documents)]
-            assert [row[name] for name in ("loss", "standard error", "loss of N", "gain", "error of gain")] == pytest.approx(expected, rel=1e-5)
+            assert [row[name] for name in ("loss", "standard error", "loss of N", "gain", "error of gain")] == pytest.approx(
+                expected, rel=1e-5
+            )
     assert math.isnan(buckets(whole, recent, torch.zeros(5, dtype=torch.int64), n)[0]["standard error"])  # one document has none
 
 
@@ -185,7 +187,10 @@ def run(made, monkeypatch, tmp_path) -> Path:
 
 
 def test_a_column_for_each_length_of_passkeys():
-    rows = [{"model": "a", "weights": "trained", "length": n, "trials": 25, "said": said, "chosen": 0.5} for n, said in ((512, 0.2), (1024, 0.0))]
+    rows = [
+        {"model": "a", "weights": "trained", "length": n, "trials": 25, "said": said, "chosen": 0.5}
+        for n, said in ((512, 0.2), (1024, 0.0))
+    ]
     failed = {"model": "b", "weights": "trained", "failed": "why"}
     own = {"model": "a", "weights": "trained"}
     assert long_context.passkeys([*rows, failed]) == [

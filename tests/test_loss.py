@@ -34,7 +34,9 @@ def test_nats_and_gradients_equal_torch(at_once, monkeypatch):
 def test_without_gradients_the_same_value_comes_out(at_once):
     x, w, y = inputs()
     with torch.no_grad():
-        torch.testing.assert_close(loss.head_nats(x, w, y, at_once=at_once)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum"))
+        torch.testing.assert_close(
+            loss.head_nats(x, w, y, at_once=at_once)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum")
+        )
 
 
 @at_once

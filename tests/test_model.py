@@ -29,7 +29,11 @@ def test_a_changed_token_never_changes_earlier_logits(cfg, n):
         changed[:, at] = (changed[:, at] + 1) % cfg.vocab_size
         after = model.apply(params, changed, cfg)
         torch.testing.assert_close(after[:, :at], logits[:, :at], rtol=0, atol=1e-12)
-        assert (after[:, at:] - logits[:, at:]).abs().amax(-1).min() > 1e-9 if cfg.kind != "phase7" else (after[:, at] - logits[:, at]).abs().max() > 1e-9
+        assert (
+            (after[:, at:] - logits[:, at:]).abs().amax(-1).min() > 1e-9
+            if cfg.kind != "phase7"
+            else (after[:, at] - logits[:, at]).abs().max() > 1e-9
+        )
 
 
 @pytest.mark.parametrize("n", [1, 5, 70])
@@ -182,7 +186,14 @@ def test_radii_are_within_their_limits(cfg):
             assert r.shape == (2, cfg.n_heads, 9) and r.min() >= 0.05 and r.max() <= 4.0
 
 
-GOLDEN = {"small": 2_862_400, "standard": 50_588_544, "max": 3_141_021_696, "max-ssm": 3_543_838_720, "study": 17_527_552, "glance": 719_520}
+GOLDEN = {
+    "small": 2_862_400,
+    "standard": 50_588_544,
+    "max": 3_141_021_696,
+    "max-ssm": 3_543_838_720,
+    "study": 17_527_552,
+    "glance": 719_520,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -112,7 +112,9 @@ def test_a_layer_attends_by_its_score_and_by_nothing_else(score):
 
     def run(cfg: ModelConfig, **others) -> torch.Tensor:
         ops = {op: kernels.OPS[op]["torch"] for op in model.ops(cfg)} | others
-        return functional_call(model.skeleton(cfg).blocks[0], params, (x, None, model.Context(ops, torch.float64, *angles, 0)), strict=True)[0]
+        return functional_call(
+            model.skeleton(cfg).blocks[0], params, (x, None, model.Context(ops, torch.float64, *angles, 0)), strict=True
+        )[0]
 
     expected = run(with_score("logcosh"), hyperbolic_attention=lambda t_q, s_q, t_k, s_k, v, beta, _: in_a_loop(score, s_q, s_k, v, beta))
     torch.testing.assert_close(run(with_score(score)), expected, rtol=0, atol=1e-9)
@@ -133,7 +135,9 @@ def test_near_the_origin_phase7_is_its_first_order():
     for e in (1.0, 1e-1, 1e-2):
         beta = torch.tensor([0.5, 2.0, 8.0]).double() / e**2
         inputs = *lift(u_q, e * r_q), *lift(u_k, e * r_k), v, beta
-        between.append((attend("first-order", *inputs) - kernels.OPS["hyperbolic_attention"]["torch"](*inputs, "logcosh")).abs().max().item())
+        between.append(
+            (attend("first-order", *inputs) - kernels.OPS["hyperbolic_attention"]["torch"](*inputs, "logcosh")).abs().max().item()
+        )
     assert between[0] > 0.1 and between[2] == pytest.approx(between[1] / 100, rel=0.1)
 
 
@@ -214,7 +218,10 @@ def test_fused_attention_takes_a_null_and_finds_its_values_and_gradients(score, 
 
     def run(attention, leaves):
         o = attention(*leaves)
-        return [o, *torch.autograd.grad(o, leaves, normal(*o.shape, seed=3).to(o.device, o.dtype), allow_unused=True, materialize_grads=True)]
+        return [
+            o,
+            *torch.autograd.grad(o, leaves, normal(*o.shape, seed=3).to(o.device, o.dtype), allow_unused=True, materialize_grads=True),
+        ]
 
     found, truth = run(fused, leaves), run(exact, [x.detach().double().requires_grad_() for x in leaves])
     for name, x, y in zip(("o", "t_q", "s_q", "t_k", "s_k", "v", "beta"), found, truth, strict=True):
@@ -239,7 +246,13 @@ def test_the_kernel_of_points_has_the_gradients_of_what_a_null_reads_of_them(sco
 
     found, truth = run("triton"), run("torch")
     for name, expected in truth.items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4 * max(float(expected.detach().abs().max()), 1.0), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            expected,
+            rtol=1e-3,
+            atol=1e-4 * max(float(expected.detach().abs().max()), 1.0),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.gpu
@@ -316,7 +329,11 @@ def test_what_is_told_of_losses_by_hand(pretended):
     result = run()[-1]
     found = rows(result, "nulls")
     assert [found[label]["best rate"] for label in LOSSES] == [2e-3, 2e-3, 4e-3, 2e-3, 4e-3]
-    assert found["N1-bias"]["loss"] == pytest.approx(3.09) and found["N1-bias"]["spread"] == pytest.approx(0.02) and found["N1-bias"]["seeds"] == 3
+    assert (
+        found["N1-bias"]["loss"] == pytest.approx(3.09)
+        and found["N1-bias"]["spread"] == pytest.approx(0.02)
+        and found["N1-bias"]["seeds"] == 3
+    )
     parts = rows(result, "parts", "difference")
     geometry = parts["N3 − N4"]  # 0.04, 0.03 and 0.05 of the three seeds: deviation 0.01
     assert [geometry[f"seed {seed}"] for seed in (0, 1, 2)] == pytest.approx([0.04, 0.03, 0.05])
@@ -344,7 +361,10 @@ def test_what_is_told_of_losses_by_hand(pretended):
     ],
 )
 def test_a_verdict_claims_what_the_seeds_bear(by_seed, ending):
-    trials = {"N3-first-order": [Trial(1e-3, i, outcome(3 + x)) for i, x in enumerate(by_seed)], "N4-phase7": [Trial(1e-3, i, outcome(3.0)) for i in range(3)]}
+    trials = {
+        "N3-first-order": [Trial(1e-3, i, outcome(3 + x)) for i, x in enumerate(by_seed)],
+        "N4-phase7": [Trial(1e-3, i, outcome(3.0)) for i in range(3)],
+    }
     assert nulls.verdict("geometry:", comparison.difference(trials, "N3-first-order", "N4-phase7")).endswith(ending)
 
 
@@ -371,7 +391,9 @@ def test_an_arm_that_fails_is_a_row_that_says_why(pretended, monkeypatch):
     monkeypatch.setitem(LOSSES, "N3-first-order", {None: []})
     result = run()[-1]
     assert rows(result, "nulls")["N3-first-order"] == {"model": "N3-first-order", "failed": "RuntimeError: no such luck"}
-    assert "N3 − N4" not in rows(result, "parts", "difference") and rows(result, "parts", "difference")["N0 − N4"]["mean"] == pytest.approx(0.09)
+    assert "N3 − N4" not in rows(result, "parts", "difference") and rows(result, "parts", "difference")["N0 − N4"]["mean"] == pytest.approx(
+        0.09
+    )
     assert "nothing is decided" in result.notes[0]
 
 
@@ -407,7 +429,9 @@ def test_models_are_trained_as_a_twin_is(prose, tmp_path, monkeypatch):
     *_, result = nulls.run(config, [CPU], [1e-2], [0], tmp_path / "models")
     twin = training.train(Job("softmax", replace(config, model=replace(config.model, kind="softmax"))), CPU)
     found = rows(result, "nulls")
-    assert "one learning rate alone was tried: another may suit some of them better" in result.notes and "edge" not in " ".join(result.notes)
+    assert "one learning rate alone was tried: another may suit some of them better" in result.notes and "edge" not in " ".join(
+        result.notes
+    )
     assert found["N0-cosine"]["loss"] == pytest.approx(twin.val["val_loss"], rel=1e-5)
     assert len({row["loss"] for row in found.values()}) == 5
     assert read_config(tmp_path / "models" / "N3-first-order").model.score == "first-order"

@@ -1,5 +1,6 @@
 """AdamW against torch's, the schedule and clipping by hand."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -21,7 +22,10 @@ def test_adamw_equals_torch_with_decay_on_matrices_only():
     cfg = OptimConfig(lr=0.01, weight_decay=0.3)
     mine, theirs = params(), tree.map(lambda p: p.clone().requires_grad_(), params())
     oracle = torch.optim.AdamW(
-        [{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["b"]], "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95), eps=1e-8
+        [{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["b"]], "weight_decay": 0.0}],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-8,
     )
     ours = optim.adamw(cfg, lambda step: 0.01)
     state = ours.init(mine)
@@ -52,7 +56,9 @@ def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
         w = [rule.keep(normal(3, 256, seed=1).float()), rule.keep(normal(256, seed=2).float())]
         moments, options = rule.init(w), dict(decay=[True, False], origin=torch.tensor([1, 2]))
         for step, (factor, value) in enumerate(((1.0, 0.3), (0.0, bad))):
-            rule.update([torch.full_like(x, value, dtype=torch.float32) for x in w], moments, w, step, factor=torch.tensor(factor), **options)
+            rule.update(
+                [torch.full_like(x, value, dtype=torch.float32) for x in w], moments, w, step, factor=torch.tensor(factor), **options
+            )
         ends.append(tree.leaves([w, moments]))
     for end in ends[:2]:
         assert all(torch.equal(x, y) for x, y in zip(end, ends[2], strict=True))
@@ -67,7 +73,20 @@ def test_schedule_warms_up_and_follows_a_cosine_to_its_floor():
 
 @pytest.mark.parametrize(
     ("given", "total", "steps"),
-    [(0, 1, 1), (0, 2, 1), (0, 5, 3), (0, 60, 30), (0, 100, 50), (0, 200, 50), (0, 500, 50), (0, 501, 51), (0, 2_000, 200), (0, 50_000, 1000), (20, 200, 20), (20, 5, 5)],
+    [
+        (0, 1, 1),
+        (0, 2, 1),
+        (0, 5, 3),
+        (0, 60, 30),
+        (0, 100, 50),
+        (0, 200, 50),
+        (0, 500, 50),
+        (0, 501, 51),
+        (0, 2_000, 200),
+        (0, 50_000, 1000),
+        (20, 200, 20),
+        (20, 5, 5),
+    ],
 )
 def test_warm_up_is_a_tenth_of_a_run_but_as_long_as_the_rate_needs(given, total, steps):
     """At least 50 steps, where that is no more than half of the run; at most 1,000; what is given, if anything is."""
@@ -78,7 +97,8 @@ def test_warm_up_is_a_tenth_of_a_run_but_as_long_as_the_rate_needs(given, total,
 
 
 @pytest.mark.parametrize(
-    ("width", "rate"), [(32, 7.8e-3), (128, 7.8e-3), (256, 3.9e-3), (512, 1.95e-3), (1024, 9.8e-4), (2048, 4.9e-4), (4096, 2.44e-4), (8192, 1.22e-4)]
+    ("width", "rate"),
+    [(32, 7.8e-3), (128, 7.8e-3), (256, 3.9e-3), (512, 1.95e-3), (1024, 9.8e-4), (2048, 4.9e-4), (4096, 2.44e-4), (8192, 1.22e-4)],
 )
 def test_a_rate_that_is_not_given_follows_from_the_width(width, rate):
     config = Config(model=ModelConfig(d_model=width, head_dim=32))
@@ -109,13 +129,17 @@ def test_an_extended_schedule_neither_jumps_nor_warms_up_again(step, total):
     assert new(step) == pytest.approx(old(step)) and new(total) == pytest.approx(0.03)
     assert all(new(s) == old(s) for s in range(min(step, 10)))
     rates = [new(s) for s in range(max(step, 10), total + 1)]
-    assert all(a >= b - 1e-12 for a, b in zip(rates, rates[1:], strict=False))
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.3 * math.pi / 2 / (total - max(step, 10)) * 1.01
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 0.3 * math.pi / 2 / (total - max(step, 10)) * 1.01
     assert optim.extended(before, cfg, step, total) == after
 
 
 def grads() -> dict:
-    return {"embed": {"a": torch.full((4,), 3.0)}, "blocks": [{"w": torch.full((4,), 0.1)}, {"w": torch.full((4,), 4.0)}], "head": {"h": torch.zeros(2)}}
+    return {
+        "embed": {"a": torch.full((4,), 3.0)},
+        "blocks": [{"w": torch.full((4,), 0.1)}, {"w": torch.full((4,), 4.0)}],
+        "head": {"h": torch.zeros(2)},
+    }
 
 
 def test_global_clipping_scales_everything_by_one_exact_norm():
@@ -194,7 +218,12 @@ def test_an_update_in_two_parts_is_the_update(factor):
     """The weights' part and the moments' with the same factor are bit for bit the whole; with another, the correction is right on average."""
     w, g = normal(2, 300, seed=1).float().bfloat16().float(), normal(2, 300, seed=2).float()
     if factor == 1:
-        assert all(torch.equal(a, b) for a, b in zip(in_parts(3, 1.0, reference.ALL, g=g, w=w), in_parts(3, 1.0, reference.WEIGHTS, reference.MOMENTS, g=g, w=w), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                in_parts(3, 1.0, reference.ALL, g=g, w=w), in_parts(3, 1.0, reference.WEIGHTS, reference.MOMENTS, g=g, w=w), strict=True
+            )
+        )
     found, whole = (
         torch.stack([in_parts(draw, factor, *whats, g=g, w=w)[0] for draw in range(1000)])
         for whats in ((reference.WEIGHTS, reference.CORRECTION), (reference.ALL,))
@@ -220,7 +249,10 @@ def test_8_bit_moments_learn_what_wide_ones_do():
     """Linear regression from noisy samples: both end near the truth, and near each other."""
     truth = normal(8, 300, seed=1).float()
     ends = []
-    for rule in (optim.adamw(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step), optim.adamw8(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step)):
+    for rule in (
+        optim.adamw(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step),
+        optim.adamw8(OptimConfig(weight_decay=0.0), lambda step: 0.03 * 0.99**step),
+    ):
         params = {"w": rule.keep(torch.zeros(8, 300))}
         state = rule.init(params)
         for step in range(400):
@@ -246,5 +278,12 @@ def test_updating_in_parts_equals_updating_at_once():
     rule.update([g.clone()], state, whole, 0, decay=[True], origin=torch.tensor([7]))
     for first, last in ((0, 3), (3, 8)):
         cut = slice(first * n, last * n)
-        rule.update([g.flatten()[cut]], {"moments": [moments[first:last]]}, [part.view(-1)[cut]], 0, decay=[True], origin=torch.tensor([7 + first * reference.COUNTERS]))
+        rule.update(
+            [g.flatten()[cut]],
+            {"moments": [moments[first:last]]},
+            [part.view(-1)[cut]],
+            0,
+            decay=[True],
+            origin=torch.tensor([7 + first * reference.COUNTERS]),
+        )
     assert torch.equal(part, whole[0]) and torch.equal(moments, state["moments"][0])

@@ -29,7 +29,9 @@ def talks_of(lengths: list[int], first: int, seed: int = 0) -> Talks:
 
 
 def shard_of(name: str, lengths: list[int] = (), texts: int = 0, first: int = 1000, weight: float | None = None) -> Shard:
-    return Shard(name, weight, np.arange(texts, dtype=np.uint32) + 100, talks_of(list(lengths), first) if lengths else None, NONE, NONE, KNOWN)
+    return Shard(
+        name, weight, np.arange(texts, dtype=np.uint32) + 100, talks_of(list(lengths), first) if lengths else None, NONE, NONE, KNOWN
+    )
 
 
 def order_of(*shards: Shard, loss: str = "assistant", isolate: bool = False, seed: int = 0, say=lambda line: None) -> data.Batches:
@@ -99,7 +101,10 @@ def test_texts_and_conversations_mix_in_one_source_and_in_several(weights):
     both, talks = shard_of("a", [9, 9, 30], texts=65, weight=weights[0]), shard_of("b", [4, 20], first=2000, weight=weights[1])
     order = order_of(both, talks)
     targets = Counter(y for i in range(600) for y in order.at(i).targets.flatten().tolist() if y > 0)
-    texts, said = range(101, 165), [t for s in (both, talks) for t, is_said in zip(s.talks.tokens.tolist(), s.talks.said, strict=True) if is_said]
+    texts, said = (
+        range(101, 165),
+        [t for s in (both, talks) for t, is_said in zip(s.talks.tokens.tolist(), s.talks.said, strict=True) if is_said],
+    )
     assert set(targets) == {*texts, *said}
     if weights[1]:
         assert order.shares == {"a": 0.25, "b": 0.75}
@@ -115,12 +120,19 @@ def test_isolated_documents_have_sequences_of_their_own(loss):
     texts[np.cumsum(lengths) - 1] = END
     both = replace(shard_of("a", [9, 30, 4]), train=texts)
     order = order_of(both, loss=loss, isolate=True, say=said.append)
-    of = {token: number for stream, first in ((texts, 0), (both.talks.tokens[1:], 100)) for number, token in enumerate(stream.tolist(), first * 1000)}
+    of = {
+        token: number
+        for stream, first in ((texts, 0), (both.talks.tokens[1:], 100))
+        for number, token in enumerate(stream.tolist(), first * 1000)
+    }
     ends = np.cumsum([0, *lengths, *(100_000 - sum(lengths), 9, 30, 4)])
     for epoch in (0, 1):
         sequences = epoch_of(order, epoch)
         assert all(len({int(np.searchsorted(ends, of[x], "right")) for x in tokens if x != END}) <= 1 for tokens, _ in sequences)
-        learnt = [*texts[1:], *(t for t, is_said in zip(both.talks.tokens[1:], both.talks.said[1:], strict=True) if loss == "all" or is_said)]
+        learnt = [
+            *texts[1:],
+            *(t for t, is_said in zip(both.talks.tokens[1:], both.talks.said[1:], strict=True) if loss == "all" or is_said),
+        ]
         assert Counter(y for _, targets in sequences for y in targets if y != IGNORE) == Counter(map(int, learnt))
     assert said[-1].startswith("sequences  9 documents apart in ") and said[-1].endswith(" padding (--data.isolate)")
 
@@ -167,7 +179,10 @@ def test_conversations_in_which_nothing_is_learnt_are_an_error_and_not_read():
 def test_short_texts_beside_conversations_are_left_out_with_a_word():
     said = []
     order = order_of(shard_of("a", [5, 4], texts=9), say=said.append)
-    assert said[0] == "left out   a: its texts beside conversations, 9 training tokens, less than one sequence of 16" and order.steps_per_epoch == 1
+    assert (
+        said[0] == "left out   a: its texts beside conversations, 9 training tokens, less than one sequence of 16"
+        and order.steps_per_epoch == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +215,15 @@ def test_validation_reads_each_learnt_token_of_its_first_documents_once(loss, li
     said, begin = talks.said.copy(), np.cumsum([1, *lengths])
     for at, length, talk in zip(begin, lengths, talking, strict=False):
         said[at : at + length] = 1 if not talk else said[at : at + length]
-    shard = Shard("a", None, NONE, None, talks.tokens, said, np.array([(length, 3 * length, 5, talk) for length, talk in zip(lengths, talking, strict=True)]))
+    shard = Shard(
+        "a",
+        None,
+        NONE,
+        None,
+        talks.tokens,
+        said,
+        np.array([(length, 3 * length, 5, talk) for length, talk in zip(lengths, talking, strict=True)]),
+    )
     kept = {0: 6, 60: 4, 1: 1}[limit]
     batch, size = data.validation_sequences(shard, DataConfig(seq_len=N, loss=loss, isolate=isolate), limit)
     stream = talks.tokens[1 : begin[kept]].tolist()

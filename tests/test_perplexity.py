@@ -186,7 +186,9 @@ def test_a_run_that_diverged_is_measured_as_such(run, diverged):
 
 def test_a_model_that_sees_ahead_is_a_row_that_says_so(run, monkeypatch):
     token_nats = evals.token_nats
-    monkeypatch.setattr(evals, "token_nats", lambda params, tokens, targets, config: token_nats(params, tokens.roll(-1, 1), targets, config))
+    monkeypatch.setattr(
+        evals, "token_nats", lambda params, tokens, targets, config: token_nats(params, tokens.roll(-1, 1), targets, config)
+    )
     (row,) = rows_of(evaluated({"r": run}, max_tokens=100))
     assert row["model"] == "r" and "not causal" in row["failed"]
 
@@ -212,10 +214,14 @@ def test_a_text_that_is_not_there_is_found_before_anything_is_measured(run):
 
 def test_losses_of_training_are_overlaid_as_the_run_recorded_them(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    wanted = [(r["step"], "training", r["loss"]) for r in records if "loss" in r] + [(r["step"], "validation", r["val_loss"]) for r in records if "val_loss" in r]
+    wanted = [(r["step"], "training", r["loss"]) for r in records if "loss" in r] + [
+        (r["step"], "validation", r["val_loss"]) for r in records if "val_loss" in r
+    ]
     result = evaluated({"a": run}, max_tokens=SOME)
     tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
-    assert sorted((row["tokens"], row["of"], row["loss"]) for row in result.tables[1].rows) == sorted((tokens[step], of, loss) for step, of, loss in wanted)
+    assert sorted((row["tokens"], row["of"], row["loss"]) for row in result.tables[1].rows) == sorted(
+        (tokens[step], of, loss) for step, of, loss in wanted
+    )
     (run / "metrics.jsonl").unlink()  # as of models that are trained to be compared
     assert [table.name for table in evaluated({"a": run}, max_tokens=SOME).tables] == ["perplexity"]
 

@@ -240,7 +240,7 @@ def test_columns_take_depths_and_positions_together():
     assert recall.bins_of(parity) == [(1, 8), (9, 16), (17, 32), (33, 64)]
     job = recall.grid_of(["phase8"], replace(TINY, tasks=("scopes",)))[0]
     test = {0: Score(4, 4), 1: Score(1, 2), 4: Score(2, 4), 5: Score(0, 2), 7: Score(3, 4)}  # depth 0, also shadowed, 2, also shadowed, 3
-    rows, points = recall.line_rows([(job, Outcome(1.0, {setting: test for setting in scopes.tested}))], scopes)
+    rows, points = recall.line_rows([(job, Outcome(1.0, dict.fromkeys(scopes.tested, test)))], scopes)
     told = {(row["model"], row["answers"]): (row["depth 0-2"], row["depth 3-4"]) for row in rows}
     assert told["phase8", "all"] == (7 / 12, 3 / 4) and told["phase8", "shadowed"] == (1 / 4, 3 / 4)
     assert told["newest value", "all"] == (8 / 12, 0) and told["newest value", "shadowed"] == (0, 0)

@@ -21,15 +21,25 @@ KINDS = ("phase7", "phase8", "softmax", "hybrid")
 
 
 def losses(shift: float = 0.0) -> list[Row]:
-    return [{"model": m, "seed": s, "length": n, "loss": 3 + i / 10 + s / 100 + 50 / n + shift} for i, m in enumerate(KINDS) for s in (0, 1) for n in (64, 128, 256)]
+    return [
+        {"model": m, "seed": s, "length": n, "loss": 3 + i / 10 + s / 100 + 50 / n + shift}
+        for i, m in enumerate(KINDS)
+        for s in (0, 1)
+        for n in (64, 128, 256)
+    ]
 
 
 def points(shift: float = 0.0) -> list[Row]:
-    return [{"x": 0.9 * math.cos(i + shift), "y": 0.9 * math.sin(i), "label": f"word {i}", "group": "ab"[i % 2], "head": i % 2} for i in range(20)]
+    return [
+        {"x": 0.9 * math.cos(i + shift), "y": 0.9 * math.sin(i), "label": f"word {i}", "group": "ab"[i % 2], "head": i % 2}
+        for i in range(20)
+    ]
 
 
 FIGURES = {
-    "lines": Lines("lines", "Loss by length", "t", "length", "loss", over="seed", x_label="length (tokens)", log_x=True, levels={"chance": 5.5}),
+    "lines": Lines(
+        "lines", "Loss by length", "t", "length", "loss", over="seed", x_label="length (tokens)", log_x=True, levels={"chance": 5.5}
+    ),
     "settings": Lines("settings", "Loss by length and seed", "t", "length", "loss", ("model", "seed"), log_y=True),
     "bars": Bars("bars", "Loss", "t", "model", "loss", "loss (nats)"),
     "heatmap": Heatmap("heatmap", "Loss by length and seed", "t", "length", "seed", "loss"),
@@ -38,7 +48,12 @@ FIGURES = {
 
 
 def result(shift: float = 0.0, names: str = "bars") -> Result:
-    return Result("quality", [Table("t", losses(shift), "In nats."), Table("points", points(shift), shown=False)], ["a note"], [FIGURES[n] for n in names.split()])
+    return Result(
+        "quality",
+        [Table("t", losses(shift), "In nats."), Table("points", points(shift), shown=False)],
+        ["a note"],
+        [FIGURES[n] for n in names.split()],
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------------------------
@@ -80,15 +95,26 @@ def test_errors_have_a_digit_less_than_what_they_are_of():
 
 
 def test_what_is_equal_in_all_rows_is_not_shown_where_it_need_not_be_and_failures_stand_below():
-    rows = [{"model": "phase8", "failed": "no\nluck"}, *({"model": m, "text": "a1b2", "rate": 0.1, "loss": x} for m, x in (("phase7", 3.0), ("softmax", 3.5)))]
+    rows = [
+        {"model": "phase8", "failed": "no\nluck"},
+        *({"model": m, "text": "a1b2", "rate": 0.1, "loss": x} for m, x in (("phase7", 3.0), ("softmax", 3.5))),
+    ]
     shown = Table("t", rows, "", quiet=["text", "loss"])
     assert tables.readable(shown) == (
-        [{"model": "phase8", "rate": "failed", "loss": None}, {"model": "phase7", "rate": 0.1, "loss": 3.0}, {"model": "softmax", "rate": 0.1, "loss": 3.5}],
+        [
+            {"model": "phase8", "rate": "failed", "loss": None},
+            {"model": "phase7", "rate": 0.1, "loss": 3.0},
+            {"model": "softmax", "rate": 0.1, "loss": 3.5},
+        ],
         ["phase8 failed: no luck"],
     )
     other = replace(shown, rows=[*rows, {"model": "hybrid", "text": "c3d4"}])
     assert "text" in tables.readable(other)[0][0]  # texts that differ are told apart
-    everywhere = {tables.text(Result("s", [shown])), latex.latex_table("s", shown), report.markdown({"command": "", "commit": "", "date": "", "machine": {}}, [Result("s", [shown])], set())}
+    everywhere = {
+        tables.text(Result("s", [shown])),
+        latex.latex_table("s", shown),
+        report.markdown({"command": "", "commit": "", "date": "", "machine": {}}, [Result("s", [shown])], set()),
+    }
     assert all(words.count("no luck") == 1 and "a1b2" not in words for words in everywhere)
     alone = Table("t", [{"model": "phase8", "failed": "why"}])
     assert tables.readable(alone) == (alone.rows, [])
@@ -131,17 +157,37 @@ def balanced(tex: str) -> None:
 def test_latex_is_whole_whatever_the_words():
     rows = [{words: words, "n": i, "loss": 1.5} for i, words in enumerate(HOSTILE)]
     wide = [{f"a long name of column {i}": float(i) for i in range(9)} for _ in range(latex.PAGE + 1)]
-    tables = [Table("t", rows, caption=words) for words in HOSTILE] + [Table("[first]", [{words: words} for words in HOSTILE[2:3]]), Table("wide", wide), Table("none", []), Table("hidden", rows, shown=False)]
+    tables = [Table("t", rows, caption=words) for words in HOSTILE] + [
+        Table("[first]", [{words: words} for words in HOSTILE[2:3]]),
+        Table("wide", wide),
+        Table("none", []),
+        Table("hidden", rows, shown=False),
+    ]
     record = {"command": " ".join(HOSTILE), "commit": "", "date": "today", "machine": {"cpu_model": HOSTILE[0]}}
     tex = latex.document(record, [Result("a_suite", tables, HOSTILE, [FIGURES["lines"], FIGURES["bars"]])], {"lines"})
     balanced(tex)
-    assert tex.count(r"\begin{table}") == len(HOSTILE) + 3 and tex.count("(continued)") == 1 and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
-    assert r"\includegraphics{lines.pdf}" in tex and "bars.pdf" not in tex and r"\label{tab:a-suite-wide-2}" in tex and "-{}-data.sources" in tex
+    assert (
+        tex.count(r"\begin{table}") == len(HOSTILE) + 3
+        and tex.count("(continued)") == 1
+        and tex.count(r"\resizebox{\linewidth}") == len(HOSTILE) + 2
+    )
+    assert (
+        r"\includegraphics{lines.pdf}" in tex
+        and "bars.pdf" not in tex
+        and r"\label{tab:a-suite-wide-2}" in tex
+        and "-{}-data.sources" in tex
+    )
 
 
 def test_a_table_can_be_lifted_out_of_latex():
-    tex = latex.known(latex.latex_table("recall", Table("by width", [{"model": "phase7", "recall": "0.91 ± 0.02"}, {"model": "phase8", "recall": "1"}], "Accuracy.")))
-    assert tex == r"""\begin{table}[t]
+    tex = latex.known(
+        latex.latex_table(
+            "recall", Table("by width", [{"model": "phase7", "recall": "0.91 ± 0.02"}, {"model": "phase8", "recall": "1"}], "Accuracy.")
+        )
+    )
+    assert (
+        tex
+        == r"""\begin{table}[t]
 \centering\small
 \caption{Accuracy.}
 \label{tab:recall-by-width}
@@ -154,6 +200,7 @@ def test_a_table_can_be_lifted_out_of_latex():
 \bottomrule
 \end{tabular}
 \end{table}"""
+    )
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------------------------
@@ -174,7 +221,15 @@ def test_figures_are_drawn_as_png_and_pdf_and_follow_the_data(name):
 
 
 @pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES.keys())
-@pytest.mark.parametrize("rows", [[], [{"model": "phase7", "failed": "out of memory"}], [{"model": "phase7", "length": 64, "seed": 0, "loss": math.nan}], [{"model": "phase7", "length": 64, "seed": 0, "loss": "out of memory", "x": math.nan, "y": 0.0}]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"model": "phase7", "failed": "out of memory"}],
+        [{"model": "phase7", "length": 64, "seed": 0, "loss": math.nan}],
+        [{"model": "phase7", "length": 64, "seed": 0, "loss": "out of memory", "x": math.nan, "y": 0.0}],
+    ],
+)
 def test_where_there_is_nothing_to_draw_no_figure_is_left(figure, rows, tmp_path):
     assert not figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) and not list(tmp_path.iterdir())
 
@@ -204,7 +259,12 @@ def test_seeds_that_were_measured_at_other_moments_are_interpolated_where_all_we
     x, (mean, least, most) = figures.curve(rows, Lines("f", "", "t", "seconds", "loss", over="seed"))
     apart = [{"model": "phase7", "seed": s, "seconds": s, "loss": 3.0 + s} for s in (0, 1)]
     assert figures.curve(apart, Lines("f", "", "t", "seconds", "loss", over="seed"))[1].tolist() == [[3, 4]] * 3
-    assert x == [1.5, 2, 3, 4] and mean == pytest.approx(10 * np.array(x) + 0.5) and least == pytest.approx(mean - 0.5) and most == pytest.approx(mean + 0.5)
+    assert (
+        x == [1.5, 2, 3, 4]
+        and mean == pytest.approx(10 * np.array(x) + 0.5)
+        and least == pytest.approx(mean - 0.5)
+        and most == pytest.approx(mean + 0.5)
+    )
 
 
 def test_a_model_has_one_colour_and_marker_whatever_stands_beside_it():
@@ -219,7 +279,11 @@ def test_a_model_has_one_colour_and_marker_whatever_stands_beside_it():
 
 def test_a_run_has_the_colour_of_the_kind_that_its_folder_speaks_of():
     own = figures.COLOURS
-    assert figures.colours(["study/phase8", "runs/my-hybrid", "N4-phase7"]) == {"study/phase8": own["phase8"], "runs/my-hybrid": own["hybrid"], "N4-phase7": own["phase7"]}
+    assert figures.colours(["study/phase8", "runs/my-hybrid", "N4-phase7"]) == {
+        "study/phase8": own["phase8"],
+        "runs/my-hybrid": own["hybrid"],
+        "N4-phase7": own["phase7"],
+    }
     both = figures.colours(["study/phase8", "phase8", "a/phase8-phase7", "runs/x"])
     assert both["phase8"] == own["phase8"] and len(set(both.values())) == 4  # one name, one colour
     assert not {both["study/phase8"], both["a/phase8-phase7"], both["runs/x"]} & {own[kind] for kind in KINDS}
@@ -296,11 +360,19 @@ def test_bars_begin_at_zero_and_marks_take_their_place_where_that_would_hide_all
 
 
 def test_bars_have_the_colour_of_their_model_and_a_mark_for_their_null():
-    rows = [{"layers": layers, "model": layers[:6], "head": i, "share": 0.2 * i, "untrained": 0.9 + 0.1 * i} for layers in ("phase7", "hybrid: 3") for i in (0, 1)]
+    rows = [
+        {"layers": layers, "model": layers[:6], "head": i, "share": 0.2 * i, "untrained": 0.9 + 0.1 * i}
+        for layers in ("phase7", "hybrid: 3")
+        for i in (0, 1)
+    ]
     canvas = drawn(Bars("f", "", "t", "layers", "share", null="untrained"), rows)
-    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in canvas.axes[0].patches] == [figures.COLOURS[kind] for kind in ("phase7", "hybrid")]
+    assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in canvas.axes[0].patches] == [
+        figures.COLOURS[kind] for kind in ("phase7", "hybrid")
+    ]
     nulls = [line for line in canvas.axes[0].lines if line.get_marker() == "D"]
-    assert [line.get_xdata() for line in nulls] == [[pytest.approx(0.95)]] * 2 and [text.get_text() for text in canvas.legends[0].get_texts()] == ["untrained"]
+    assert [line.get_xdata() for line in nulls] == [[pytest.approx(0.95)]] * 2 and [
+        text.get_text() for text in canvas.legends[0].get_texts()
+    ] == ["untrained"]
     parts = drawn(Bars("f", "", "t", "part", "nats"), [{"part": part, "nats": 0.1 * i} for i, part in enumerate("ab", 1)])
     assert {matplotlib.colors.to_hex(patch.get_facecolor()) for patch in parts.axes[0].patches} == {figures.NEUTRAL}
 
@@ -337,8 +409,14 @@ def test_labels_of_points_cover_neither_points_nor_one_another():
 
 
 def test_hostile_words_are_drawn_as_they_are(recwarn, tmp_path):
-    rows = [{"model": f"{i}{words}", "length": n, "seed": 0, "loss": 1.0, "x": 0.1 * i, "y": 0.3, "label": words, "group": words, "head": i % 2} for i, words in enumerate(HOSTILE) for n in (1, 2)]
-    assert all(figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) for figure in FIGURES.values()) and not recwarn.list
+    rows = [
+        {"model": f"{i}{words}", "length": n, "seed": 0, "loss": 1.0, "x": 0.1 * i, "y": 0.3, "label": words, "group": words, "head": i % 2}
+        for i, words in enumerate(HOSTILE)
+        for n in (1, 2)
+    ]
+    assert (
+        all(figures.draw(figure, [Table("t", rows), Table("points", rows)], tmp_path) for figure in FIGURES.values()) and not recwarn.list
+    )
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------------------
@@ -350,20 +428,40 @@ def test_what_is_written_is_read_back_and_can_be_written_again():
     report.write(Path("b"), [written], MACHINE, "python bench.py")
     (found,) = report.load(Path("b"))
     assert found.figures == written.figures and found.notes == written.notes and found.tables[:2] == written.tables[:2]
-    assert found.tables[2].rows[0] | {"bad": 0, "worse": 0} == {"n": 0.5, "m": 3, "bad": 0, "worse": 0} and all(math.isnan(found.tables[2].rows[0][x]) for x in ("bad", "worse"))
+    assert found.tables[2].rows[0] | {"bad": 0, "worse": 0} == {"n": 0.5, "m": 3, "bad": 0, "worse": 0} and all(
+        math.isnan(found.tables[2].rows[0][x]) for x in ("bad", "worse")
+    )
     record = json.loads(Path("b/results.json").read_text(), parse_constant=pytest.fail)
-    assert record["command"] == "python bench.py" and record["machine"] == MACHINE and re.fullmatch(r"[0-9]{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", record["date"])
+    assert (
+        record["command"] == "python bench.py"
+        and record["machine"] == MACHINE
+        and re.fullmatch(r"[0-9]{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", record["date"])
+    )
     report.write(Path("c"), [replace(found, figures=[found.figures[0]])], MACHINE, "python bench.py")
-    assert {path.name for path in Path("b").iterdir()} > {path.name for path in Path("c").iterdir()} == {"results.json", "report.md", "report.tex", "lines.png", "lines.pdf"}
+    assert (
+        {path.name for path in Path("b").iterdir()}
+        > {path.name for path in Path("c").iterdir()}
+        == {"results.json", "report.md", "report.tex", "lines.png", "lines.pdf"}
+    )
     assert Path("b/lines.pdf").read_bytes() == Path("c/lines.pdf").read_bytes()
 
 
 def test_a_report_shows_what_is_shown():
     report.write(Path("b"), [result()], MACHINE, "python bench.py")
     text = Path("b/report.md").read_text()
-    assert "`python bench.py`" in text and "- cpu: of_a kind" in text and "gpu" not in text and "### t\n\nIn nats.\n\n| model" in text and "- a note" in text
+    assert (
+        "`python bench.py`" in text
+        and "- cpu: of_a kind" in text
+        and "gpu" not in text
+        and "### t\n\nIn nats.\n\n| model" in text
+        and "- a note" in text
+    )
     assert "### points" not in text and "![Loss](bars.png)" in text and "word 1" not in text
-    assert tables.text(result()).startswith("quality, t\n| model") and "word 1" not in tables.text(result()) and tables.text(result()).endswith("a note")
+    assert (
+        tables.text(result()).startswith("quality, t\n| model")
+        and "word 1" not in tables.text(result())
+        and tables.text(result()).endswith("a note")
+    )
 
 
 def test_results_grow_and_models_beside_them_stay():
@@ -385,11 +483,15 @@ def test_what_was_written_before_is_kept_when_writing_is_interrupted(error, monk
     for folder in ("b", "new"):
         with pytest.raises(type(error)):
             report.write(Path(folder), [result(1.0)], MACHINE, "x")
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before and [path.name for path in Path().iterdir()] == ["b"]
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before and [
+        path.name for path in Path().iterdir()
+    ] == ["b"]
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_note(capsys):
-    report.write(Path("b"), [Result("quality", [Table("t", losses())], [], [Bars("f", "Loss", "no such table", "model", "loss")])], MACHINE, "x")
+    report.write(
+        Path("b"), [Result("quality", [Table("t", losses())], [], [Bars("f", "Loss", "no such table", "model", "loss")])], MACHINE, "x"
+    )
     assert "- f is not drawn: KeyError: 'no such table'" in Path("b/report.md").read_text() and "f is not drawn" in capsys.readouterr().out
     assert report.load(Path("b"))[0].notes == []
 
@@ -430,7 +532,9 @@ def test_the_commit_of_the_code_is_told_apart_from_changed_code(tmp_path, monkey
 
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
-        return subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     code = tmp_path / "hyperlm/bench/report.py"
     code.parent.mkdir(parents=True)

@@ -89,7 +89,10 @@ def test_texts_are_read_from_their_field(row, field, expected):
         ({"messages": [{"role": "user"}]}, "no 'content' field in message 1"),
         ({"messages": messages(TALK[0], ("assistant", None))}, "content of message 2 is not a string but null"),
         ({"messages": messages(("user", ["x"]))}, "content of message 1 has a part a string: text alone"),
-        ({"messages": messages(("user", [{"type": "image_url", "image_url": "x"}]))}, "content of message 1 has a part of type 'image_url': text alone"),
+        (
+            {"messages": messages(("user", [{"type": "image_url", "image_url": "x"}]))},
+            "content of message 1 has a part of type 'image_url': text alone",
+        ),
         ({"messages": messages(("user", [{"type": "text"}]))}, "a part of content of message 1 is not a string but null"),
         ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "tool_calls of message 1 is a number, not a list"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call in message 1 has no name"),
@@ -125,7 +128,9 @@ def encoded(tokenizer, documents: list[Document]) -> list[tuple[list[int], bytes
     return [(of.tolist(), said) for of, said in found]
 
 
-@pytest.mark.parametrize("make", [tok.byte_tokenizer, lambda: tok.train_bpe(["be brief, 2 + 2 is 4, ok? " * 20], 320)], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "make", [tok.byte_tokenizer, lambda: tok.train_bpe(["be brief, 2 + 2 is 4, ok? " * 20], 320)], ids=["bytes", "bpe"]
+)
 def test_turns_are_what_transformers_makes_of_the_exported_tokenizer(make, tmp_path):
     """Ids, and which of them the assistant says; and a prompt ends as chat.py ends it."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers' chat templates")
@@ -140,7 +145,9 @@ def test_turns_are_what_transformers_makes_of_the_exported_tokenizer(make, tmp_p
     assert found["input_ids"] == [tok.end_of_text(tokenizer), *ids]
     assert found["assistant_masks"] == [0, *said] and 0 < sum(said) < len(said)
 
-    prompt = theirs.apply_chat_template(messages(("user", "2 + 2?")), tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = theirs.apply_chat_template(messages(("user", "2 + 2?")), tokenize=True, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert prompt == [tok.end_of_text(tokenizer), *tok.turn(tokenizer, "user", "2 + 2?"), *tok.opening(tokenizer, "assistant")]
 
 
@@ -150,7 +157,20 @@ def test_the_assistants_words_and_ends_of_turns_are_said():
     (ids, said), (plain, nothing) = encoded(tokenizer, documents)
     shown = [tokenizer.id_to_token(i) for i in ids]
     assert [name for name, is_said in zip(shown, said, strict=True) if is_said] == ["c", "<|end|>", "<|end|>"]
-    assert shown == ["<|user|>", "a", "b", "<|end|>", "<|assistant|>", "c", "<|end|>", "<|tool|>", "d", "<|end|>", "<|assistant|>", "<|end|>"]
+    assert shown == [
+        "<|user|>",
+        "a",
+        "b",
+        "<|end|>",
+        "<|assistant|>",
+        "c",
+        "<|end|>",
+        "<|tool|>",
+        "d",
+        "<|end|>",
+        "<|assistant|>",
+        "<|end|>",
+    ]
     assert (plain, nothing) == (tok.encode(tokenizer, ["text"])[0], b"")
 
 
@@ -163,5 +183,7 @@ def test_a_tokenizer_of_an_earlier_run_keeps_its_ids_and_gets_no_more():
     assert tok.vocabulary_size(old) == 261 and tok.vocabulary_size(new) == 262
     assert {name: i for name, i in new.get_vocab().items() if name != tok.TOOL} == old.get_vocab()
     assert tok.turn(old, "user", "ü") == tok.turn(new, "user", "ü")
-    with pytest.raises(tok.TokenizerError, match=re.escape("the tokenizer has no <|tool|>, being of an earlier version: leave out such messages")):
+    with pytest.raises(
+        tok.TokenizerError, match=re.escape("the tokenizer has no <|tool|>, being of an earlier version: leave out such messages")
+    ):
         tok.turn(old, "tool", "4")

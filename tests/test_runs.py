@@ -109,7 +109,18 @@ def test_only_what_concerns_the_future_may_change(name):
     group, _, key = name.rpartition(".")
     old = getattr(CONFIG, group) if group else CONFIG
     value = getattr(old, key)
-    new = replace(old, **{key: (not value) if type(value) is bool else (*value, "a") if isinstance(value, tuple) else value + type(value)(1) if value != "" and not isinstance(value, str) else "b"})
+    new = replace(
+        old,
+        **{
+            key: (not value)
+            if type(value) is bool
+            else (*value, "a")
+            if isinstance(value, tuple)
+            else value + type(value)(1)
+            if value != "" and not isinstance(value, str)
+            else "b"
+        },
+    )
     other = replace(CONFIG, **{group: new}) if group else new
     assert list(another_run(CONFIG, other)) == ([] if name in PROSPECTIVE else [name])
 

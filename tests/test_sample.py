@@ -41,9 +41,13 @@ def test_every_temperature_gives_its_distribution(temperature, scale):
     """Against sums of 60 digits, of logits in fp32 of every size."""
     logits = (scale * normal(9, seed=1) / 4).float()
     with decimal.localcontext(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX):
-        weights = [((decimal.Decimal(x) - decimal.Decimal(max(logits.tolist()))) / decimal.Decimal(temperature)).exp() for x in logits.tolist()]
+        weights = [
+            ((decimal.Decimal(x) - decimal.Decimal(max(logits.tolist()))) / decimal.Decimal(temperature)).exp() for x in logits.tolist()
+        ]
         expected = [float(weight / sum(weights)) for weight in weights]
-    torch.testing.assert_close(sample.probabilities(logits, Sampling(temperature, 0, 1.0)), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        sample.probabilities(logits, Sampling(temperature, 0, 1.0)), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -70,7 +74,9 @@ def test_greedy_text_is_what_whole_forward_passes_would_choose(cfg):
     params = model.init(cfg, 5)
     ids = [3, 1, 4, 1, 5]
     logits, cache = sample.prefill(params, ids, sample.empty_cache(params, cfg), cfg)
-    tokens = sample.generate(logits, cache, Sampling(0.0), generator(), stop=set(), usable=cfg.vocab_size, decode=sample.decoder(params, cfg))
+    tokens = sample.generate(
+        logits, cache, Sampling(0.0), generator(), stop=set(), usable=cfg.vocab_size, decode=sample.decoder(params, cfg)
+    )
     drawn = [token for (token, _, _), _ in zip(tokens, range(30), strict=False)]
     for token in drawn:
         assert token == model.apply(params, torch.tensor([ids]), cfg)[0, -1].argmax()

@@ -22,8 +22,20 @@ def apply(x, y, FUNCTION: tl.constexpr, EXACT: tl.constexpr, COUNT: tl.constexpr
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("log2", 1.0, 2.0), ("log2", 2.0, 1e5), ("log2", 1e-30, 0.5), ("exp2", -120.0, 0.0), ("exp2", 0.0, 120.0), ("rsqrt", TIP**2, 1.0), ("rsqrt", 1.0, 1e6), ("sqrt", 0.0, 1e-12),
-     ("sqrt", 0.0, 1e9), ("reciprocal", 1e-8, 1e-3), ("exp", -1.0, 1.0), ("sigmoid", -1.0, 20.0)],
+    [
+        ("log2", 1.0, 2.0),
+        ("log2", 2.0, 1e5),
+        ("log2", 1e-30, 0.5),
+        ("exp2", -120.0, 0.0),
+        ("exp2", 0.0, 120.0),
+        ("rsqrt", TIP**2, 1.0),
+        ("rsqrt", 1.0, 1e6),
+        ("sqrt", 0.0, 1e-12),
+        ("sqrt", 0.0, 1e9),
+        ("reciprocal", 1e-8, 1e-3),
+        ("exp", -1.0, 1.0),
+        ("sigmoid", -1.0, 20.0),
+    ],
 )
 def test_special_functions_are_right_to_2_to_the_minus_21(name, low, high, exact):
     """Relative to the result, but for log2 near 1, whose result vanishes: there, absolute."""

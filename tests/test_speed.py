@@ -45,7 +45,9 @@ def fails(*_: Any, **__: Any) -> Any:
 
 
 def test_a_spread_is_half_of_the_quartiles_range_in_percent_of_the_median():
-    assert Timing([5.0, 1.0, 2.0, 3.0, 4.0]).median == 3.0 and Timing([5.0, 1.0, 2.0, 3.0, 4.0]).spread == pytest.approx(100 * (4 - 2) / 2 / 3)
+    assert Timing([5.0, 1.0, 2.0, 3.0, 4.0]).median == 3.0 and Timing([5.0, 1.0, 2.0, 3.0, 4.0]).spread == pytest.approx(
+        100 * (4 - 2) / 2 / 3
+    )
     assert Timing([2.0, 2.0, 2.0]).spread == 0
 
 
@@ -100,12 +102,26 @@ def test_speed_is_measured_of_every_kind_at_every_length_with_the_time_of_every_
     results = list(speed.run(["phase8", "hybrid"], TINIEST, CPU, [16, 32], 32, 0.0))
     assert [len(result.tables[0].rows) for result in results] == [1, 2, 3, 4]  # an interrupted bench keeps what was measured
     found = tables(iter(results))
-    assert [(r["model"], r["length"], r["batch"]) for r in found["speed"]] == [("phase8", 16, 2), ("phase8", 32, 1), ("hybrid", 16, 2), ("hybrid", 32, 1)]
+    assert [(r["model"], r["length"], r["batch"]) for r in found["speed"]] == [
+        ("phase8", 16, 2),
+        ("phase8", 32, 1),
+        ("hybrid", 16, 2),
+        ("hybrid", 32, 1),
+    ]
     assert found["speed"][0]["parameters"] != found["speed"][2]["parameters"]
     for row in found["speed"]:
         for what in ("forward", "training"):
-            each = [call["seconds"] for call in found["calls"] if (call["model"], call["length"], call["what"]) == (row["model"], row["length"], what)]
-            assert len(each) >= 3 and row[f"{what} tok/s"] == 32 / np.median(each) and row[f"{what} ± %"] == Timing(each).spread and row[f"{what} GiB"] > 0
+            each = [
+                call["seconds"]
+                for call in found["calls"]
+                if (call["model"], call["length"], call["what"]) == (row["model"], row["length"], what)
+            ]
+            assert (
+                len(each) >= 3
+                and row[f"{what} tok/s"] == 32 / np.median(each)
+                and row[f"{what} ± %"] == Timing(each).spread
+                and row[f"{what} GiB"] > 0
+            )
 
 
 @pytest.mark.parametrize(("residence", "state"), [("device", "fp32"), ("device", "int8"), ("host", "fp32"), ("host", "int8")])
@@ -152,7 +168,11 @@ def test_a_kind_that_fails_is_a_row_that_says_why_and_the_next_is_measured(monke
     assert [(row["model"], row["length"]) for row in found[1:]] == [("phase8", 16), ("phase8", 32)]
 
 
-@pytest.mark.parametrize("suite", [lambda kinds: speed.run(kinds, TINIEST, CPU, [16, 32], 32, 0.0), lambda kinds: decode.run(kinds, TINIEST, CPU, [16, 32], [1], 0.0)], ids=["speed", "decode"])
+@pytest.mark.parametrize(
+    "suite",
+    [lambda kinds: speed.run(kinds, TINIEST, CPU, [16, 32], 32, 0.0), lambda kinds: decode.run(kinds, TINIEST, CPU, [16, 32], [1], 0.0)],
+    ids=["speed", "decode"],
+)
 def test_a_kind_that_is_wrong_is_not_timed(suite, monkeypatch):
     """It is looked at once, before the first number."""
     seen = []
@@ -165,7 +185,11 @@ def test_a_kind_that_is_wrong_is_not_timed(suite, monkeypatch):
     monkeypatch.setattr(checks, "model", model)
     *_, last = suite(["phase7", "phase8"])
     found = last.tables[0].rows
-    assert found[0]["failed"] == "CheckFailed: it is not causal" and [row["model"] for row in found] == ["phase7", "phase8", "phase8"] and seen == ["phase7", "phase8"]
+    assert (
+        found[0]["failed"] == "CheckFailed: it is not causal"
+        and [row["model"] for row in found] == ["phase7", "phase8", "phase8"]
+        and seen == ["phase7", "phase8"]
+    )
 
 
 def test_what_does_not_fit_is_said_and_what_was_measured_before_is_kept(monkeypatch):
@@ -193,7 +217,9 @@ def test_decoding_is_measured_with_a_cache_that_grows_for_attention_alone():
 
 def test_a_kind_that_cannot_decode_is_a_row_that_says_why(monkeypatch):
     decoder = decode.sample.decoder
-    monkeypatch.setattr(decode.sample, "decoder", lambda params, own, **rest: (fails if own.kind == "phase7" else decoder)(params, own, **rest))
+    monkeypatch.setattr(
+        decode.sample, "decoder", lambda params, own, **rest: (fails if own.kind == "phase7" else decoder)(params, own, **rest)
+    )
     found = tables(decode.run(["phase7", "phase8"], TINIEST, CPU, [16], [1, 2], 0.0))["decode"]
     assert found[0] == {"model": "phase7", "batch": 1, "context": 16, "failed": "KernelError: no such kernel"}
     assert [(row["model"], row["batch"]) for row in found[1:]] == [("phase8", 1), ("phase8", 2)]
@@ -244,21 +270,34 @@ def contestants() -> list[kernel_suites.Contestant]:
     def of(name: str, fn: Callable, reference: Callable | None = product, limit: int = 1 << 30) -> kernel_suites.Contestant:
         return kernel_suites.Contestant(name, fn, ("q", "k", "v"), reference, limit)
 
-    return [of("right", product), of("wrong", lambda x: product(x) * 1.1), of("failing", fails), of("other", lambda x: x["q"] + x["k"] + x["v"], None, limit=8)]
+    return [
+        of("right", product),
+        of("wrong", lambda x: product(x) * 1.1),
+        of("failing", fails),
+        of("other", lambda x: x["q"] + x["k"] + x["v"], None, limit=8),
+    ]
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_not_timed_and_says_why(monkeypatch):
     x = kernel_suites.linear_inputs((1, 2, 16, 8), CPU)
     right, rows, notes = kernel_suites.check(contestants(), x)
     assert [c.name for c in right] == ["right", "other"] and len(notes) == 1 and notes[0].startswith("right: largest relative error")
-    assert [row["kernel"] for row in rows] == ["wrong", "failing"] and rows[0]["failed"].startswith("wrong: relative error 1.0e-01") and rows[1]["failed"] == "KernelError: no such kernel"
+    assert (
+        [row["kernel"] for row in rows] == ["wrong", "failing"]
+        and rows[0]["failed"].startswith("wrong: relative error 1.0e-01")
+        and rows[1]["failed"] == "KernelError: no such kernel"
+    )
 
     monkeypatch.setattr(kernel_suites, "milliseconds", lambda fn: (fn(), 2.0)[1])
     monkeypatch.setattr(kernel_suites, "device_milliseconds", lambda fn: (fn(), [1.0, 2.0, 3.0, 4.0, 5.0])[1])
     late = kernel_suites.Contestant("late", fails, ("q",))
     done = kernel_suites.timed([*right, late], (1, 2, 16, 8), x, {"forward": 1.0, "forward+backward": 1.5})
     assert [row["kernel"] for row in done] == ["right", "late"]  # the other is not for such lengths
-    assert done[0]["forward, device"] == 3.0 and done[0]["forward, ± %"] == Timing([1, 2, 3, 4, 5]).spread and done[0]["forward+backward, device / limit"] == 2.0
+    assert (
+        done[0]["forward, device"] == 3.0
+        and done[0]["forward, ± %"] == Timing([1, 2, 3, 4, 5]).spread
+        and done[0]["forward+backward, device / limit"] == 2.0
+    )
     assert done[1] == {"B, H, N, K": "1, 2, 16, 8", "kernel": "late", "failed": "KernelError: no such kernel"}
 
 
@@ -268,4 +307,8 @@ def test_times_of_kernels_are_drawn_for_each_token(tmp_path):
     rows += [{"B, H, N, K": "8, 16, 4096, 128", "kernel": "ours", "forward+backward, device": 1.0}]
     found = kernel_suites.result("linear", rows, [])
     assert found.tables[1].rows == [{"kernel": "ours", "length": n, "ns a token": pytest.approx(100)} for n in (1024, 2048)]
-    assert figures.draw(found.figures[0], found.tables, tmp_path) and isinstance(found, Result) and Path(tmp_path / "linear_attention.pdf").exists()
+    assert (
+        figures.draw(found.figures[0], found.tables, tmp_path)
+        and isinstance(found, Result)
+        and Path(tmp_path / "linear_attention.pdf").exists()
+    )

@@ -68,7 +68,13 @@ def test_micro_batches_equal_one_large_batch(cfg):
         torch.testing.assert_close(m, tree.by_path(together.opt_state["m"])[path], rtol=1e-3, atol=1e-7)
 
 
-RESIDENCES = ("device", "fp32", "global"), ("device", "int8", "layer"), ("host", "fp32", "global"), ("host", "fp32", "layer"), ("host", "int8", "global")
+RESIDENCES = (
+    ("device", "fp32", "global"),
+    ("device", "int8", "layer"),
+    ("host", "fp32", "global"),
+    ("host", "fp32", "layer"),
+    ("host", "int8", "global"),
+)
 
 
 @pytest.fixture(params=RESIDENCES, ids="-".join)
@@ -207,10 +213,15 @@ def in_host(cfg: Config) -> Config:
 
 def planned(kept: int, shared: bool = False, in_head: int = 0) -> Callable:
     """A plan of everything that the host residence can do, for it to find."""
-    return lambda cfg, dtype, _: replace(visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2, in_head=in_head)
+    return lambda cfg, dtype, _: replace(
+        visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2, in_head=in_head
+    )
 
 
-@pytest.mark.parametrize(("case", "kept", "shared"), [*((case, 1, False) for case in CASES), ("phase7", 0, True), ("hybrid-ssm", 0, False), ("hybrid-ssm", 99, True)])
+@pytest.mark.parametrize(
+    ("case", "kept", "shared"),
+    [*((case, 1, False) for case in CASES), ("phase7", 0, True), ("hybrid-ssm", 0, False), ("hybrid-ssm", 99, True)],
+)
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared, monkeypatch):
@@ -218,9 +229,14 @@ def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared
     parameter or a moment; whichever targets are learnt."""
     monkeypatch.setattr(traffic, "PIECE", 1 << 12)
     monkeypatch.setattr(host, "visits", planned(kept, shared, in_head=int(not shared)))
-    cfg = config(replace(CASES[case], dropout=0.1, vocab_size=2048), clip=0.5, clip_scope=scope, state=state)  # a head that takes a block's gradient
+    cfg = config(
+        replace(CASES[case], dropout=0.1, vocab_size=2048), clip=0.5, clip_scope=scope, state=state
+    )  # a head that takes a block's gradient
     unlearnt = (slice(None), slice(None), 3), (0, 1, slice(5)), (2,)  # a place of each sequence, part of one, and a whole micro-batch
-    batches = [masked(batch_of(3, 2, 17, seed=i), *unlearnt[: i % 4]) for i in range(20 if case == "hybrid-ssm" and kept == 1 and state == "fp32" else 4)]
+    batches = [
+        masked(batch_of(3, 2, 17, seed=i), *unlearnt[: i % 4])
+        for i in range(20 if case == "hybrid-ssm" and kept == 1 and state == "fp32" else 4)
+    ]
     (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
     assert all(torch.equal(last[name], last_again[name]) for name in ("loss", "grad_norm"))
     assert same((a.params, a.opt_state), (b.params, b.opt_state))
@@ -274,10 +290,19 @@ def first_moments(state: State) -> list[torch.Tensor]:
 
 def test_weights_that_moved_too_far_are_corrected(coded):
     """Clipped hard: uncorrected, first moments would be several times as large. What remains are roundings of bf16."""
-    settings, batches, ends = in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)), [batch_of(2, 2, 17, seed=i % 2) for i in range(20)], []
+    settings, batches, ends = (
+        in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)),
+        [batch_of(2, 2, 17, seed=i % 2) for i in range(20)],
+        [],
+    )
     for ahead in (False, True):
         coded(ahead)
-        step, settle, state, losses = make_step(settings, new_schedule(settings.optim, 100), CPU), make_settle(settings, new_schedule(settings.optim, 100), CPU), init_state(settings, CPU), []
+        step, settle, state, losses = (
+            make_step(settings, new_schedule(settings.optim, 100), CPU),
+            make_settle(settings, new_schedule(settings.optim, 100), CPU),
+            init_state(settings, CPU),
+            [],
+        )
         for i, batch in enumerate(batches):
             state, metrics = step(replace(state, clipped=False), batch)  # as after a step that was not: so weights move ahead
             assert state.clipped and state.pending.what == (CORRECTION if ahead else ALL)
@@ -295,7 +320,11 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
     """The embedding's gradient alone has no finite norm, and it is found last: by then all other weights have moved."""
     coded(True)
     cfg = in_host(config(state="int8", clip=0.2))
-    step, settle, state = make_step(cfg, new_schedule(cfg.optim, 100), CPU), make_settle(cfg, new_schedule(cfg.optim, 100), CPU), init_state(cfg, CPU)
+    step, settle, state = (
+        make_step(cfg, new_schedule(cfg.optim, 100), CPU),
+        make_settle(cfg, new_schedule(cfg.optim, 100), CPU),
+        init_state(cfg, CPU),
+    )
     state, _ = step(state, batch_of(1, 2, 9))
     state = settle(state)
     embed = state.params["embed"]
@@ -360,7 +389,9 @@ def losses_on(device: torch.device, settings: Config) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"residence": "host"}, {"residence": "host", "device_memory": 0.95}])
-@pytest.mark.parametrize("optim", [{}, {"state": "int8"}, {"state": "int8", "clip": 0.0}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}])
+@pytest.mark.parametrize(
+    "optim", [{}, {"state": "int8"}, {"state": "int8", "clip": 0.0}, {"clip_scope": "layer"}, {"state": "int8", "clip_scope": "layer"}]
+)
 def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeypatch):
     """Whatever else works at the same time: nothing is read before it is there, or overwritten while it is read."""
     monkeypatch.setattr(traffic, "PIECE", 1 << 12)
@@ -433,7 +464,11 @@ def test_a_state_that_was_consumed_cannot_be_used_again(residence):
     step, settle = make_step(cfg, new_schedule(cfg.optim, 10), CPU), make_settle(cfg, new_schedule(cfg.optim, 10), CPU)
     first = init_state(cfg, CPU)
     second, _ = step(first, batch_of(1, 2, 9))
-    for reuse in (lambda: step(first, batch_of(1, 2, 9)), lambda: step(replace(first, step=7), batch_of(1, 2, 9)), lambda: weights(cfg, first, CPU)):
+    for reuse in (
+        lambda: step(first, batch_of(1, 2, 9)),
+        lambda: step(replace(first, step=7), batch_of(1, 2, 9)),
+        lambda: weights(cfg, first, CPU),
+    ):
         with pytest.raises(StaleState, match="was consumed"):
             reuse()
     if residence == "host":

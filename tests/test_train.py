@@ -70,7 +70,14 @@ def test_a_disk_too_small_for_a_checkpoint_ends_a_run_before_it_starts(prose, ca
 def test_a_run_writes_everything_it_promises(prose, capsys):
     assert start(prose, "a", "--train.steps", "4", "--ckpt.every", "2", "--eval.every", "2", "--eval.prompt", "def ") == 0
     run = Path("runs/a")
-    assert {p.name for p in run.iterdir()} >= {"config.json", "env.json", "tokenizer.json", "metrics.jsonl", "training_summary.json", "checkpoints"}
+    assert {p.name for p in run.iterdir()} >= {
+        "config.json",
+        "env.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "training_summary.json",
+        "checkpoints",
+    }
     assert any(p.name.startswith("events") for p in run.iterdir())
     assert "chat_template" not in json.loads((run / "tokenizer_config.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -83,10 +90,15 @@ def test_a_run_writes_everything_it_promises(prose, capsys):
     assert {f"radius/layer_{layer:02d}/{x}_{what}" for layer in (0, 1) for x in "qk" for what in ("mean", "p05", "p95")} <= set(last)
     assert json.loads((run / "training_summary.json").read_text())["val_bpb"] == last["val_bpb"]
     ran = json.loads((run / "env.json").read_text())["kernels"]
-    assert set(ran) == set(model.ops(runs.read_config(run).model)) and all(said.startswith(("torch (", "triton (")) for said in ran.values())
+    assert set(ran) == set(model.ops(runs.read_config(run).model)) and all(
+        said.startswith(("torch (", "triton (")) for said in ran.values()
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  | ")]
     assert sum(line.startswith("kernels ") for line in lines) == 1 and not any("\r" in line for line in lines)
-    assert all(len(line) <= 80 for line in lines if not line.startswith(("data ", "split "))) and sum("bits per byte" in line for line in lines) == 3
+    assert (
+        all(len(line) <= 80 for line in lines if not line.startswith(("data ", "split ")))
+        and sum("bits per byte" in line for line in lines) == 3
+    )
 
 
 def test_bits_per_byte_are_those_of_text_alone(prose):
@@ -116,11 +128,27 @@ HOST = ["--train.residence", "host", "--optim.state"]
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("phase7", []), ("phase8", []), ("softmax", []), ("hybrid-ssm", []), ("hybrid-ssm", [*HOST, "fp32"]), ("phase8", [*HOST, "int8"]), ("phase7", ["--optim.state", "int8"])],
+    [
+        ("phase7", []),
+        ("phase8", []),
+        ("softmax", []),
+        ("hybrid-ssm", []),
+        ("hybrid-ssm", [*HOST, "fp32"]),
+        ("phase8", [*HOST, "int8"]),
+        ("phase7", ["--optim.state", "int8"]),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind, more):
     cfg = CASES[kind]
-    model = ["--model.kind", cfg.kind, "--model.exact-every", cfg.exact_every, "--model.ssm" if cfg.ssm else "--model.no-ssm", "--model.dropout", "0.1"]
+    model = [
+        "--model.kind",
+        cfg.kind,
+        "--model.exact-every",
+        cfg.exact_every,
+        "--model.ssm" if cfg.ssm else "--model.no-ssm",
+        "--model.dropout",
+        "0.1",
+    ]
     common = [*model, *more, "--train.steps", "6", "--ckpt.every", "3", "--ckpt.keep", "9", "--eval.every", "3"]
     assert start(prose, "whole", *common) == 0
     assert start(prose, "parts", *common) == 0
@@ -130,13 +158,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(prose, kind, more
     assert same(final("whole"), final("parts"))
 
 
-@pytest.mark.parametrize(("residence", "loss"), [([], "assistant"), ([], "all"), ([*HOST, "fp32"], "assistant"), ([*HOST, "int8"], "assistant")], ids=str)
+@pytest.mark.parametrize(
+    ("residence", "loss"), [([], "assistant"), ([], "all"), ([*HOST, "fp32"], "assistant"), ([*HOST, "int8"], "assistant")], ids=str
+)
 def test_a_run_on_conversations_resumes_bit_for_bit_in_the_middle_of_an_epoch_and_in_the_next(tmp_path, capsys, residence, loss):
     """Packed anew in each epoch, with texts beside them; what it learns from is counted, and said."""
     rng, path = random.Random(0), tmp_path / "talks.jsonl"
     rows = [{"question": f"q{i} " * rng.randint(1, 4), "answer": f"a{i} " * rng.randint(1, 9)} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "a text. " * 20}]))
-    flags = "--data.tokenizer bytes --data.val-fraction 0.3 --train.steps 7 --ckpt.every 2 --ckpt.keep 9 --eval.every 4".split()
+    flags = [
+        "--data.tokenizer",
+        "bytes",
+        "--data.val-fraction",
+        "0.3",
+        "--train.steps",
+        "7",
+        "--ckpt.every",
+        "2",
+        "--ckpt.keep",
+        "9",
+        "--eval.every",
+        "4",
+    ]
     for name in ("whole", "parts"):
         assert start(path, name, *flags, "--data.loss", loss, *residence) == 0
     said = capsys.readouterr().out
@@ -250,7 +293,12 @@ def test_a_closed_pipe_stops_a_run_as_a_closed_terminal_does(prose, made):
     assert losses(whole) == losses("parts") and same(final(whole), final("parts"))
 
 
-PLACES = {"reading": "data.prepare", "initialising": "init_state", "storing what was initialised": "env.describe", "beginning": "flops.seconds_a_token"}
+PLACES = {
+    "reading": "data.prepare",
+    "initialising": "init_state",
+    "storing what was initialised": "env.describe",
+    "beginning": "flops.seconds_a_token",
+}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -274,7 +322,13 @@ def test_a_signal_while_a_run_is_restored_changes_nothing(prose, monkeypatch, ca
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_during_imports_is_one_line(ending):
     script = "import time\nfrom hyperlm import startup\nstartup.quiet(); print('in', flush=True); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
     child.stdout.readline()
     child.send_signal(ending)
     assert child.stderr.read().strip() == f"stopped by {ending.name}" and child.wait(20) == 128 + ending
@@ -287,10 +341,23 @@ def test_every_command_is_quiet_before_its_slow_imports(command):
         [sys.executable, "-c", f"import runpy, sys; sys.modules['torch'] = None; sys.argv = [{command!r}]; runpy.run_path({str(REPOSITORY / command)!r}, run_name='__main__')"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
-    assert child.returncode == 2 and child.stderr.startswith("error: the package torch is missing: pip install torch") and len(child.stderr.splitlines()) == 1
+    assert (
+        child.returncode == 2
+        and child.stderr.startswith("error: the package torch is missing: pip install torch")
+        and len(child.stderr.splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize(("module", "package"), [("tensorboard.compat", "tensorboard"), ("tyro", "tyro"), ("orbax.checkpoint", "orbax-checkpoint"), ("tokenizers", "tokenizers"), ("matplotlib", "matplotlib")])
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("tensorboard.compat", "tensorboard"),
+        ("tyro", "tyro"),
+        ("orbax.checkpoint", "orbax-checkpoint"),
+        ("tokenizers", "tokenizers"),
+        ("matplotlib", "matplotlib"),
+    ],
+)
 def test_a_missing_package_is_named_with_what_installs_it(module, package, capsys, monkeypatch):
     codes = []
     monkeypatch.setattr("os._exit", codes.append)
@@ -303,10 +370,16 @@ def test_one_run_has_one_writer(prose, made, capsys):
     whole = made(*LONG) / "runs/r"
     process = popen(prose, "a", *LONG)
     wait_for(process, "step  7/40")
-    for command in (["--resume", "runs/a"], ["--resume", "runs/a", "--train.steps", "80"], [*SMALLEST, "--data.sources", prose, "--name", "a"]):
+    for command in (
+        ["--resume", "runs/a"],
+        ["--resume", "runs/a", "--train.steps", "80"],
+        [*SMALLEST, "--data.sources", prose, "--name", "a"],
+    ):
         assert call(*command) == 2
         error = capsys.readouterr().err.strip()
-        assert len(error.splitlines()) == 1 and (f"process {process.pid} on {platform.node()}" in error or "runs/a exists: continue it with" in error)
+        assert len(error.splitlines()) == 1 and (
+            f"process {process.pid} on {platform.node()}" in error or "runs/a exists: continue it with" in error
+        )
     process.communicate(timeout=60)
     assert process.returncode == 0 and losses(whole) == losses("a") and same(final(whole), final("a"))
     assert list(losses("a")) == list(range(1, 41)) and call("--resume", "runs/a") == 0
@@ -450,7 +523,10 @@ MISTAKES = {
     "step beyond all memory": (["--train.grad-accum", "1000000000000"], "at most 1,048,576"),
     "missing run": (["--resume", "runs/nowhere"], "no such run"),
     "not a run": (["--resume", "cache"], "not a run"),
-    "too large": (["--train.device", "cpu", "--model.d-model", "32768", "--model.n-layers", "64", "--data.seq-len", "64"], "--plan shows the parts"),
+    "too large": (
+        ["--train.device", "cpu", "--model.d-model", "32768", "--model.n-layers", "64", "--data.seq-len", "64"],
+        "--plan shows the parts",
+    ),
 }
 
 
@@ -478,7 +554,14 @@ def test_a_resumed_run_keeps_the_state_that_was_decided(prose):
 
 def test_a_resumed_run_refuses_what_would_make_it_another(prose, capsys):
     assert start(prose, "a", "--train.steps", "2") == 0
-    for flag, value in (("--model.n-layers", "3"), ("--train.seed", "9"), ("--data.seq-len", "16"), ("--data.loss", "all"), ("--optim.state", "int8"), ("--train.grad-accum", "3")):
+    for flag, value in (
+        ("--model.n-layers", "3"),
+        ("--train.seed", "9"),
+        ("--data.seq-len", "16"),
+        ("--data.loss", "all"),
+        ("--optim.state", "int8"),
+        ("--train.grad-accum", "3"),
+    ):
         assert call("--resume", "runs/a", "--train.steps", "4", flag, value) == 2
         assert flag in capsys.readouterr().err
     prose.write_text(prose.read_text() + "\n\nchanged")
@@ -543,7 +626,17 @@ def test_what_a_checkpoint_or_the_text_can_restore_is_put_back(copied, capsys, h
 
 
 def test_no_line_of_the_records_blocks_a_resume(copied, capsys):
-    bad = [b"half a li", b"\xff\xfe", b'{"step": "3", "loss": 1}', b'{"loss": 1}', b"[1]", b"7", b"[" * 100_000, b'{"step": 1e400}', b'{"step": null}']
+    bad = [
+        b"half a li",
+        b"\xff\xfe",
+        b'{"step": "3", "loss": 1}',
+        b'{"loss": 1}',
+        b"[1]",
+        b"7",
+        b"[" * 100_000,
+        b'{"step": 1e400}',
+        b'{"step": null}',
+    ]
     path = copied / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     expected = losses("a")
@@ -637,7 +730,10 @@ def test_records_that_cannot_be_written_name_the_file_and_the_way_on(prose, caps
         during.setattr(log, "record", full)
         assert start(prose, "a", *flags) == 2
     error = capsys.readouterr().err.strip()
-    assert "metrics.jsonl could not be written (No space left on device); the last good checkpoint is runs/a/checkpoints/step_00000002" in error
+    assert (
+        "metrics.jsonl could not be written (No space left on device); the last good checkpoint is runs/a/checkpoints/step_00000002"
+        in error
+    )
     assert "--resume runs/a" in error and len(error.splitlines()) == 1
     assert call("--resume", "runs/a") == 0 and same(final("whole"), final("a"))
 
@@ -663,14 +759,39 @@ def test_records_are_json_whatever_the_numbers(tmp_path):
     records = log.open_log(tmp_path, 0)
     log.record(records, 1, {"loss": math.nan, "norm": math.inf, "lr": 1.0, "sample": "\ud800"})
     log.close(records)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None, "lr": 1.0, "sample": "\ud800"}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "norm": None,
+        "lr": 1.0,
+        "sample": "\ud800",
+    }
 
 
 def test_a_run_that_diverges_ends_with_a_clear_line(prose, capsys):
-    code = start(prose, "a", "--train.steps", "60", "--ckpt.every", "5", "--optim.lr", "1e30", "--optim.clip", "0", "--eval.sample-tokens", "0", "--eval.every", "60")
+    code = start(
+        prose,
+        "a",
+        "--train.steps",
+        "60",
+        "--ckpt.every",
+        "5",
+        "--optim.lr",
+        "1e30",
+        "--optim.clip",
+        "0",
+        "--eval.sample-tokens",
+        "0",
+        "--eval.every",
+        "60",
+    )
     assert code == 2
     error = capsys.readouterr().err.strip()
-    assert "no finite loss or gradient for 5 steps" in error and "no checkpoint was good enough to save" in error and len(error.splitlines()) == 1
+    assert (
+        "no finite loss or gradient for 5 steps" in error
+        and "no checkpoint was good enough to save" in error
+        and len(error.splitlines()) == 1
+    )
 
 
 DIVERGING = ["--ckpt.every", "1", "--eval.every", "2"]
@@ -686,7 +807,9 @@ def test_weights_that_diverged_take_the_place_of_nothing(prose, capsys, steps):
     said = capsys.readouterr()
     error = said.err.strip()
     assert checkpoint.steps(Path("runs/a")) == good and "not saved  step 5: " in said.out
-    assert error.startswith("error: diverged by step") and "runs/a/checkpoints/step_00000004: go on" in error and len(error.splitlines()) == 1
+    assert (
+        error.startswith("error: diverged by step") and "runs/a/checkpoints/step_00000004: go on" in error and len(error.splitlines()) == 1
+    )
     assert checkpoint.read_meta(Path("runs/a"), 4)["loss"] < 7 and checkpoint.best(Path("runs/a")) == 4
     assert not {"NaN", "Infinity"} & set(Path("runs/a/metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
     advice = error.split("python train.py ")[1].split()
@@ -697,7 +820,12 @@ def test_weights_that_diverged_take_the_place_of_nothing(prose, capsys, steps):
 def test_a_run_that_never_was_good_says_so(prose, capsys):
     assert start(prose, "a", "--train.steps", "3", "--optim.lr", "1e30", *DIVERGING) == 2
     error = capsys.readouterr().err.strip()
-    assert "diverged by step 3" in error and "rm -r runs/a" in error and len(error.splitlines()) == 1 and checkpoint.steps(Path("runs/a")) == []
+    assert (
+        "diverged by step 3" in error
+        and "rm -r runs/a" in error
+        and len(error.splitlines()) == 1
+        and checkpoint.steps(Path("runs/a")) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -729,14 +857,32 @@ def test_a_number_that_is_not_finite_anywhere_in_a_state_is_a_flaw():
 
 def test_a_resumed_run_may_change_its_future(prose, capsys):
     assert start(prose, "a", "--train.steps", "2", "--optim.warmup-steps", "1") == 0
-    changes = ["--train.steps", "4", "--optim.lr", "5e-4", "--optim.clip", "2", "--optim.weight-decay", "0", "--train.batch-size", "8", "--train.grad-accum", "1"]
+    changes = [
+        "--train.steps",
+        "4",
+        "--optim.lr",
+        "5e-4",
+        "--optim.clip",
+        "2",
+        "--optim.weight-decay",
+        "0",
+        "--train.batch-size",
+        "8",
+        "--train.grad-accum",
+        "1",
+    ]
     capsys.readouterr()
     assert call("--resume", "runs/a", *changes, "--eval.every", "1") == 0
     assert "rate       " in capsys.readouterr().out
     kept = runs.read_config(Path("runs/a"))
     assert (kept.optim.lr, kept.optim.clip, kept.train.batch_size, kept.train.grad_accum) == (5e-4, 2.0, 8, 1)
     started, resumed = map(json.loads, Path("runs/a/history.jsonl").read_text().splitlines())
-    assert started["step"] == 0 and resumed["step"] == 2 and resumed["changes"]["optim.lr"] == [1 / 128, 5e-4] and "--optim.clip 2" in resumed["command"]
+    assert (
+        started["step"] == 0
+        and resumed["step"] == 2
+        and resumed["changes"]["optim.lr"] == [1 / 128, 5e-4]
+        and "--optim.clip 2" in resumed["command"]
+    )
     assert final("a").step == 4
 
 
@@ -775,8 +921,16 @@ def test_extending_a_run_does_not_raise_its_rate(prose, capsys):
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_acts_at_once(ending):
-    script = "import time\nfrom hyperlm import env\nwith env.stop_signals():\n    print('in', flush=True)\n    time.sleep(60); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    script = (
+        "import time\nfrom hyperlm import env\nwith env.stop_signals():\n    print('in', flush=True)\n    time.sleep(60); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     child.stdout.readline()
     child.send_signal(ending)
     assert "once more to stop at once" in child.stderr.readline() + child.stderr.readline()
@@ -794,4 +948,6 @@ def test_a_run_of_an_earlier_version_goes_on_only_if_its_dropout_was_the_same(ra
     path.write_text(json.dumps(meta | {"digest": digest(meta)}))
     code = cli.run(train.main, ["--resume", "runs/r", "--train.steps", "3", "--data.cache", str(tmp_path / "cache")])
     error = capsys.readouterr().err
-    assert (code, "written by version 0.2 or 0.3 of hyperlm, whose dropout this version does not have" in error) == ((2, True) if rate != "0" else (0, False))
+    assert (code, "written by version 0.2 or 0.3 of hyperlm, whose dropout this version does not have" in error) == (
+        (2, True) if rate != "0" else (0, False)
+    )

@@ -95,14 +95,20 @@ def features(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("decay", "state"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize(("n", "segment"), [*((n, None) for n in LENGTHS), *((n, 64) for n in LENGTHS if n > 64)])  # the others are one segment anyway
+@pytest.mark.parametrize(
+    ("n", "segment"), [*((n, None) for n in LENGTHS), *((n, 64) for n in LENGTHS if n > 64)]
+)  # the others are one segment anyway
 @pytest.mark.parametrize("k", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_attention(dtype, k, n, decay, state, segment, monkeypatch):
     if segment:
         monkeypatch.setattr("hyperlm.kernels.linear_attention.segment_length", lambda heads, n, device: segment)
     b, h = 2, 3 if GPU else 1
-    q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
+    q, k_, v = (
+        features(b, h, n, k, seed=1, dtype=dtype),
+        features(b, h, n, k, seed=2, dtype=dtype),
+        token_major(b, h, n, k, seed=3, dtype=dtype),
+    )
     log_decay = (-0.2 * normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_() if decay else None
     initial = spread(b, h, k, k, seed=5, dtype=torch.float32) if state else None
     compare("linear_attention", [q, k_, v, log_decay, initial], dtype, None if state else 1, terms=of_forgetting if n == 1 else None)
@@ -112,7 +118,11 @@ def test_linear_attention(dtype, k, n, decay, state, segment, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_attention_of_keys_and_values_of_different_widths(dtype, k, v):
     b, h, n = 1, 2, 100
-    q, k_, values = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), spread(b, h, n, v, seed=3, dtype=dtype)
+    q, k_, values = (
+        features(b, h, n, k, seed=1, dtype=dtype),
+        features(b, h, n, k, seed=2, dtype=dtype),
+        spread(b, h, n, v, seed=3, dtype=dtype),
+    )
     compare("linear_attention", [q, k_, values, None, None], dtype)
     compare("linear_attention", [q, k_, values, (-normal(b, h, n, seed=4).abs()).float().to(DEVICE).requires_grad_(), None], dtype, 1)
 
@@ -123,7 +133,11 @@ def test_linear_attention_at_slow_fast_and_violent_decay(dtype, rate, monkeypatc
     if not GPU:
         monkeypatch.setattr("hyperlm.kernels.linear_attention.MARK", 64)
     b, h, n, k = 1, 1, 4096 if GPU else 200, 32
-    q, k_, v = features(b, h, n, k, seed=1, dtype=dtype), features(b, h, n, k, seed=2, dtype=dtype), token_major(b, h, n, k, seed=3, dtype=dtype)
+    q, k_, v = (
+        features(b, h, n, k, seed=1, dtype=dtype),
+        features(b, h, n, k, seed=2, dtype=dtype),
+        token_major(b, h, n, k, seed=3, dtype=dtype),
+    )
     log_decay = torch.full((b, h, n), -rate, device=DEVICE).requires_grad_()
     compare("linear_attention", [q, k_, v, log_decay, None], dtype, 1, terms=of_forgetting if rate > 10 else None)
 
@@ -159,7 +173,11 @@ def test_hyperbolic_attention(dtype, k, n, score):
 
 
 def last_queries(n: int, m: int, group: int, dtype: torch.dtype) -> list:
-    (t_q, s_q), (t_k, s_k), v = points(2, 2 * group, n, 32, 1, dtype), points(2, 2, m, 32, 2, dtype), spread(2, 2, m, 32, seed=3, dtype=dtype)
+    (t_q, s_q), (t_k, s_k), v = (
+        points(2, 2 * group, n, 32, 1, dtype),
+        points(2, 2, m, 32, 2, dtype),
+        spread(2, 2, m, 32, seed=3, dtype=dtype),
+    )
     return [t_q, s_q, t_k, s_k, v, torch.linspace(1, 9, 2 * group, device=DEVICE).requires_grad_(), "logcosh"]
 
 
@@ -193,7 +211,14 @@ def test_hyperbolic_attention_is_finite_for_a_million_adversarial_pairs():
     u = direction(normal(1, 1, 1, 64, seed=1, dtype=torch.float32) + 1e-4 * normal(1, 1, n, 64, seed=2, dtype=torch.float32))
     u[:, :, ::3] *= -1
     s = (torch.sinh(radii[torch.arange(n) % 5])[:, None] * u).to(DEVICE, DTYPES[-1])
-    leaves = [time_of(s.float()), s, time_of(s.float()), s.clone(), normal(1, 1, n, 64, seed=3).to(DEVICE, DTYPES[-1]), torch.tensor([11.0], device=DEVICE)]
+    leaves = [
+        time_of(s.float()),
+        s,
+        time_of(s.float()),
+        s.clone(),
+        normal(1, 1, n, 64, seed=3).to(DEVICE, DTYPES[-1]),
+        torch.tensor([11.0], device=DEVICE),
+    ]
     leaves = [x.requires_grad_() for x in leaves]
     for score in ("logcosh", "distance"):
         o = OPS["hyperbolic_attention"]["triton"](*leaves, score)
@@ -385,7 +410,10 @@ def test_tell():
 
 
 def test_norm():
-    parts = [normal(*shape, seed=i).to(DEVICE, dtype) for i, (shape, dtype) in enumerate([((1,), torch.float32), ((300, 211), torch.bfloat16), ((40000,), torch.float32)])]
+    parts = [
+        normal(*shape, seed=i).to(DEVICE, dtype)
+        for i, (shape, dtype) in enumerate([((1,), torch.float32), ((300, 211), torch.bfloat16), ((40000,), torch.float32)])
+    ]
     truth = torch.cat([x.double().flatten() for x in parts]).norm()
     for backend in ("triton", "torch"):
         torch.testing.assert_close(OPS["norm"][backend](parts).double(), truth, rtol=1e-5, atol=0)
@@ -415,12 +443,19 @@ def test_adamw_with_8_bit_moments(n, decay, coded, what):
     """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
     results = []
     for backend in ("triton", "torch"):
-        w, moments = normal(n, seed=1).float().mul(0.02).bfloat16().to(DEVICE), torch.zeros(-(-n // 256), reference.ROW, dtype=torch.uint8, device=DEVICE)
+        w, moments = (
+            normal(n, seed=1).float().mul(0.02).bfloat16().to(DEVICE),
+            torch.zeros(-(-n // 256), reference.ROW, dtype=torch.uint8, device=DEVICE),
+        )
         for step in range(4):
             rates = torch.tensor([0.999, 0.9, 0.95, 1e-2 / (1 - 0.9 ** (step + 1)), (1 - 0.95 ** (step + 1)) ** -0.5], device=DEVICE)
             g = normal(n, seed=10 + step).float().bfloat16().to(DEVICE)
             g = OPS["encode8"][backend]([g], torch.tensor(step << 40, device=DEVICE), torch.tensor(0, device=DEVICE))[0] if coded else g
-            factor, origin, shift = torch.tensor(0.7, device=DEVICE), torch.tensor(step << 50, device=DEVICE), torch.tensor(step, device=DEVICE)
+            factor, origin, shift = (
+                torch.tensor(0.7, device=DEVICE),
+                torch.tensor(step << 50, device=DEVICE),
+                torch.tensor(step, device=DEVICE),
+            )
             OPS["adamw8"][backend](w, g, moments, factor, rates, origin, shift, decay, what if step == 3 else reference.ALL)
         results.append((w, moments))
     (w, moments), (exact, exact_moments) = results
@@ -449,7 +484,9 @@ def test_kernels_work_under_torch_func():
     def total(fn, *x):
         return fn(*x)[0].sin().sum()
 
-    for x, y in zip(*(torch.func.grad(total, (1, 2, 3, 4))(OPS["linear_attention"][b], q, k, v, log_decay) for b in ("triton", "torch")), strict=True):
+    for x, y in zip(
+        *(torch.func.grad(total, (1, 2, 3, 4))(OPS["linear_attention"][b], q, k, v, log_decay) for b in ("triton", "torch")), strict=True
+    ):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 

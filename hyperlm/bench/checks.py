@@ -41,7 +41,9 @@ def random_tokens(vocabulary: int, shape: tuple[int, ...], seed: int, device: to
 
 
 @torch.no_grad()
-def causal(nats: Callable[[Tensor, Tensor], Tensor], vocabulary: int, device: torch.device, length: int = LENGTH, rounded: float = ROUNDED) -> None:
+def causal(
+    nats: Callable[[Tensor, Tensor], Tensor], vocabulary: int, device: torch.device, length: int = LENGTH, rounded: float = ROUNDED
+) -> None:
     """Check that tokens from position n on change no nats before n.
 
     Args:

@@ -60,7 +60,9 @@ def check(kinds: list[str], config: Config, device: torch.device, contexts: list
         largest = filled_cache(of_kind(config, kind), max(batches), max(contexts), torch.device("meta"))
         need, have = sum(x.nbytes for layer in largest.layers for x in layer.values()), env.total_memory(device)
         if need > have:
-            raise ConfigError(f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it")
+            raise ConfigError(
+                f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it"
+            )
 
 
 FIGURES: list[Figure] = [
@@ -92,7 +94,12 @@ def run(
                 row, each = ({"model": kind, "batch": batch, "context": context, "failed": found.why}, []) if failed else found
                 rows.append(row)
                 calls += each
-                yield Result("decode", [Table("decode", list(rows), caption, digits=3), Table("calls", list(calls), shown=False)], list(notes), FIGURES)
+                yield Result(
+                    "decode",
+                    [Table("decode", list(rows), caption, digits=3), Table("calls", list(calls), shown=False)],
+                    list(notes),
+                    FIGURES,
+                )
                 bar.update(len(points) - done + 1 if failed else 1)
                 if failed:
                     break

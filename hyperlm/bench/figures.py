@@ -135,7 +135,9 @@ def limits(values: Sequence[float], low: float | None, high: float | None) -> tu
     return least, (most if high is not None else most + margin)
 
 
-def value_axis(axes: Axes, values: Sequence[float], words: str, log: bool, low: float | None = None, high: float | None = None, along: str = "y") -> None:
+def value_axis(
+    axes: Axes, values: Sequence[float], words: str, log: bool, low: float | None = None, high: float | None = None, along: str = "y"
+) -> None:
     """Limits, ticks and label of an axis of values; the label says where it does not begin at zero."""
     axis = axes.yaxis if along == "y" else axes.xaxis
     set_limits = axes.set_ylim if along == "y" else axes.set_xlim
@@ -199,7 +201,9 @@ def setting_axis(axes: Axes, values: list[Any], words: str, log: bool) -> None:
         axes.set_xticks([v for v in values if v not in labelled], minor=True)
         axes.xaxis.set_minor_formatter(NullFormatter())
         return
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 6 else (1,)) if place is math.log else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if span < 6 else (1,)) if place is math.log else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(short))
 
 
@@ -290,7 +294,11 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
         legend(canvas, [Line2D([], [], color=colour[m], linewidth=2.5, label=name[m]) for m in models])
         both = [list(zip(settings, key, strict=True)) for key in keys]
         named = [", ".join(f"{of} {exact(value)}" if number(value) else exact(value) for of, value in pairs) for pairs in both]
-        legend(canvas, [Line2D([], [], color="#666666", label=n, **appearance(j, few, setting=True)) for j, n in enumerate(named)], "outside lower center")
+        legend(
+            canvas,
+            [Line2D([], [], color="#666666", label=n, **appearance(j, few, setting=True)) for j, n in enumerate(named)],
+            "outside lower center",
+        )
     else:
         legend(canvas, [Line2D([], [], color=colour[m], label=name[m], **appearance(place[m], few, setting=False)) for m in models])
     return canvas
@@ -330,7 +338,15 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
         if many:
             axes.plot(own, [i] * len(own), "|", markersize=5, markeredgecolor="#444444", markeredgewidth=0.4)
         elif marks or several:
-            axes.plot(own, [i] * len(own), "o", markersize=3, markerfacecolor="white", markeredgecolor=colour[names[i]] if marks else "#333333", markeredgewidth=0.6)
+            axes.plot(
+                own,
+                [i] * len(own),
+                "o",
+                markersize=3,
+                markerfacecolor="white",
+                markeredgecolor=colour[names[i]] if marks else "#333333",
+                markeredgewidth=0.6,
+            )
         if nulls[i]:
             axes.plot(np.mean(nulls[i]), i, "D", markersize=3.5, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8)
     if any(nulls):
@@ -390,13 +406,22 @@ def draw_heatmap(figure: Heatmap, rows: list[Row]) -> Canvas | None:
             if row.get(figure.panels, "") == panels[i]:
                 table[ys.index(row[figure.y]), xs.index(row[figure.x])] = row[figure.value]
         cells = in_cells(table.ravel(), (WIDTH - 0.85 - 0.04 * max(len(exact(y)) for y in ys)) / across / len(xs))
-        image = axes.imshow(table, cmap="RdBu_r" if signed else "Blues", vmin=least, vmax=most if most > least else least + 1, aspect="auto")
+        image = axes.imshow(
+            table, cmap="RdBu_r" if signed else "Blues", vmin=least, vmax=most if most > least else least + 1, aspect="auto"
+        )
         for ((y, x), value), words in zip(np.ndenumerate(table), cells, strict=True):
             dark = abs(value) > 0.6 * most if signed else (value - least) > 0.55 * (most - least)
             axes.text(x, y, words, ha="center", va="center", fontsize=5, color="white" if dark else "black")
         size = 5 if across == 2 else SMALL
         turned = sum(len(exact(x)) for x in xs) > (16 if across == 2 else 40)
-        axes.set_xticks(range(len(xs)), [exact(x) for x in xs], fontsize=size, rotation=35 if turned else 0, ha="right" if turned else "center", rotation_mode="anchor")
+        axes.set_xticks(
+            range(len(xs)),
+            [exact(x) for x in xs],
+            fontsize=size,
+            rotation=35 if turned else 0,
+            ha="right" if turned else "center",
+            rotation_mode="anchor",
+        )
         axes.set_yticks(range(len(ys)), [exact(y) for y in ys], fontsize=size)
         axes.tick_params(length=0, pad=2)
         axes.spines[:].set_visible(False)
@@ -441,16 +466,38 @@ def draw_disk(figure: Disk, rows: list[Row]) -> Canvas | None:
         for radius in RINGS:
             at = math.tanh(radius / 2)
             axes.plot(at * np.cos(circle), at * np.sin(circle), color="#cccccc", linewidth=0.4)
-            axes.text(0, -at, f"r {radius}", fontsize=4.5, color="#999999", ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+            axes.text(
+                0,
+                -at,
+                f"r {radius}",
+                fontsize=4.5,
+                color="#999999",
+                ha="center",
+                va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )
         axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), aspect="equal")
         if panels[i] != "":
             axes.set_title(printable(panels[i]), fontsize=7, pad=2)
         own = [row for row in rows if row.get(figure.panels, "") == panels[i]]
         for j, group in enumerate(groups):
             points = [(row["x"], row["y"]) for row in own if row.get(figure.group, "") == group]
-            axes.plot(*np.reshape(points, (-1, 2)).T, MARKERS[j % len(MARKERS)], color=colour[group], markersize=3.2, markeredgecolor="white", markeredgewidth=0.3)
+            axes.plot(
+                *np.reshape(points, (-1, 2)).T,
+                MARKERS[j % len(MARKERS)],
+                color=colour[group],
+                markersize=3.2,
+                markeredgecolor="white",
+                markeredgewidth=0.3,
+            )
     if len(groups) > 1:
-        legend(canvas, [Line2D([], [], linestyle="", marker=MARKERS[j % len(MARKERS)], color=colour[g], label=printable(g)) for j, g in enumerate(groups)])
+        legend(
+            canvas,
+            [
+                Line2D([], [], linestyle="", marker=MARKERS[j % len(MARKERS)], color=colour[g], label=printable(g))
+                for j, g in enumerate(groups)
+            ],
+        )
     canvas.draw_without_rendering()  # places are known from here on
     canvas.set_layout_engine("none")
     for i, axes in enumerate(grid.flat[: len(panels)]):
@@ -474,7 +521,11 @@ def name_points(axes: Axes, rows: list[Row], colour: Callable[[Row], str]) -> No
         for away in (3.5, 6.0, 9.0):
             places = [(centres[k][0] + c * (away * scale + width / 2), centres[k][1] + s * (away * scale + height / 2)) for c, s in AROUND]
             boxes = [(x - width / 2, y - height / 2, x + width / 2, y + height / 2) for x, y in places]
-            free = [n for n, b in enumerate(boxes) if within(b, inside) and not any(overlap(b, other) for m, other in enumerate(taken) if m != k)]
+            free = [
+                n
+                for n, b in enumerate(boxes)
+                if within(b, inside) and not any(overlap(b, other) for m, other in enumerate(taken) if m != k)
+            ]
             if free:
                 break
         else:

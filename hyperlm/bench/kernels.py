@@ -191,7 +191,9 @@ def timed(contestants: list[Contestant], shape: Shape, x: Inputs, limits: dict[s
         row: Row = {"B, H, N, K": ", ".join(map(str, shape)), "kernel": contestant.name}
         found = attempt(lambda c, _: times(c, x, limits), contestant, x["q"].device)
         row |= {"failed": found.why} if isinstance(found, Failure) else found
-        env.say(f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float)))
+        env.say(
+            f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float))
+        )
         rows.append(row)
     return rows
 

@@ -75,8 +75,16 @@ def result(trials: Trials, seed: int) -> Result:
     tables = [
         Table("nulls", [row_of(trials, label) for label in tried], told),
         Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts, digits=3),
-        Table("seeds", [{"model": label, "seed": of, "loss": x.val["val_loss"]} for label in tried for of, x in at_best[label].items()], shown=False),
-        Table("pairs", [{"part": part, "seed": of, "nats": nats} for part, (_, d) in parts.items() for of, nats in d.by_seed.items()], shown=False),
+        Table(
+            "seeds",
+            [{"model": label, "seed": of, "loss": x.val["val_loss"]} for label in tried for of, x in at_best[label].items()],
+            shown=False,
+        ),
+        Table(
+            "pairs",
+            [{"part": part, "seed": of, "nats": nats} for part, (_, d) in parts.items() for of, nats in d.by_seed.items()],
+            shown=False,
+        ),
         Table("rates", comparison.rate_rows(trials), "Every training.", shown=False),
         Table("curves", comparison.curve_rows(trials), "Of every training.", shown=False),
     ]
@@ -92,7 +100,9 @@ def notes(trials: Trials, seed: int) -> list[str]:
     geometry = difference(trials, N3, N4)
     told = [verdict(f"geometry, what exact scores have beyond their first order ({names(N3, N4)}):", geometry)]
     others = {"the bias of keys alone": (N0, N1), "the gain alone": (N0, N2), "both, the first order": (N0, N3), "all of phase7": (N0, N4)}
-    told += [verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair)).by_seed) > 1]
+    told += [
+        verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair)).by_seed) > 1
+    ]
     speeds = [mean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(trials[label]))]
     if len(speeds) == 2:
         told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")

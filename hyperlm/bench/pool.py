@@ -48,7 +48,7 @@ def attempt(work: Callable[[Job, torch.device], Found], job: Job, device: torch.
         return work(job, device)
     except torch.OutOfMemoryError:
         return Failure("out of memory")
-    except Exception as e:  # noqa: BLE001
+    except Exception as e:
         return Failure(f"{type(e).__name__}: {next(iter(str(e).splitlines()), 'no reason given')}")
     finally:
         if device.type == "cuda":
@@ -92,7 +92,7 @@ def serve(channel: Connection, device: torch.device, threads: int) -> None:
         failed = isinstance(found, Failure)
         try:
             message = pickle.dumps(found)
-        except Exception as e:  # noqa: BLE001
+        except Exception as e:
             message = pickle.dumps(Failure(f"its result cannot be sent: {e}"))
         channel.send_bytes(message)
 
@@ -108,6 +108,9 @@ def uninterrupted() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker  # other systems have none
+
+    resource_tracker.ensure_running()  # the first process would start it, and that takes the block away
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -142,7 +145,7 @@ def answer(worker: Worker) -> Any:
         worker.process.join(PATIENCE)
         code = worker.process.exitcode or 0
         return Failure(f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}")
-    except Exception as e:  # noqa: BLE001
+    except Exception as e:
         return Failure(f"its result cannot be read: {e}")
 
 

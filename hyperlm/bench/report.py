@@ -25,7 +25,11 @@ from hyperlm.runs import RunError
 
 def markdown(record: dict[str, Any], results: list[Result], drawn: set[str]) -> str:
     facts = {"commit": record["commit"], "date": record["date"], **record["machine"]}
-    parts = ["# hyperlm benchmark", f"`{record['command']}`", "\n".join(f"- {name}: {value}" for name, value in facts.items() if value != "")]
+    parts = [
+        "# hyperlm benchmark",
+        f"`{record['command']}`",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items() if value != ""),
+    ]
     for result in results:
         parts.append(f"## {result.suite}")
         for shown in result.tables:
@@ -144,7 +148,10 @@ def load(folder: Path) -> list[Result]:
     results = []
     try:
         for found in read(folder)["results"]:
-            tables = [Table(**t | {"rows": [{k: math.nan if x is None else x for k, x in row.items()} for row in t["rows"]]}) for t in found["tables"]]
+            tables = [
+                Table(**t | {"rows": [{k: math.nan if x is None else x for k, x in row.items()} for row in t["rows"]]})
+                for t in found["tables"]
+            ]
             results.append(Result(found["suite"], tables, found["notes"], [restored(f) for f in found["figures"]]))
     except (KeyError, TypeError, AttributeError) as e:
         raise RunError(f"{folder / 'results.json'} is damaged, or of another version of hyperlm: measure again") from e

@@ -199,7 +199,11 @@ def run(kinds: list[str], config: Config, device: torch.device, lengths: list[in
                 grown, notes = growth(rows)
                 if config.train.residence == "host":
                     notes.append("forward: weights come from host memory as they are used, as in an evaluation")
-                tables = [Table("speed", list(rows), caption, digits=3), Table("growth", grown, GROWTH), Table("calls", list(calls), shown=False)]
+                tables = [
+                    Table("speed", list(rows), caption, digits=3),
+                    Table("growth", grown, GROWTH),
+                    Table("calls", list(calls), shown=False),
+                ]
                 yield Result("speed", tables, notes, FIGURES)
                 bar.update(len(lengths) - done + 1 if failed else 1)
                 if failed:

@@ -35,7 +35,21 @@ from hyperlm.bench.result import Result, Table
 from hyperlm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, peak_rate, resolve
 from hyperlm.kernels import HAVE_TRITON
 
-Name = Literal["speed", "decode", "memory", "quality", "perplexity", "long-context", "recall", "geometry", "nulls", "linear", "hyperbolic", "report", "all"]
+Name = Literal[
+    "speed",
+    "decode",
+    "memory",
+    "quality",
+    "perplexity",
+    "long-context",
+    "recall",
+    "geometry",
+    "nulls",
+    "linear",
+    "hyperbolic",
+    "report",
+    "all",
+]
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,9 @@ def memory_suite(bench: Bench, command: Command) -> Measuring:
 
 def kernel_suite(name: str, bench: Bench, command: Command) -> Measuring:
     if not bench.gpu or not HAVE_TRITON:
-        raise cli.UsageError(f"--suite {name} needs a CUDA device and Triton; `{startup.command('train')} --doctor` says what this machine has")
+        raise cli.UsageError(
+            f"--suite {name} needs a CUDA device and Triton; `{startup.command('train')} --doctor` says what this machine has"
+        )
     return {"linear": kernels.linear, "hyperbolic": kernels.hyperbolic}[name](bench.device)
 
 
@@ -149,7 +165,9 @@ def nulls_suite(bench: Bench, command: Command) -> Measuring:
 
 def recall_suite(bench: Bench, command: Command) -> Measuring:
     sizes = recall.FULL if bench.gpu else recall.TOY
-    sizes = replace(sizes, **({"rates": command.rates} if command.rates else {}), **({"seeds": tuple(range(command.seeds))} if command.seeds else {}))
+    sizes = replace(
+        sizes, **({"rates": command.rates} if command.rates else {}), **({"seeds": tuple(range(command.seeds))} if command.seeds else {})
+    )
     recall.check(bench.kinds, sizes)
     return recall.run(bench.kinds, bench.devices, sizes, command.kernels)
 
@@ -158,20 +176,32 @@ def perplexity_suite(bench: Bench, command: Command) -> Measuring:
     if not command.suite:  # kinds that were named are there for their speed
         bench = replace(bench, kinds=[])
     what = {"text": text_of(bench, command)}
-    return of_models(bench, command, partial(perplexity.check, **what), partial(perplexity.run, **what, devices=bench.devices, kernels=command.kernels))
+    return of_models(
+        bench, command, partial(perplexity.check, **what), partial(perplexity.run, **what, devices=bench.devices, kernels=command.kernels)
+    )
 
 
 def long_context_suite(bench: Bench, command: Command) -> Measuring:
     what = {"text": text_of(bench, command)}
     sizes = {} if bench.gpu else {"times": 4, "windows": 4, "trials": 2}
-    return of_models(bench, command, partial(long_context.check, **what), partial(long_context.run, **what, **sizes, devices=bench.devices, kernels=command.kernels))
+    return of_models(
+        bench,
+        command,
+        partial(long_context.check, **what),
+        partial(long_context.run, **what, **sizes, devices=bench.devices, kernels=command.kernels),
+    )
 
 
 def geometry_suite(bench: Bench, command: Command) -> Measuring:
     tokens = command.tokens or (200_000 if bench.gpu else 2000)
     if text_of(bench, command):
-        raise cli.UsageError("--data.sources: suite geometry looks at runs on their own validation text; leave it out, or name other suites")
-    check, run = partial(geometry.check, tokens=tokens), partial(geometry.run, devices=bench.devices, tokens=tokens, kernels=command.kernels)
+        raise cli.UsageError(
+            "--data.sources: suite geometry looks at runs on their own validation text; leave it out, or name other suites"
+        )
+    check, run = (
+        partial(geometry.check, tokens=tokens),
+        partial(geometry.run, devices=bench.devices, tokens=tokens, kernels=command.kernels),
+    )
     return of_models(bench, command, check, run)
 
 
@@ -180,7 +210,9 @@ def report_suite(bench: Bench, command: Command) -> Measuring:
 
 
 class Suite(NamedTuple):
-    measured: Literal["kinds", "peers", "models", "nothing", "reports"]  # what is named with it: kinds; kinds and peers; kinds and runs; ...
+    measured: Literal[
+        "kinds", "peers", "models", "nothing", "reports"
+    ]  # what is named with it: kinds; kinds and peers; kinds and runs; ...
     gpu: str  # preset
     cpu: str
     start: Callable[[Bench, Command], Measuring]

@@ -27,7 +27,7 @@ def column(values: list[Any], digits: int = 4) -> list[str]:
     """Values of one column: floats with equally many decimals, so that the largest has `digits`, unless the smallest would have none."""
     sizes = [abs(x) for x in values if isinstance(x, float) and math.isfinite(x) and x]
     decimals = max(0, digits - 1 - math.floor(math.log10(max(sizes)))) if sizes else 0
-    if not sizes or max(sizes) > 1e3 * min(sizes) and (min(sizes) < 0.5 * 10**-decimals or not decimals):
+    if not sizes or (max(sizes) > 1e3 * min(sizes) and (min(sizes) < 0.5 * 10**-decimals or not decimals)):
         return [cell(x, digits) for x in values]
     written = [f"{rounded(x):,.{decimals}f}" if isinstance(x, float) else "" for x in values]
     spare = min(len(x) - len(x.rstrip("0")) for x in written if "." in x) if decimals else 0
@@ -44,7 +44,7 @@ def alignment(rows: list[Row]) -> list[str]:
 
     def of_numbers(name: str) -> bool:
         values = [row[name] for row in rows if row.get(name) not in ("", None)]
-        return any(isinstance(x, int | float) and not isinstance(x, bool) or re.match(r"[+−-]?\.?\d", str(x)) for x in values)
+        return any((isinstance(x, int | float) and not isinstance(x, bool)) or re.match(r"[+−-]?\.?\d", str(x)) for x in values)
 
     return ["right" if of_numbers(name) else "left" for name in columns_of(rows)]
 

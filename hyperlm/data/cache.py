@@ -114,7 +114,9 @@ def writing(folder: Path) -> Iterator[Path]:
         install(part, folder)
     finally:
         remove(part)
-        remove(Path(lock.lock_file))  # while it is held, so that nobody takes it for one that was left; on Windows, which refuses that, `release` does
+        remove(
+            Path(lock.lock_file)
+        )  # while it is held, so that nobody takes it for one that was left; on Windows, which refuses that, `release` does
         lock.release()
 
 
@@ -134,7 +136,8 @@ def install(part: Path, folder: Path) -> None:
     """Put a folder in its place; what is there and damaged makes way. Processes that have it mapped keep what they have."""
     for _ in range(9):
         try:
-            return os.replace(part, folder)
+            os.replace(part, folder)
+            return
         except OSError:
             if not os.path.lexists(folder):
                 raise

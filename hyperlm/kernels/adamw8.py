@@ -203,7 +203,15 @@ def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, WHAT: tl.c
 
 
 def adamw8(
-    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, shift: Tensor, decay: bool, what: int = reference.ALL
+    w: Tensor,
+    g: Tensor,
+    moments: Tensor,
+    factor: Tensor,
+    rates: Tensor,
+    origin: Tensor,
+    shift: Tensor,
+    decay: bool,
+    what: int = reference.ALL,
 ) -> None:
     """`reference.adamw8`."""
     if w.dtype == torch.float32:

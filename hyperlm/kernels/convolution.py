@@ -274,7 +274,14 @@ class Convolution(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int
+        x: Tensor,
+        weight: Tensor,
+        tail: Tensor | None,
+        r: Tensor | None,
+        beta: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        heads: int,
     ) -> tuple[Tensor | None, ...]:
         (b, n, c), lift = x.shape, Lift(r, beta, cos, sin)
         k = c // 3 // heads
@@ -309,7 +316,9 @@ def next_tail(x: Tensor, tail: Tensor | None) -> Tensor:
     return torch.cat([before[:, -missing:], x], 1)
 
 
-def convolved(x: Tensor, weight: Tensor, tail: Tensor | None, lift: Lift, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+def convolved(
+    x: Tensor, weight: Tensor, tail: Tensor | None, lift: Lift, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """q, k, v (B, H, N, K), times of points, and the next tail."""
     x, tail = x.contiguous(), None if tail is None else tail.contiguous()
     q, k, v, times = Convolution.apply(x, weight.contiguous(), tail, *lift, heads)

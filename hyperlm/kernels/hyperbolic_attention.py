@@ -152,19 +152,111 @@ def forward(
     all_see = (block * BM + M - N + 1) // BN * BN  # keys that every row of the block may look at, in whole blocks
     end = min(M, block * BM + M - N + BM)
     acc, total, lost, least = attend(
-        acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, False, False, EVEN, EXACT
+        acc,
+        total,
+        lost,
+        least,
+        times,
+        rows,
+        i,
+        s_k,
+        v,
+        t_k,
+        temperature,
+        0,
+        all_see,
+        M,
+        k_n,
+        v_n,
+        K,
+        V,
+        BN,
+        DISTANCE,
+        False,
+        False,
+        EVEN,
+        EXACT,
     )
     acc, total, lost, least = attend(
-        acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, False, True, EVEN, EXACT
+        acc,
+        total,
+        lost,
+        least,
+        times,
+        rows,
+        i,
+        s_k,
+        v,
+        t_k,
+        temperature,
+        all_see,
+        end,
+        M,
+        k_n,
+        v_n,
+        K,
+        V,
+        BN,
+        DISTANCE,
+        False,
+        True,
+        EVEN,
+        EXACT,
     )
     if (tl.max(total, 0) > LARGEST) | (tl.min(total, 0) < 1 / LARGEST):
         acc, total, lost = tl.zeros((BM, V), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
         least = tl.full((BM,), float("inf"), tl.float32)
         acc, total, lost, least = attend(
-            acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, 0, all_see, M, k_n, v_n, K, V, BN, DISTANCE, True, False, EVEN, EXACT
+            acc,
+            total,
+            lost,
+            least,
+            times,
+            rows,
+            i,
+            s_k,
+            v,
+            t_k,
+            temperature,
+            0,
+            all_see,
+            M,
+            k_n,
+            v_n,
+            K,
+            V,
+            BN,
+            DISTANCE,
+            True,
+            False,
+            EVEN,
+            EXACT,
         )
         acc, total, lost, least = attend(
-            acc, total, lost, least, times, rows, i, s_k, v, t_k, temperature, all_see, end, M, k_n, v_n, K, V, BN, DISTANCE, True, True, EVEN, EXACT
+            acc,
+            total,
+            lost,
+            least,
+            times,
+            rows,
+            i,
+            s_k,
+            v,
+            t_k,
+            temperature,
+            all_see,
+            end,
+            M,
+            k_n,
+            v_n,
+            K,
+            V,
+            BN,
+            DISTANCE,
+            True,
+            True,
+            EVEN,
+            EXACT,
         )
     tl.store(log_sums + head.to(tl.int64) * N + n, tl.log2(total) - least, mask=inside)
     to = o + ((b * N + n.to(tl.int64)[:, None]) * H + h) * V + tl.arange(0, V)[None, :]
@@ -282,7 +374,9 @@ def backward_keys(
     turned, d_b = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
     offset = M - N
     start = max(0, block * BN - offset) // BM * BM
-    all_seen = min(tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM)  # queries from here on look at the whole block
+    all_seen = min(
+        tl.cdiv(max(0, block * BN + BN - 1 - offset), BM) * BM, tl.cdiv(N, BM) * BM
+    )  # queries from here on look at the whole block
     temperature = tl.load(beta + h)
     s_q += b * q_b + h * q_h
     d_o += b * N * do_n + h * V

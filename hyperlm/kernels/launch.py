@@ -31,7 +31,9 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, registers: int | None = None, **constants: Any
+) -> None:
     """kernel[grid](*arguments, **constants), constants in the kernel's order and after all arguments.
 
     Args:

@@ -157,7 +157,9 @@ def walk_chunks(
         key_c = load(key + at * s_key + in_key, mask, EVEN)
         value_c = load(value + at * s_value + in_value, mask, EVEN)
         if DECAY and not STEEP:
-            state *= tl.load(totals + chunk + (2 if BACKWARD else 0) + same)[:, None]  # over the chunk before this one; the first time, by one
+            state *= tl.load(totals + chunk + (2 if BACKWARD else 0) + same)[
+                :, None
+            ]  # over the chunk before this one; the first time, by one
             write_c = load(write + at + c, inside, EVEN, 1.0)
             value_c = (value_c * write_c[:, None]).to(value_c.dtype)
         read_state = state.to(query_c.dtype)
@@ -322,7 +324,17 @@ def segment_sums(
 
 
 @triton.jit
-def carry(sums, totals, initial, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, BACKWARD: tl.constexpr):
+def carry(
+    sums,
+    totals,
+    initial,
+    segments,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DECAY: tl.constexpr,
+    INITIAL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
     """Turn what each segment adds, (B, H, segments, SIZE), into the state before it (after it, if BACKWARD), in place."""
     blocks: tl.constexpr = SIZE // BLOCK
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -351,7 +363,20 @@ def inner(x, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def decay_gradient(
-    rows, columns, marks, last, d_last, d_decay, B, N, H, parts, SIZE: tl.constexpr, LAST: tl.constexpr, MARK: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    columns,
+    marks,
+    last,
+    d_last,
+    d_decay,
+    B,
+    N,
+    H,
+    parts,
+    SIZE: tl.constexpr,
+    LAST: tl.constexpr,
+    MARK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """d_decay_n = sum_{i>=n} (rows_i - columns_i) in each stretch of MARK positions, plus what lies beyond its end."""
     n_marks = (N - 1) // MARK
@@ -426,7 +451,11 @@ def segment_length(heads: int, n: int, device: torch.device) -> int:
 def division(heads: int, n: int, device: torch.device) -> str:
     """How sequences of length n are divided, in words, for `heads` heads x batch."""
     segment = segment_length(heads, n, device)
-    return f"a sweep for each of {heads} heads x batch" if segment >= n else f"{heads} heads x batch in {cdiv(n, segment)} segments of {segment:,}"
+    return (
+        f"a sweep for each of {heads} heads x batch"
+        if segment >= n
+        else f"{heads} heads x batch in {cdiv(n, segment)} segments of {segment:,}"
+    )
 
 
 def choose(x: Tensor, K: int, V: int, segment: int, decay: Tensor | None, backward: bool = False) -> tuple[Config, bool]:
@@ -483,8 +512,17 @@ def add_up(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, write: Tensor | None, totals: Tensor | None,
-    last: Tensor, starts: Tensor | None, has_state: bool, do: Tensor | None, d_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    write: Tensor | None,
+    totals: Tensor | None,
+    last: Tensor,
+    starts: Tensor | None,
+    has_state: bool,
+    do: Tensor | None,
+    d_last: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay and the initial state, token-major."""
     (b, n, h, kd), vd = q.shape, v.shape[-1]
@@ -555,7 +593,9 @@ class LinearAttention(Function):
 
 
 @torch.compiler.disable  # compiled code calls it as it is
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.linear_attention`, in bf16 or fp32."""
     decay = None if log_decay is None else log_decay.contiguous()
     state = None if state is None else state.contiguous()

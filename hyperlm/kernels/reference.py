@@ -114,9 +114,7 @@ def readout(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, result: Tensor
     return F.linear(norm_gate(o, weight, gate), out)
 
 
-def hyperbolic_attention(
-    t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str
-) -> Tensor:
+def hyperbolic_attention(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str) -> Tensor:
     """Causal softmax attention whose scores are hyperbolic: S_ij = -beta log cosh d(q_i, k_j), or -beta d(q_i, k_j).
 
     cosh d = t_q t_k - s_q . s_k, with the product of times outside the matrix product, in fp32: together with times computed from the
@@ -271,7 +269,9 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, va
     """
     stream = x if values is None else x + values
     stream = stream if y is None else stream + y
-    read = stream.view_as(stream)  # the norm's part of a gradient is added up by itself, which gives the same bits whether x is hollow or not
+    read = stream.view_as(
+        stream
+    )  # the norm's part of a gradient is added up by itself, which gives the same bits whether x is hollow or not
     return x if y is None else stream, F.rms_norm(read, read.shape[-1:], weight.to(read.dtype), eps=EPS).to(dtype)
 
 

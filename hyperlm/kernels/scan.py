@@ -97,4 +97,6 @@ class Scan(Function):
 def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
     """`reference.scan` in fp32, for one axis before the last two."""
     log_a = log_a.expand_as(b)
-    return Scan.apply(log_a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous(), None if h is None else h.to(torch.float32).contiguous())
+    return Scan.apply(
+        log_a.to(torch.float32).contiguous(), b.to(torch.float32).contiguous(), None if h is None else h.to(torch.float32).contiguous()
+    )

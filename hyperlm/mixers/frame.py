@@ -170,7 +170,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        narrow = torch.cat([self.gate_down, *self.narrow()])  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
+        narrow = torch.cat(
+            [self.gate_down, *self.narrow()]
+        )  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
         qkv, small = Both.apply(x, self.qkv, narrow)
         low, few = small.split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
         gate = F.linear(low, self.gate_up)

@@ -213,7 +213,9 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
             while rest and len(fetched) < slots - 1:
                 index, update = rest[0]
                 beside = {visit.index for visit in fetched} | {index}
-                if plan.shared and layers + 1 in beside and not beside <= {layers, layers + 1}:  # the head takes the place of all but the last block
+                if (
+                    plan.shared and layers + 1 in beside and not beside <= {layers, layers + 1}
+                ):  # the head takes the place of all but the last block
                     break
                 rest.popleft()
                 fetched.append(traffic.fetch(state, index, update=update))
@@ -313,10 +315,14 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
             fetch_ahead()
         visit = fetched.popleft()
         weights = weights_of(visit)
-        if not cfg.model.dropout:  # whose masks belong to a micro-batch; else together again, since the gradient of a lookup sorts its tokens
+        if (
+            not cfg.model.dropout
+        ):  # whose masks belong to a micro-batch; else together again, since the gradient of a lookup sorts its tokens
             tokens = torch.stack([tokens[chosen[0] : chosen[-1] + 1].flatten(0, 1) for chosen in together])
             d = [torch.cat([d[a] for a in chosen]) for chosen in together]
-        found, _ = pulled([(partial(model.embed, weights, t, cfg.model, ctx), []) for t, ctx in zip(tokens, contexts, strict=False)], weights, d)
+        found, _ = pulled(
+            [(partial(model.embed, weights, t, cfg.model, ctx), []) for t, ctx in zip(tokens, contexts, strict=False)], weights, d
+        )
         found = measured(visit, weights, found)
         every_norm = torch.stack(norms)
         factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)

@@ -140,7 +140,9 @@ class Traffic:
             [list(torch.tensor([signed(own[p.leaf] + p.first * COUNTERS) for p in piece], device=device)) for piece in pieces]
             for own, pieces in zip(starts, self.pieces, strict=True)
         ]
-        self.cuts: dict[tuple, tuple[Tree, list[Cut]]] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
+        self.cuts: dict[
+            tuple, tuple[Tree, list[Cut]]
+        ] = {}  # of trees, by their identity: a stage has a hundred views, and they stay the same
         self.landed: dict[tuple, list[Cut]] = {}  # of buffers, by what comes into them
         self.stored: dict[int, Tree] = {}  # stages as they lie on the device, always at the same place
         sizes = [
@@ -152,7 +154,10 @@ class Traffic:
 
     def cuts_of(self, index: int, stage: Tree) -> list[Cut]:
         if (index, id(stage)) not in self.cuts:
-            self.cuts[index, id(stage)] = stage, cut_up(stage, self.pieces[index])  # with the tree, whose identity is its own while it lives
+            self.cuts[index, id(stage)] = (
+                stage,
+                cut_up(stage, self.pieces[index]),
+            )  # with the tree, whose identity is its own while it lives
         return self.cuts[index, id(stage)][1]
 
     def landing(self, number: int, coming: list[Cut]) -> list[Cut]:
@@ -215,7 +220,14 @@ class Traffic:
     # -- updates
 
     def through(
-        self, visit: Visit, home: Tree, coming: list[Tree], kept: int, fn: Callable[[list[Part], list, list, list, list], None], *, bring: bool = False
+        self,
+        visit: Visit,
+        home: Tree,
+        coming: list[Tree],
+        kept: int,
+        fn: Callable[[list[Part], list, list, list, list], None],
+        *,
+        bring: bool = False,
     ) -> Visit:
         """Bring what belongs to a stage piece by piece, and send home what becomes of it and of the weights.
 
@@ -283,7 +295,9 @@ class Traffic:
 
         def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             own = [cut(grads[part.leaf], part) for part in piece]
-            self.optimizer.update(own, dict(zip(names, brought, strict=True)), weights, state.updates, decay=acts, origin=origin, factor=factor)
+            self.optimizer.update(
+                own, dict(zip(names, brought, strict=True)), weights, state.updates, decay=acts, origin=origin, factor=factor
+            )
 
         return self.through(visit, stage_of(state.params, visit.index), moments, 0, fn)
 
