@@ -1,7 +1,9 @@
 """Talk to a run: it answers, or where its data was text alone, goes on with yours.
 
-python chat.py                          the newest run; /help lists commands
-python chat.py runs/x --prompt "def "   one text, then the end
+    python chat.py                          the newest run; /help lists commands
+    python chat.py runs/x --prompt "def "   one text, then the end
+
+The newest is the run that saved last.
 """
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Train a hyperbolic language model: parse, resume or init; then the loop.
 
-python train.py --preset small         a whole run in two minutes
-python train.py --resume runs/x        go on exactly where runs/x stopped
-python train.py --init runs/x --data.sources talks.jsonl
-                                       a new run from its weights: fine-tuning
-python train.py --preset max --plan    what a run takes on this machine
+    python train.py --preset small         a whole run in two minutes
+    python train.py --resume runs/x        go on exactly where runs/x stopped
+    python train.py --init runs/x --data.sources talks.jsonl
+                                           a new run from its weights: fine-tuning
+    python train.py --preset max --plan    what a run takes on this machine
+
+What each setting means is in hyperlm/config.py; presets are in configs.py.
 """
 
 if __name__ == "__main__":
