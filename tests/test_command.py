@@ -200,7 +200,7 @@ def test_a_wheel_in_a_fresh_environment_trains_resumes_and_talks(wheel, foreign,
     assert made.endswith("talk to it with: hyperlm chat runs/r\n")
     assert "steps 2 to 4" in run(programs / "hyperlm", "train", "--resume", "runs/r", "--train.steps", "4")
     assert run(programs / "hyperlm", "chat", "--prompt", "A word", "--seed", "0", "--max-tokens", "4").startswith("A word")
-    assert "val_ppl" in run(python, "-m", "hyperlm", "bench", "runs/r", "--name", "b")
+    assert "bits per byte" in run(python, "-m", "hyperlm", "bench", "runs/r", "--name", "b")
     assert run(programs / "hyperlm", "chat", "runs/x", code=2).startswith("error: runs/x: no such run")
     assert run(python, "-c", "import hyperlm; print(hyperlm.load().step)") == "4\n"
     assert run(python, "-c", "import importlib.util as u; print(u.find_spec('hyperlm').origin)").startswith(str(site))
