@@ -92,6 +92,7 @@ def test_as_many_digits_as_mean_something(values, digits, shown):
 
 def test_errors_have_a_digit_less_than_what_they_are_of():
     assert tables.table([{"loss": 3.1459, "standard error": 0.17305}]).splitlines()[-1] == "|  3.146 |            0.173 |"
+    assert tables.table([{"loss": math.nan, "standard error": math.nan}]).splitlines()[-1] == "|    nan |                  |"
 
 
 def test_what_is_equal_in_all_rows_is_not_shown_where_it_need_not_be_and_failures_stand_below():

@@ -129,7 +129,7 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
     texts: dict[str, list[str]] = {}
     for row in rows["text"]:
         size = (
-            f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, which begin in {row['documents']:,} documents; "
+            f"{row['tokens']:,} tokens in {row['sequences']:,} sequences, of documents {row['documents']:,}; "
             f"{row['in documents with brackets']:,} tokens in documents with brackets"
         )
         texts.setdefault(size, []).append(row["model"])

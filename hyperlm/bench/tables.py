@@ -52,10 +52,16 @@ def alignment(rows: list[Row]) -> list[str]:
 UNCERTAIN = re.compile(r"\b(error|spread)\b|± %")  # columns of how far others may be off
 
 
+def values_of(rows: list[Row], name: str) -> list[Any]:
+    """Of one column; an error that cannot be told, as of a single document, is left out."""
+    values = [row.get(name) for row in rows]
+    return [None if UNCERTAIN.search(name) and isinstance(x, float) and math.isnan(x) else x for x in values]
+
+
 def laid_out(rows: list[Row], style: str, digits: int = 4) -> str:
     columns = columns_of(rows)
     of_each = [digits - bool(UNCERTAIN.search(name)) for name in columns]
-    cells = list(zip(*(column([row.get(name) for row in rows], own) for name, own in zip(columns, of_each, strict=True)), strict=True))
+    cells = list(zip(*(column(values_of(rows, name), own) for name, own in zip(columns, of_each, strict=True)), strict=True))
     if style == "pipe":
         columns, *cells = ([text.replace("|", "\\|") for text in line] for line in [columns, *cells])
     return tabulate(cells, columns, tablefmt=style, disable_numparse=True, colalign=alignment(rows))
