@@ -114,26 +114,9 @@ def diverged(monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "restore", nan)
 
 
-# A whole run in a second or two: flags for train.py, with a text of one's own.
+# A model of a moment, and a whole run of it in a second or two: flags for train.py, with a text of one's own.
+SMALLEST_MODEL = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320".split()
 SMALLEST = [
-    "--model.d-model",
-    "32",
-    "--model.n-layers",
-    "2",
-    "--model.head-dim",
-    "8",
-    "--model.vocab-size",
-    "320",
-    "--data.seq-len",
-    "32",
-    "--train.batch-size",
-    "4",
-    "--train.grad-accum",
-    "2",
-    "--eval.max-tokens",
-    "2000",
-    "--eval.sample-tokens",
-    "8",
-    "--log.every",
-    "1",
+    *SMALLEST_MODEL,
+    *"--data.seq-len 32 --train.batch-size 4 --train.grad-accum 2 --eval.max-tokens 2000 --eval.sample-tokens 8 --log.every 1".split(),
 ]

@@ -7,27 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALLEST, write_prose
+from conftest import SMALLEST, SMALLEST_MODEL, write_prose
 
 import bench
 import train
 from hyperlm import cli, kernels, model
 from hyperlm.bench import suites, training
 
-TINIEST = [
-    "--model.d-model",
-    "32",
-    "--model.n-layers",
-    "2",
-    "--model.head-dim",
-    "8",
-    "--model.vocab-size",
-    "320",
-    "--preset",
-    "small",
-    "--train.device",
-    "cpu",
-]
+TINIEST = [*SMALLEST_MODEL, "--preset", "small", "--train.device", "cpu"]
 
 
 def call(*argv: str) -> int:

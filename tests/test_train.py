@@ -166,20 +166,7 @@ def test_a_run_on_conversations_resumes_bit_for_bit_in_the_middle_of_an_epoch_an
     rng, path = random.Random(0), tmp_path / "talks.jsonl"
     rows = [{"question": f"q{i} " * rng.randint(1, 4), "answer": f"a{i} " * rng.randint(1, 9)} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "a text. " * 20}]))
-    flags = [
-        "--data.tokenizer",
-        "bytes",
-        "--data.val-fraction",
-        "0.3",
-        "--train.steps",
-        "7",
-        "--ckpt.every",
-        "2",
-        "--ckpt.keep",
-        "9",
-        "--eval.every",
-        "4",
-    ]
+    flags = "--data.tokenizer bytes --data.val-fraction 0.3 --train.steps 7 --ckpt.every 2 --ckpt.keep 9 --eval.every 4".split()
     for name in ("whole", "parts"):
         assert start(path, name, *flags, "--data.loss", loss, *residence) == 0
     said = capsys.readouterr().out

@@ -175,13 +175,9 @@ def over_depths(rows: Sequence[Row]) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(scoring.Job):
     """A part of the suite, of one model."""
 
-    label: str
-    run: Path
-    text: DataConfig | None
-    kernels: str
     part: Literal["positions", "passkeys"]
     weights: Literal["trained", "untrained"]
     times: int

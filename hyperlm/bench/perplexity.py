@@ -23,14 +23,8 @@ check = scoring.check
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run to evaluate."""
-
-    label: str
-    run: Path
-    text: DataConfig | None
-    kernels: str
-    max_tokens: int
+class Job(scoring.Job):
+    max_tokens: int  # of each source; 0 for all
 
 
 @dataclass(frozen=True)

@@ -367,7 +367,10 @@ def run(labels: Sequence[str], devices: Sequence[torch.device], sizes: Sizes, ke
     """
     found: Found = []
     each = EACH if devices[0].type == "cuda" else 1
-    for jobs in (lambda: grid_of(labels, sizes, kernels), lambda: repeats_of(found, sizes)):
-        for pair in pool.side_by_side(measure, jobs(), devices, each=each, desc="recall"):
-            found.append(pair)
-            yield result(found, sizes, env.compute_dtype(devices[0]))
+    jobs = grid_of(labels, sizes, kernels)
+    grid = len(jobs)
+    for pair in pool.side_by_side(measure, jobs, devices, each=each, desc="recall"):
+        found.append(pair)
+        if len(found) == grid:  # what the other seeds are trained with depends on all of it
+            jobs += repeats_of(found, sizes)
+        yield result(found, sizes, env.compute_dtype(devices[0]))

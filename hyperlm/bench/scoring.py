@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,16 @@ from hyperlm.tree import Tree
 Scorer = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of each target, (B, N); 0 where that is loss.IGNORE
 
 AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 12}  # tokens that are read together, by device
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to evaluate, and on what."""
+
+    label: str
+    run: Path
+    text: DataConfig | None  # None for its own validation text
+    kernels: str
 
 
 def check(models: Mapping[str, Path], text: DataConfig | None) -> None:

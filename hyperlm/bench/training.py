@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +55,6 @@ class Outcome:
     curve: list[Point]
     tokens_per_second: float  # of training alone
     gib: float  # peak memory of training
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 class Learner(NamedTuple):
