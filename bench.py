@@ -175,11 +175,12 @@ def main(argv: list[str]) -> int:
         raise cli.UsageError(f"{where}, where results go, cannot be written to ({e.strerror}): mend that, or go to another folder") from e
 
     results: dict[str, Result] = {}
+    machine = env.describe(device) if names != ["report"] else {}  # what is joined was measured elsewhere, and says where
     written = time.monotonic()
 
     def write() -> None:
         nonlocal written
-        report.write(bench.folder, list(results.values()), env.describe(device), " ".join([startup.command("bench"), *argv]))
+        report.write(bench.folder, list(results.values()), machine, " ".join([startup.command("bench"), *argv]))
         written = time.monotonic()
 
     try:

@@ -505,6 +505,7 @@ def test_reports_of_several_benchmarks_are_joined():
     apart = [row | {"model": f"{row['model']} ({name})"} for name, rows in (("a", losses()), ("b", losses(1.0))) for row in rows]
     assert both.tables[0].rows == apart
     assert both.figures == [FIGURES["bars"]] and [note[:13] for note in both.notes] == ["a: bench of a", "a note", "b: bench of b"]
+    assert all(note.endswith(f", {MACHINE['cpu']})") for note in both.notes if "bench of" in note)  # where each was measured
     assert (a.suite, b.suite) == ("a", "b") and b.tables[0].rows == [{"x": 1.0}]
 
 

@@ -158,6 +158,13 @@ def load(folder: Path) -> list[Result]:
     return results
 
 
+def where(record: dict[str, Any]) -> str:
+    """The machine of a benchmark, in words: its cards, or else its processor."""
+    machine = record.get("machine") or {}
+    cards = machine.get("gpus", 1)
+    return f"{cards} x {machine['gpu']}" if machine.get("gpu") and cards > 1 else machine.get("gpu") or machine.get("cpu", "")
+
+
 def labels(result: Result) -> set[str]:
     """The models of a result."""
     return {row["model"] for t in result.tables for row in t.rows if "model" in row}
@@ -182,7 +189,7 @@ def join(folders: Sequence[Path]) -> list[Result]:
     often = Counter((result.suite, label) for results in loaded.values() for result in results for label in labels(result))
     for folder, results in loaded.items():
         record = read(folder)
-        origin = ", ".join(str(record.get(name)) for name in ("commit", "date") if record.get(name))
+        origin = ", ".join(str(fact) for fact in (record.get("commit"), record.get("date"), where(record)) if fact)
         for result in results:
             result = relabelled(result, {label: f"{label} ({folder.name})" for label in labels(result) if often[result.suite, label] > 1})
             former = joined.get(result.suite, Result(result.suite, []))
