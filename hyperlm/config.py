@@ -290,8 +290,9 @@ def peak_rate(cfg: ModelConfig) -> float:
     et al. 2022, "Tensor Programs V", hidden matrices under Adam; most matrices here are low-rank factors, whose ranks grow with d). The
     constant was chosen by runs of 200 steps of 32 x 512 tokens at d 256, 512, 1024, 2048 and 4096 with 4, 12, 16, 24 and 32 layers, one
     seed. With a warm-up of 40 to 50 steps, training loss with twice this rate is lower by 0.06 to 0.08 up to d 2048, and higher by 0.15 at
-    d 4096; with 20, four times this rate is far worse up to d 2048, and twice this rate at d 4096. The cap is a choice, not an optimum: at
-    d 64, 1/64 ends lower than 1/128 (5.02 and 5.19), and gradients have norms above 30 with either.
+    d 4096; four epochs of preset `standard` end 0.05 higher with it. With a warm-up of 20, four times this rate is far worse up to d 2048, and
+    twice this rate at d 4096. The cap is a choice, not an optimum: at d 64, 1/64 ends lower than 1/128 (5.02 and 5.19), and gradients have
+    norms above 30 with either.
     """
     return 1 / max(128, cfg.d_model)
 

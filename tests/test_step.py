@@ -431,6 +431,8 @@ def test_steps_allocate_at_the_same_addresses(optim):
         optim=OptimConfig(lr=1e-3, clip=1e-3, **optim),
     )
     device = torch.device("cuda", 0)
+    gc.collect()
+    torch.cuda.empty_cache()  # blocks that other tests left would be taken first, and not by the same tensors at every step
     state, step = init_state(cfg, device), make_step(cfg, new_schedule(cfg.optim, 10), device)
     found = []
     for i in range(5):

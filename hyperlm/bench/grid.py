@@ -17,9 +17,9 @@ from hyperlm.bench.arms import PEERS
 from hyperlm.bench.peers import gpt
 from hyperlm.bench.pool import Failure, side_by_side
 from hyperlm.bench.training import Job, Outcome, train
-from hyperlm.config import Config, ConfigError, peak_rate
+from hyperlm.config import Config, ConfigError, resolve
 
-MULTIPLES = (0.5, 1.0, 2.0)  # of the rule's rate, to begin with
+MULTIPLES = (0.5, 1.0, 2.0)  # of the run's rate, to begin with
 EXTENSIONS = 3  # factors of two that a grid goes on by, at most
 FINALISTS = 2  # rates that are tried with all seeds
 NO_LOSS = math.inf  # of what failed or diverged
@@ -44,8 +44,8 @@ Trials = dict[str, list[Trial]]  # of each arm, in the order in which they ended
 
 
 def rates_of(config: Config) -> tuple[float, ...]:
-    """A grid to begin with: around what `config.peak_rate` gives the width."""
-    return tuple(multiple * peak_rate(config.model) for multiple in MULTIPLES)
+    """A grid to begin with: around the rate of the run, which is that of `config.peak_rate` where it has none of its own."""
+    return tuple(multiple * resolve(config).optim.lr for multiple in MULTIPLES)
 
 
 def check(rates: Sequence[float], seeds: Sequence[int]) -> None:

@@ -32,7 +32,7 @@ from hyperlm.bench import (
     training,
 )
 from hyperlm.bench.result import Result, Table
-from hyperlm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, peak_rate, resolve
+from hyperlm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, resolve
 from hyperlm.kernels import HAVE_TRITON
 
 Name = Literal[
@@ -67,7 +67,7 @@ class Command:
     seeds: int = 0
     """Of what is trained to be compared: 0, 1, ... up to so many; by default 3 on a GPU and 1 on a CPU."""
     rates: tuple[float, ...] = ()
-    """Learning rates to choose each model's best from; by default half, once and twice the rate that follows from the width, on a CPU that alone. Where the
+    """Learning rates to choose each model's best from; by default half, once and twice --optim.lr, on a CPU that alone. Where the
     best of several is at the edge, the grid goes on."""
     name: str = ""
     """Folder of the results under runs/."""
@@ -246,7 +246,7 @@ def learning(bench: Bench, command: Command) -> Config:
 
 def rates(bench: Bench, command: Command, config: Config) -> tuple[float, ...]:
     """Learning rates to choose from; a CPU has no time for more than one."""
-    return command.rates or (grid.rates_of(config) if bench.gpu else (peak_rate(config.model),))
+    return command.rates or (grid.rates_of(config) if bench.gpu else (config.optim.lr,))
 
 
 def seeds(bench: Bench, command: Command) -> tuple[int, ...]:
