@@ -1,9 +1,9 @@
-"""AdamW as (keep, init, update), its schedule and gradient clipping. `update` takes any part of the parameter tree, so that it can run layer by
-layer."""
+"""AdamW as (keep, init, update), its schedule and gradient clipping. `update` takes any leaves of the parameter tree, or parts of them, so that it
+can run layer by layer and piece by piece."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperlm import kernels, tree
 from hyperlm.config import OptimConfig
-from hyperlm.kernels.reference import ALL, APART, BLOCK, ROW
+from hyperlm.kernels.reference import APART, BLOCK, ROW, UpdatePart
 from hyperlm.kernels.reference import norm as norm_of
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
@@ -24,22 +24,39 @@ from hyperlm.tree import Tree
 WARMUP = 50
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter, or some whole blocks of one, with all that its update reads. An update consumes these tensors: param and moments become the new ones."""
+
+    param: Tensor
+    grad: Tensor  # of as many numbers, fp32 or bf16, or in 8 bits (see `reference.encode8`)
+    moments: dict[str, Tensor]  # by their names in opt_state
+    decay: bool  # whether weight decay acts
+    stream: Tensor  # int64 scalar on the leaf's device: counter base of its random stream (see `origins`)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is done to leaves."""
+
+    step: int  # updates made before: decides learning rate and bias correction
+    factor: Tensor | None = None  # fp32 scalar on their device, of the gradient's scale; by 0 it counts as 0 even where it is not finite
+    part: UpdatePart = UpdatePart.FULL  # see `reference.adamw8`
+
+
 class Optimizer(NamedTuple):
-    """How parameters are kept, and how they learn.
+    """How parameters are kept, and how they learn."""
 
-    keep(values) -> a parameter as it is stored, given fp32 values; init(params) -> opt_state; update(grads, opt_state, params, step, *, decay,
-    origin, factor=None, what=ALL) -> (params, opt_state).
+    keep: Callable[[Tensor], Tensor]  # fp32 values -> the parameter as it is stored
+    init: Callable[[Tree], Tree]  # params -> opt_state, {name: tree like params}
+    update: Callable[[Sequence[Leaf], Update], None]  # in place
 
-    `update` works in place: the tensors of params, opt_state and grads are consumed. Its `step` counts the updates made before (0 for the
-    first) and decides learning rate and bias correction; `decay` has the structure of params, with True where weight decay acts; `origin` says
-    where each leaf's random stream starts (see `origins`), an int64 scalar each on their device; gradients are multiplied by `factor`, an
-    fp32 scalar on their device, and by 0 they count as 0 even where they are not finite; `what` names the part of the update to make, if
-    not all of it: see `reference.adamw8`.
-    """
 
-    keep: Callable[[Tensor], Tensor]
-    init: Callable[[Tree], Tree]
-    update: Callable[..., tuple[Tree, Tree]]
+def leaves_of(grads: Tree, opt_state: Tree, params: Tree, decay: Tree, streams: Iterable[Tensor]) -> list[Leaf]:
+    """The leaves of trees like the parameters; `streams` in their order."""
+    moments = zip(*(tree.leaves(part) for part in opt_state.values()), strict=True)
+    named = (dict(zip(opt_state, of_leaf, strict=True)) for of_leaf in moments)
+    return [Leaf(*parts) for parts in zip(tree.leaves(params), tree.leaves(grads), named, tree.leaves(decay), streams, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -92,19 +109,16 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
     def init(params: Tree) -> Tree:
         return {"m": tree.map(torch.zeros_like, params), "v": tree.map(torch.zeros_like, params)}
 
-    def update(
-        grads: Tree, opt_state: Tree, params: Tree, step: int, *, decay: Tree, origin: Iterable[Tensor] = (), factor: Tensor | None = None,
-        what: int = ALL,
-    ) -> tuple[Tree, Tree]:  # fmt: skip
-        if what != ALL:
+    def update(leaves: Sequence[Leaf], update: Update) -> None:
+        if update.part != UpdatePart.FULL:
             raise NotImplementedError("updates in parts are those of 8-bit moments")
-        p, g, m, v = (tree.leaves(t) for t in (params, grads, opt_state["m"], opt_state["v"]))
-        g = [x.float() if x.dtype == torch.bfloat16 else x for x in g]
-        if factor is not None:
-            torch._foreach_mul_(g, factor)
+        p, m, v = [leaf.param for leaf in leaves], [leaf.moments["m"] for leaf in leaves], [leaf.moments["v"] for leaf in leaves]
+        g = [leaf.grad.float() if leaf.grad.dtype == torch.bfloat16 else leaf.grad for leaf in leaves]
+        if update.factor is not None:
+            torch._foreach_mul_(g, update.factor)
             g = [torch.nan_to_num_(x, 0, 0, 0) for x in g]  # infinity times 0
-        rate = lr(step)
-        decayed = [leaf for leaf, acts in zip(p, tree.leaves(decay), strict=True) if acts]
+        step, rate = update.step, lr(update.step)
+        decayed = [leaf.param for leaf in leaves if leaf.decay]
         if decayed and cfg.weight_decay:
             torch._foreach_mul_(decayed, 1 - rate * cfg.weight_decay)
         torch._foreach_lerp_(m, g, 1 - cfg.beta1)
@@ -114,7 +128,6 @@ def adamw(cfg: OptimConfig, lr: Callable[[int], float]) -> Optimizer:
         torch._foreach_div_(scale, math.sqrt(1 - cfg.beta2 ** (step + 1)))
         torch._foreach_add_(scale, 1e-8)
         torch._foreach_addcdiv_(p, m, scale, -rate / (1 - cfg.beta1 ** (step + 1)))
-        return params, opt_state
 
     return Optimizer(lambda values: values, init, update)
 
@@ -147,25 +160,13 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
             known[step, device] = rates, sent(signed(step * APART), device)
         return known[step, device]
 
-    def update(
-        grads: Tree,
-        opt_state: Tree,
-        params: Tree,
-        step: int,
-        *,
-        decay: Tree,
-        origin: Iterable[Tensor],
-        factor: Tensor | None = None,
-        what: int = ALL,
-    ) -> tuple[Tree, Tree]:
-        p, g, moments, acts = (tree.leaves(t) for t in (params, grads, opt_state["moments"], decay))
-        device = p[0].device
+    def update(leaves: Sequence[Leaf], update: Update) -> None:
+        device = leaves[0].param.device
         one = kernels.table(("adamw8",), device, backend)["adamw8"]
-        factor = torch.ones((), device=device) if factor is None else factor
-        rates, shift = of_step(step, device)
-        for p_own, g_own, moments_own, start, acts_own in zip(p, g, moments, origin, acts, strict=True):
-            one(p_own, g_own, moments_own, factor, rates, start, shift, acts_own, what)
-        return params, opt_state
+        factor = torch.ones((), device=device) if update.factor is None else update.factor
+        rates, shift = of_step(update.step, device)
+        for leaf in leaves:
+            one(leaf.param, leaf.grad, leaf.moments["moments"], factor, rates, leaf.stream, shift, leaf.decay, update.part)
 
     return Optimizer(keep, init, update)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from hyperlm.kernels.reference import ALL
+from hyperlm.kernels.reference import UpdatePart
 from hyperlm.tree import Tree
 
 
@@ -15,7 +15,7 @@ class Pending:
     grads: Tree  # like the parameters, in host memory
     factors: Tensor  # of the gradient of each stage, from clipping
     updates: int  # that were made before
-    what: int = ALL  # the part; see `kernels.reference.adamw8`
+    what: UpdatePart = UpdatePart.FULL  # the part; see `kernels.reference.adamw8`
     moved: tuple[bool, ...] = ()  # of each stage, whether its weights have moved already
 
 

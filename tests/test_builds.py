@@ -149,12 +149,12 @@ def builds():
         yield (
             "adamw8",
             adamw8.update,
-            args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, WHAT=reference.CORRECTION),
+            args | shape | dict(ROW=reference.ROW, DECAY=True, DECODE=True, PART=reference.UpdatePart.CORRECT.value),
             adamw8.WARPS,
             3,
             capability,
         )
-        wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, WHAT=reference.CORRECTION, BLOCK=1024)
+        wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, PART=reference.UpdatePart.CORRECT.value, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
         coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(
             codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS

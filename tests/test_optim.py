@@ -12,6 +12,10 @@ from configs import PRESETS
 from hyperlm import optim, tree
 from hyperlm.config import Config, ModelConfig, OptimConfig, resolve
 from hyperlm.kernels import reference
+from hyperlm.kernels.reference import UpdatePart
+from hyperlm.optim import Leaf, Update, leaves_of
+
+NO_STREAM = torch.tensor(0)  # of what is not rounded
 
 
 def params() -> dict:
@@ -34,7 +38,7 @@ def test_adamw_equals_torch_with_decay_on_matrices_only():
         for name, p in theirs.items():
             p.grad = grads[name].clone()
         oracle.step()
-        mine, state = ours.update(grads, state, mine, step, decay={"w": True, "b": False})
+        ours.update(leaves_of(grads, state, mine, {"w": True, "b": False}, [NO_STREAM] * 2), Update(step))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name].detach(), rtol=1e-10, atol=1e-12)
 
@@ -42,11 +46,11 @@ def test_adamw_equals_torch_with_decay_on_matrices_only():
 def test_updating_leaf_by_leaf_equals_updating_at_once():
     rule, whole, parts = optim.adamw(OptimConfig(), lambda step: 0.01), params(), params()
     grads = {"w": normal(5, 4, seed=3), "b": normal(4, seed=4)}
-    whole, _ = rule.update(tree.map(torch.clone, grads), rule.init(whole), whole, 0, decay={"w": True, "b": False})
-    for name, decays in (("w", True), ("b", False)):
-        part = {name: parts[name]}
-        rule.update({name: grads[name]}, rule.init(part), part, 0, decay={name: decays})
-        assert torch.equal(part[name], whole[name])
+    decay = {"w": True, "b": False}
+    rule.update(leaves_of(tree.map(torch.clone, grads), rule.init(whole), whole, decay, [NO_STREAM] * 2), Update(0))
+    for leaf in leaves_of(grads, rule.init(parts), parts, decay, [NO_STREAM] * 2):
+        rule.update([leaf], Update(0))
+    assert all(torch.equal(parts[name], whole[name]) for name in parts)
 
 
 @pytest.mark.parametrize("state", ["fp32", "int8"])
@@ -54,11 +58,10 @@ def test_gradients_times_zero_are_zero_even_where_they_are_not_finite(state):
     rule, ends = optim.optimizer(cfg := OptimConfig(lr=1e-3, state=state), optim.new_schedule(cfg, 10)), []
     for bad in (math.nan, math.inf, 0.0):
         w = [rule.keep(normal(3, 256, seed=1).float()), rule.keep(normal(256, seed=2).float())]
-        moments, options = rule.init(w), dict(decay=[True, False], origin=torch.tensor([1, 2]))
+        moments = rule.init(w)
         for step, (factor, value) in enumerate(((1.0, 0.3), (0.0, bad))):
-            rule.update(
-                [torch.full_like(x, value, dtype=torch.float32) for x in w], moments, w, step, factor=torch.tensor(factor), **options
-            )
+            grads = [torch.full_like(x, value, dtype=torch.float32) for x in w]
+            rule.update(leaves_of(grads, moments, w, [True, False], torch.tensor([1, 2])), Update(step, torch.tensor(factor)))
         ends.append(tree.leaves([w, moments]))
     for end in ends[:2]:
         assert all(torch.equal(x, y) for x, y in zip(end, ends[2], strict=True))
@@ -172,7 +175,7 @@ def updated(draw: int, w: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torc
     params = [rule.keep(w.clone())]
     state, origin = rule.init(params), torch.tensor([draw << 40])
     for step, g in enumerate(grads):
-        rule.update([g.clone()], state, params, step, decay=[True], origin=origin)
+        rule.update(leaves_of([g.clone()], state, params, [True], origin), Update(step))
     moments = state["moments"][0]
     scales, codes = moments.view(torch.float32)[:, reference.BLOCK // 2 :], moments[:, : 2 * reference.BLOCK]
     m = codes[:, : reference.BLOCK].view(torch.int8).float()
@@ -200,16 +203,16 @@ def test_gradients_in_8_bits_are_right_on_average():
     assert float(((draws.mean(0) - x).abs() / error).max()) < 6 and float((draws.std(0) / x.abs().max()).max()) < 0.01
 
 
-def in_parts(draw: int, factor: float, *whats: int, g: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_parts(draw: int, factor: float, *parts: UpdatePart, g: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (fp32) and first moment after the second update, made in these parts: WEIGHTS with factor 1, the others with `factor`."""
     cfg = OptimConfig(weight_decay=0.5)
     rule = optim.adamw8(cfg, lambda step: 0.01)
     params = [rule.keep(w.clone())]
-    state = rule.init(params)
-    rule.update([g.flip(0).clone()], state, params, 0, decay=[True], origin=torch.tensor([draw << 40]))
-    for what in whats:
-        by = torch.tensor(1.0 if what == reference.WEIGHTS else factor)
-        rule.update([g.clone()], state, params, 1, decay=[True], origin=torch.tensor([draw << 40]), factor=by, what=what)
+    state, origin = rule.init(params), torch.tensor([draw << 40])
+    rule.update(leaves_of([g.flip(0).clone()], state, params, [True], origin), Update(0))
+    for part in parts:
+        by = torch.tensor(1.0 if part == UpdatePart.WEIGHTS else factor)
+        rule.update(leaves_of([g.clone()], state, params, [True], origin), Update(1, by, part))
     return params[0].float(), state["moments"][0]
 
 
@@ -221,16 +224,16 @@ def test_an_update_in_two_parts_is_the_update(factor):
         assert all(
             torch.equal(a, b)
             for a, b in zip(
-                in_parts(3, 1.0, reference.ALL, g=g, w=w), in_parts(3, 1.0, reference.WEIGHTS, reference.MOMENTS, g=g, w=w), strict=True
+                in_parts(3, 1.0, UpdatePart.FULL, g=g, w=w), in_parts(3, 1.0, UpdatePart.WEIGHTS, UpdatePart.MOMENTS, g=g, w=w), strict=True
             )
         )
     found, whole = (
-        torch.stack([in_parts(draw, factor, *whats, g=g, w=w)[0] for draw in range(1000)])
-        for whats in ((reference.WEIGHTS, reference.CORRECTION), (reference.ALL,))
+        torch.stack([in_parts(draw, factor, *parts, g=g, w=w)[0] for draw in range(1000)])
+        for parts in ((UpdatePart.WEIGHTS, UpdatePart.CORRECT), (UpdatePart.FULL,))
     )
     error = (found.var(0) / 1000 + whole.var(0) / 1000).sqrt() + 0.02 * w.abs().max() / 1000
     assert float(((found.mean(0) - whole.mean(0)).abs() / error).max()) < 6
-    vector = [in_parts(0, factor, *whats, g=g[0], w=w[0]) for whats in ((reference.WEIGHTS, reference.CORRECTION), (reference.ALL,))]
+    vector = [in_parts(0, factor, *parts, g=g[0], w=w[0]) for parts in ((UpdatePart.WEIGHTS, UpdatePart.CORRECT), (UpdatePart.FULL,))]
     for a, b in zip(*vector, strict=True):  # in fp32
         torch.testing.assert_close(a, b)
 
@@ -238,10 +241,12 @@ def test_an_update_in_two_parts_is_the_update(factor):
 def test_an_update_undone_leaves_weights_and_moments():
     w, g = normal(2, 300, seed=1).float().bfloat16().float(), normal(2, 300, seed=2).float()
     before, moments = in_parts(0, 1.0, g=g, w=w)
-    back, same = in_parts(0, 1.0, reference.WEIGHTS, reference.UNDO, g=g, w=w)
+    back, same = in_parts(0, 1.0, UpdatePart.WEIGHTS, UpdatePart.ROLLBACK, g=g, w=w)
     assert torch.equal(same, moments)
     torch.testing.assert_close(back, before, rtol=2**-6, atol=1e-4)
-    for a, b in zip(in_parts(0, 1.0, reference.WEIGHTS, reference.UNDO, g=g[0], w=w[0]), in_parts(0, 1.0, g=g[0], w=w[0]), strict=True):
+    for a, b in zip(
+        in_parts(0, 1.0, UpdatePart.WEIGHTS, UpdatePart.ROLLBACK, g=g[0], w=w[0]), in_parts(0, 1.0, g=g[0], w=w[0]), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -258,7 +263,7 @@ def test_8_bit_moments_learn_what_wide_ones_do():
         for step in range(400):
             x = normal(600, 300, seed=step).float()
             g = {"w": (params["w"].float() - truth) @ x.mT @ x / 600}
-            rule.update(g, state, params, step, decay={"w": False}, origin=torch.tensor([5]))
+            rule.update(leaves_of(g, state, params, {"w": False}, torch.tensor([5])), Update(step))
         ends.append((params["w"].float() - truth).norm() / truth.norm())
     assert ends[0] < 0.05 and ends[1] < ends[0] + 0.02
 
@@ -275,15 +280,9 @@ def test_updating_in_parts_equals_updating_at_once():
     w, g, n = rule.keep(normal(4, 512, seed=1).float()), normal(4, 512, seed=2).float(), reference.BLOCK
     whole, part = [w.clone()], w.clone()
     state, moments = rule.init(whole), rule.init([part])["moments"][0]
-    rule.update([g.clone()], state, whole, 0, decay=[True], origin=torch.tensor([7]))
+    rule.update(leaves_of([g.clone()], state, whole, [True], torch.tensor([7])), Update(0))
     for first, last in ((0, 3), (3, 8)):
         cut = slice(first * n, last * n)
-        rule.update(
-            [g.flatten()[cut]],
-            {"moments": [moments[first:last]]},
-            [part.view(-1)[cut]],
-            0,
-            decay=[True],
-            origin=torch.tensor([7 + first * reference.COUNTERS]),
-        )
+        stream = torch.tensor(7 + first * reference.COUNTERS)
+        rule.update([Leaf(part.view(-1)[cut], g.flatten()[cut], {"moments": moments[first:last]}, True, stream)], Update(0))
     assert torch.equal(part, whole[0]) and torch.equal(moments, state["moments"][0])

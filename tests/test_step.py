@@ -14,7 +14,7 @@ from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
-from hyperlm.kernels.reference import ALL, BLOCK, CORRECTION, UNDO, squared
+from hyperlm.kernels.reference import BLOCK, UpdatePart, squared
 from hyperlm.loss import IGNORE
 from hyperlm.optim import new_schedule
 from hyperlm.plan import WORKSPACE, visiting, visits
@@ -305,7 +305,7 @@ def test_weights_that_moved_too_far_are_corrected(coded):
         )
         for i, batch in enumerate(batches):
             state, metrics = step(replace(state, clipped=False), batch)  # as after a step that was not: so weights move ahead
-            assert state.clipped and state.pending.what == (CORRECTION if ahead else ALL)
+            assert state.clipped and state.pending.what == (UpdatePart.CORRECT if ahead else UpdatePart.FULL)
             state = settle(state) if i % 5 == 4 else state
             losses.append(metrics["loss"].item())
         ends.append((losses, settle(state)))
@@ -333,7 +333,7 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
     state, metrics = step(replace(state, clipped=False), batch_of(1, 2, 9, seed=1))
     assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
-    assert state.pending.what == UNDO and state.pending.moved == (False, True, True, True)
+    assert state.pending.what == UpdatePart.ROLLBACK and state.pending.moved == (False, True, True, True)
     assert not same(kept[0]["blocks"], state.params["blocks"])
     state = settle(state)
     assert same((kept[0]["embed"], kept[1]), (embed, state.opt_state))

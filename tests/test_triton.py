@@ -435,11 +435,11 @@ def test_gradients_in_8_bits(n, count, dtype):
     assert ((reference.decode8(coded).flatten()[:n] - truth).abs() <= 1.01 * step).all()
 
 
-@pytest.mark.parametrize("what", [reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO])
+@pytest.mark.parametrize("part", reference.UpdatePart)
 @pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize("decay", [True, False])
 @pytest.mark.parametrize("n", [1, 255, 1000, 2100])
-def test_adamw_with_8_bit_moments(n, decay, coded, what):
+def test_adamw_with_8_bit_moments(n, decay, coded, part):
     """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
     results = []
     for backend in ("triton", "torch"):
@@ -456,7 +456,7 @@ def test_adamw_with_8_bit_moments(n, decay, coded, what):
                 torch.tensor(step << 50, device=DEVICE),
                 torch.tensor(step, device=DEVICE),
             )
-            OPS["adamw8"][backend](w, g, moments, factor, rates, origin, shift, decay, what if step == 3 else reference.ALL)
+            OPS["adamw8"][backend](w, g, moments, factor, rates, origin, shift, decay, part if step == 3 else reference.UpdatePart.FULL)
         results.append((w, moments))
     (w, moments), (exact, exact_moments) = results
     differ = (w != exact).float().mean() + (moments[:, :512] != exact_moments[:, :512]).float().mean()
@@ -464,14 +464,14 @@ def test_adamw_with_8_bit_moments(n, decay, coded, what):
     torch.testing.assert_close(moments.view(torch.float32)[:, 128:], exact_moments.view(torch.float32)[:, 128:], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("what", [reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO])
+@pytest.mark.parametrize("part", reference.UpdatePart)
 @pytest.mark.parametrize("decay", [True, False])
-def test_adamw_of_vectors(decay, what):
+def test_adamw_of_vectors(decay, part):
     results = []
     for backend in ("triton", "torch"):
         w, g, moments = (normal(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate(((1500,), (1500,), (2, 1500))))
         rates, factor = torch.tensor([0.999, 0.9, 0.95, 0.02, 1.5], device=DEVICE), torch.tensor(0.7, device=DEVICE)
-        OPS["adamw8"][backend](w, g, moments.abs_(), factor, rates, *torch.zeros(2, dtype=torch.int64, device=DEVICE), decay, what)
+        OPS["adamw8"][backend](w, g, moments.abs_(), factor, rates, *torch.zeros(2, dtype=torch.int64, device=DEVICE), decay, part)
         results.append((w, moments))
     for found, truth in zip(*results, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from hyperlm.kernels import reference, special
 from hyperlm.kernels.launch import cdiv, launch
-from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, PARTS, ROW
+from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, PARTS, ROW, UpdatePart
 
 ROWS, WARPS = 2, 1  # blocks that a program updates, and its warps
 CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
-ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = (
-    tl.constexpr(x) for x in (reference.ALL, reference.MOMENTS, reference.WEIGHTS, reference.CORRECTION, reference.UNDO)
-)
+FULL, MOMENTS, WEIGHTS, CORRECT, ROLLBACK = (tl.constexpr(part.value) for part in UpdatePart)
 FOR_M, FOR_V, AGAIN = (tl.constexpr(x) for x in (reference.FOR_M, reference.FOR_V, reference.AGAIN))
 
 
@@ -84,7 +82,7 @@ def squared(codes, scale, there):
 
 
 @triton.jit
-def part(x, at, inside):
+def widened(x, at, inside):
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -98,13 +96,13 @@ def encode(
     columns = tl.arange(0, BLOCK)
     at = block[:, None] * BLOCK + columns[None, :]
     inside, there = at < N, block * BLOCK < N
-    numbers = part(x, at, inside)
+    numbers = widened(x, at, inside)
     if COUNT > 1:
-        numbers += part(x1, at, inside)
+        numbers += widened(x1, at, inside)
     if COUNT > 2:
-        numbers += part(x2, at, inside)
+        numbers += widened(x2, at, inside)
     if COUNT > 3:
-        numbers += part(x3, at, inside)
+        numbers += widened(x3, at, inside)
     tl.store(squares + tl.program_id(0), tl.sum(tl.sum(numbers * numbers, 1), 0))
     largest = tl.max(tl.abs(numbers), 1)
     bits = chances(tl.load(origin) + tl.load(shift), block, BLOCK)
@@ -113,26 +111,25 @@ def encode(
 
 
 @triton.jit
-def drawn(m, v, rates):
-    """How far the weights move."""
+def displacement(m, v, rates):
     return tl.load(rates + 3) * m * special.reciprocal(special.sqrt(v, False) * tl.load(rates + 4) + 1e-8, False)
 
 
 @triton.jit
-def moved(weight, found, old_m, old_v, factor, rates, DECAY: tl.constexpr, WHAT: tl.constexpr):
-    """See `reference.moved`."""
+def adam_step(weight, grad, old_m, old_v, factor, rates, DECAY: tl.constexpr, PART: tl.constexpr):
+    """See `reference.adam_step`."""
     beta1, beta2 = tl.load(rates + 1), tl.load(rates + 2)
-    grad = tl.where(tl.load(factor) > 0, found * tl.load(factor), 0.0)
-    m = beta1 * old_m + (1 - beta1) * grad
-    v = beta2 * old_v + (1 - beta2) * grad * grad
-    if WHAT == ALL or WHAT == WEIGHTS:
+    scaled = tl.where(tl.load(factor) > 0, grad * tl.load(factor), 0.0)
+    m = beta1 * old_m + (1 - beta1) * scaled
+    v = beta2 * old_v + (1 - beta2) * scaled * scaled
+    if PART == FULL or PART == WEIGHTS:
         if DECAY:
             weight *= tl.load(rates)
-        weight -= drawn(m, v, rates)
-    elif WHAT == CORRECTION or WHAT == UNDO:
-        weight += drawn(beta1 * old_m + (1 - beta1) * found, beta2 * old_v + (1 - beta2) * found * found, rates)
-        if WHAT == CORRECTION:
-            weight -= drawn(m, v, rates)
+        weight -= displacement(m, v, rates)
+    elif PART == CORRECT or PART == ROLLBACK:
+        weight += displacement(beta1 * old_m + (1 - beta1) * grad, beta2 * old_v + (1 - beta2) * grad * grad, rates)
+        if PART == CORRECT:
+            weight -= displacement(m, v, rates)
         elif DECAY:
             weight /= tl.load(rates)
     return weight, m, v
@@ -141,7 +138,7 @@ def moved(weight, found, old_m, old_v, factor, rates, DECAY: tl.constexpr, WHAT:
 @triton.jit
 def update(
     w, g, g_scales, codes, scales, factor, rates, origin, shift, N,
-    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, WHAT: tl.constexpr,
+    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -152,25 +149,25 @@ def update(
     scale = scales + block * (ROW // 4) + BLOCK // 2
 
     if DECODE:
-        found = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
+        grad = squared(g + block[:, None] * CODED + columns[None, :], g_scales + block * (CODED // 4) + BLOCK // 4, there)
     else:
-        found = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     old_m = squared(first, scale, there)
     c = number(tl.load(first + BLOCK, mask=there[:, None], other=0))
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
     start = tl.load(origin) + tl.load(shift)
     kept = tl.load(w + at, mask=inside, other=0.0)
-    weight, m, v = moved(kept.to(tl.float32), found, old_m, old_v, factor, rates, DECAY, WHAT)
-    if WHAT != MOMENTS:
+    weight, m, v = adam_step(kept.to(tl.float32), grad, old_m, old_v, factor, rates, DECAY, PART)
+    if PART != MOMENTS:
         by = start
-        if WHAT == CORRECTION or WHAT == UNDO:  # not the noise that rounded the weights before
+        if PART == CORRECT or PART == ROLLBACK:  # not the noise that rounded the weights before
             by += AGAIN
         cut = (weight.to(tl.int32, bitcast=True) + chances(by, block, BLOCK)) & -65536
         rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
-        if WHAT == WEIGHTS:
+        if PART == WEIGHTS:
             rounded = tl.where(tl.load(factor) > 0, rounded, kept)
         tl.store(w + at, rounded, mask=inside)
-    if WHAT == ALL or WHAT == MOMENTS or WHAT == CORRECTION:
+    if PART == FULL or PART == MOMENTS or PART == CORRECT:
         largest = tl.max(tl.abs(m), 1)
         tl.store(scale, largest, mask=there)
         tl.store(first, squared_codes(m, largest, chances(start + FOR_M, block, BLOCK)), mask=there[:, None])
@@ -186,18 +183,18 @@ def update(
 
 
 @triton.jit
-def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
     """The same for weights and moments (2, N) in fp32."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < N
-    kept, found = tl.load(w + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    kept, grad = tl.load(w + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     old_m, old_v = tl.load(moments + at, mask=inside, other=0.0), tl.load(moments + N + at, mask=inside, other=0.0)
-    weight, m, v = moved(kept, found, old_m, old_v, factor, rates, DECAY, WHAT)
-    if WHAT == WEIGHTS:
+    weight, m, v = adam_step(kept, grad, old_m, old_v, factor, rates, DECAY, PART)
+    if PART == WEIGHTS:
         weight = tl.where(tl.load(factor) > 0, weight, kept)
-    if WHAT != MOMENTS:
+    if PART != MOMENTS:
         tl.store(w + at, weight, mask=inside)
-    if WHAT == ALL or WHAT == MOMENTS or WHAT == CORRECTION:
+    if PART == FULL or PART == MOMENTS or PART == CORRECT:
         tl.store(moments + at, m, mask=inside)
         tl.store(moments + N + at, v, mask=inside)
 
@@ -211,17 +208,17 @@ def adamw8(
     origin: Tensor,
     shift: Tensor,
     decay: bool,
-    what: int = reference.ALL,
+    part: UpdatePart = UpdatePart.FULL,
 ) -> None:
     """`reference.adamw8`."""
     if w.dtype == torch.float32:
-        launch(update_wide, (cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, WHAT=what, BLOCK=1024)
+        launch(update_wide, (cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, PART=int(part), BLOCK=1024)
         return
     coded = g.dtype == torch.uint8
     launch(
         update, (cdiv(len(moments), ROWS),),
         w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, shift, w.numel(),
-        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, WHAT=what, warps=WARPS,
+        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, PART=int(part), warps=WARPS,
     )  # fmt: skip
 
 

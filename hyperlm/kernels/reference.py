@@ -5,6 +5,7 @@ come back in the dtype of the values; float64 stays float64, so that each functi
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -400,34 +401,48 @@ def decode8(coded: Tensor) -> Tensor:
     return squared(coded[:, :BLOCK], coded.view(torch.float32)[:, BLOCK // 4 :])
 
 
-ALL, MOMENTS, WEIGHTS, CORRECTION, UNDO = range(5)  # what an update changes; see `adamw8`
+class UpdatePart(IntEnum):
+    """What an update changes; see `adamw8`."""
+
+    FULL = 0  # weights and moments
+    MOMENTS = 1
+    WEIGHTS = 2
+    CORRECT = 3  # moments; and weights, which WEIGHTS moved with factor 1, to where the factor wants them
+    ROLLBACK = 4  # weights back to where they were before WEIGHTS
 
 
-def moved(
-    weight: Tensor, found: Tensor, old_m: Tensor, old_v: Tensor, factor: Tensor, rates: Tensor, decay: bool, what: int
+def adam_step(
+    weight: Tensor, grad: Tensor, old_m: Tensor, old_v: Tensor, factor: Tensor, rates: Tensor, decay: bool, part: UpdatePart
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and both moments after the part of an update that `what` names, in fp32 and before rounding; see `adamw8`."""
+    """Weights and both moments after `part` of an update, in fp32 and before rounding; see `adamw8`."""
     shrink, beta1, beta2, rate, root = rates
     shrink = shrink if decay else 1
 
-    def absorbed(grad: Tensor) -> tuple[Tensor, Tensor]:
-        return beta1 * old_m + (1 - beta1) * grad, beta2 * old_v + (1 - beta2) * grad * grad
+    def next_moments(g: Tensor) -> tuple[Tensor, Tensor]:
+        return beta1 * old_m + (1 - beta1) * g, beta2 * old_v + (1 - beta2) * g * g
 
-    def drawn(m: Tensor, v: Tensor) -> Tensor:
-        """How far the weights move."""
+    def displacement(m: Tensor, v: Tensor) -> Tensor:
         return rate * m / (v.sqrt() * root + 1e-8)
 
-    m, v = absorbed(torch.where(factor > 0, found * factor, 0))
-    if what in (ALL, WEIGHTS):
-        weight = weight * shrink - drawn(m, v)
-    elif what in (CORRECTION, UNDO):
-        weight = weight + drawn(*absorbed(found))
-        weight = weight - drawn(m, v) if what == CORRECTION else weight / shrink
+    m, v = next_moments(torch.where(factor > 0, grad * factor, 0))
+    if part in (UpdatePart.FULL, UpdatePart.WEIGHTS):
+        weight = weight * shrink - displacement(m, v)
+    elif part in (UpdatePart.CORRECT, UpdatePart.ROLLBACK):
+        weight = weight + displacement(*next_moments(grad))
+        weight = weight - displacement(m, v) if part == UpdatePart.CORRECT else weight / shrink
     return weight, m, v
 
 
 def adamw8(
-    w: Tensor, g: Tensor, moments: Tensor, factor: Tensor, rates: Tensor, origin: Tensor, shift: Tensor, decay: bool, what: int = ALL
+    w: Tensor,
+    g: Tensor,
+    moments: Tensor,
+    factor: Tensor,
+    rates: Tensor,
+    origin: Tensor,
+    shift: Tensor,
+    decay: bool,
+    part: UpdatePart = UpdatePart.FULL,
 ) -> None:
     """AdamW in place on matrices in bf16, with moments that take a byte each; and on vectors in fp32, with moments in fp32.
 
@@ -436,8 +451,8 @@ def adamw8(
     is exact: what is less than half a step is not lost, as to the nearest it would be. The noise is a function of `origin` + `shift`.
 
     An update can be made in two parts, with the bits that it would have as one: WEIGHTS, and later MOMENTS. Where WEIGHTS was made with factor 1
-    and the factor turns out to be another, CORRECTION makes the moments' part and moves the weights to where they should be, up to one more
-    rounding; UNDO takes them back.
+    and the factor turns out to be another, CORRECT makes the moments' part and moves the weights to where they should be, up to one more
+    rounding; ROLLBACK takes them back.
 
     Args:
         w: bf16 or fp32, any contiguous shape of n numbers.
@@ -447,13 +462,14 @@ def adamw8(
         rates: (5,) fp32: 1 - learning rate * weight decay, beta1, beta2, learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
         origin, shift: int64 scalars, the counter of the first number at one step, and how far it is at this one.
         decay: whether weight decay acts.
-        what: of ALL, MOMENTS, WEIGHTS, CORRECTION and UNDO.
+        part: of the update, if not all of it.
     """
-    touches_weights, touches_moments = what != MOMENTS, what not in (WEIGHTS, UNDO)
+    touches_weights = part != UpdatePart.MOMENTS
+    touches_moments = part not in (UpdatePart.WEIGHTS, UpdatePart.ROLLBACK)
     if w.dtype == torch.float32:
-        weight, *both = moved(w, g.float(), *moments, factor, rates, decay, what)
+        weight, *both = adam_step(w, g.float(), *moments, factor, rates, decay, part)
         if touches_weights:
-            w.copy_(torch.where(factor > 0, weight, w) if what == WEIGHTS else weight)
+            w.copy_(torch.where(factor > 0, weight, w) if part == UpdatePart.WEIGHTS else weight)
         if touches_moments:
             moments.copy_(torch.stack(both))
         return
@@ -461,15 +477,15 @@ def adamw8(
     n = w.numel()
     codes, scales = moments[:, : 2 * BLOCK], moments.view(torch.float32)[:, BLOCK // 2 :]
     c_v = codes[:, BLOCK:].float()
-    found = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
+    grad = decode8(g) if g.dtype == torch.uint8 else in_blocks(g)
     old_m, old_v = squared(codes[:, :BLOCK], scales[:, :1]), c_v * c_v * (c_v * c_v) * (scales[:, 1:] / 255**4)
-    weight, m, v = moved(in_blocks(w), found, old_m, old_v, factor, rates, decay, what)
+    weight, m, v = adam_step(in_blocks(w), grad, old_m, old_v, factor, rates, decay, part)
     start = origin + shift
     if touches_weights:
-        again = 0 if what in (ALL, WEIGHTS) else AGAIN  # not the noise that rounded the weights before
+        again = 0 if part in (UpdatePart.FULL, UpdatePart.WEIGHTS) else AGAIN  # not the noise that rounded the weights before
         rounded = (weight.view(torch.int32) + chances(start + again, len(moments)).int()) & -65536
         rounded = rounded.view(torch.float32).flatten()[:n].view(w.shape)
-        w.copy_(torch.where(factor > 0, rounded, w) if what == WEIGHTS else rounded)
+        w.copy_(torch.where(factor > 0, rounded, w) if part == UpdatePart.WEIGHTS else rounded)
     if touches_moments:
         largest_m, largest_v = m.abs().amax(1, keepdim=True), v.amax(1, keepdim=True)
         codes[:, :BLOCK] = squared_codes(m, largest_m, share(chances(start + FOR_M, len(moments)))).view(torch.uint8)

@@ -1,7 +1,6 @@
 """Everything on the device that computes: the fast residence, for models that fit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from hyperlm.config import Config
 from hyperlm.env import compute_dtype
 from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
-from hyperlm.optim import Schedule, clip, optimizer, origins
+from hyperlm.optim import Schedule, Update, clip, leaves_of, optimizer, origins
 from hyperlm.precision import compute_copy, summed
 from hyperlm.state import State
 from hyperlm.tree import Tree
@@ -66,7 +65,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
     declared = model.declaration(cfg.model)
     decay = tree.map(lambda spec: spec.decay, declared)
     starts = tree.leaves(origins(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
-    origin = torch.tensor(starts, device=device)
+    streams = torch.tensor(starts, device=device).unbind()
 
     def advance(state: State, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:
         nats, grads = gradients(state.params, batch, keys, count)
@@ -74,8 +73,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
             grads, norm = clip(grads, cfg.optim.clip, cfg.optim.clip_scope, measured)
             finite = bool(torch.isfinite(norm + nats))
             if finite:
-                params, opt_state = rule.update(grads, state.opt_state, state.params, state.updates, decay=decay, origin=origin)
-                state = replace(state, params=params, opt_state=opt_state)
+                rule.update(leaves_of(grads, state.opt_state, state.params, decay, streams), Update(state.updates))
         return state, nats, norm, finite
 
     return advance

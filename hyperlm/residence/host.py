@@ -31,9 +31,9 @@ from hyperlm import kernels, model, tree
 from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, CORRECTION, COUNTERS, MOMENTS, PARTS, UNDO
+from hyperlm.kernels.reference import BLOCK, CODED, COUNTERS, PARTS, UpdatePart
 from hyperlm.loss import head_nats
-from hyperlm.optim import Schedule, clip_factors, optimizer, origins, signed
+from hyperlm.optim import Leaf, Schedule, Update, clip_factors, optimizer, origins, signed
 from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, taken_at_once, visits, widths_read
 from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
@@ -67,15 +67,15 @@ def make_settle(cfg: Config, schedule: Schedule, device: torch.device) -> Callab
         starts = origins(tree.map_with_path(lambda path, _: path, state.params), cfg.train.seed)
         trees = (pending.grads, state.params, *state.opt_state.values(), decays, starts)
         for index, (stage, factor) in enumerate(zip(zip(*(stages(x) for x in trees), strict=True), pending.factors, strict=True)):
-            if pending.what == UNDO and not pending.moved[index]:
+            if pending.what == UpdatePart.ROLLBACK and not pending.moved[index]:
                 continue
             *leaves, acts, start = (tree.leaves(x) for x in stage)
             for part in (part for piece in pieces_of(leaves[1], SETTLED) for part in piece):
                 at_home = [cut(x[part.leaf], part) for x in leaves]
                 g, p, *moments = (x.to(device) for x in at_home)
-                origin = torch.tensor([signed(start[part.leaf] + part.first * COUNTERS)], device=device)
-                opt_state = {name: [x] for name, x in zip(state.opt_state, moments, strict=True)}
-                rule.update([g], opt_state, [p], pending.updates, decay=[acts[part.leaf]], origin=origin, factor=factor, what=pending.what)
+                stream = torch.tensor(signed(start[part.leaf] + part.first * COUNTERS), device=device)
+                leaf = Leaf(p, g, dict(zip(state.opt_state, moments, strict=True)), acts[part.leaf], stream)
+                rule.update([leaf], Update(pending.updates, factor, pending.what))
                 for to, x in zip(at_home[1:], (p, *moments), strict=True):
                     to.copy_(x)
         return replace(state, pending=None)
@@ -335,7 +335,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
         finite = math.isfinite(norm_found) and math.isfinite(nats_found)
         clipped, newest = least != 1, None
         if goes_ahead:
-            what = UNDO if not finite else CORRECTION if clipped else MOMENTS
+            what = UpdatePart.ROLLBACK if not finite else UpdatePart.CORRECT if clipped else UpdatePart.MOMENTS
             newest = Pending(gradients, factors, state.updates, what, tuple(map(math.isfinite, of_stages)))
         elif finite and not at_once:
             newest = Pending(gradients, factors, state.updates)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hyperlm import kernels, model, tree
 from hyperlm.config import Config
-from hyperlm.kernels.reference import APART, COUNTERS, MOMENTS, UNDO, WEIGHTS
-from hyperlm.optim import Optimizer, Schedule, optimizer, origins, sent, signed
+from hyperlm.kernels.reference import APART, COUNTERS, UpdatePart
+from hyperlm.optim import Optimizer, Schedule, Update, leaves_of, optimizer, origins, sent, signed
 from hyperlm.plan import Plan, shelf_size
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
@@ -173,7 +173,7 @@ class Traffic:
     def fetch(self, state: State, index: int, *, update: bool) -> Visit:
         """Bring a stage to the device, and where its weights wait for an update make that on the way, if `update`."""
         pending = state.pending if update else None
-        late = pending is not None and pending.what != MOMENTS and (pending.what != UNDO or pending.moved[index])
+        late = pending is not None and pending.what != UpdatePart.MOMENTS and (pending.what != UpdatePart.ROLLBACK or pending.moved[index])
         if (held := self.slots.find(index)) is not None:
             visit = held
             self.work.wait(*self.slots.free[held.slot])
@@ -281,7 +281,7 @@ class Traffic:
         def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             grads = [cut(here[part.leaf], part) for part in piece] if here else brought[0]
             opt_state = dict(zip(names, brought[-len(names) :], strict=True))
-            self.optimizer.update(grads, opt_state, weights, pending.updates, decay=acts, origin=origin, factor=factor, what=pending.what)
+            self.optimizer.update(leaves_of(grads, opt_state, weights, acts, origin), Update(pending.updates, factor, pending.what))
 
         self.into.wait(self.sent[visit.index])
         visit = self.through(visit, stage_of(state.params, visit.index), coming, len(coming) - len(moments), fn, bring=bring)
@@ -295,25 +295,24 @@ class Traffic:
 
         def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             own = [cut(grads[part.leaf], part) for part in piece]
-            self.optimizer.update(
-                own, dict(zip(names, brought, strict=True)), weights, state.updates, decay=acts, origin=origin, factor=factor
-            )
+            opt_state = dict(zip(names, brought, strict=True))
+            self.optimizer.update(leaves_of(own, opt_state, weights, acts, origin), Update(state.updates, factor))
 
         return self.through(visit, stage_of(state.params, visit.index), moments, 0, fn)
 
     def ahead(self, state: State, visit: Visit, grads: list[Tensor], factor: Tensor) -> Visit:
         """The weights' part of the update, by a gradient that is on the device; and before it the moments' part of the one before, if pending."""
         names, moments = self.moments_of(state, visit.index)
-        pending = state.pending if state.pending is not None and state.pending.what == MOMENTS else None
+        pending = state.pending if state.pending is not None and state.pending.what == UpdatePart.MOMENTS else None
         coming = moments if pending is None else [stage_of(pending.grads, visit.index), *moments]
 
         def fn(piece: list[Part], origin: list, brought: list, weights: list, acts: list) -> None:
             opt_state = dict(zip(names, brought[-len(names) :], strict=True))
             if pending is not None:
-                by = pending.factors[visit.index]
-                self.optimizer.update(brought[0], opt_state, weights, pending.updates, decay=acts, origin=origin, factor=by, what=MOMENTS)
+                late = Update(pending.updates, pending.factors[visit.index], UpdatePart.MOMENTS)
+                self.optimizer.update(leaves_of(brought[0], opt_state, weights, acts, origin), late)
             own = [cut(grads[part.leaf], part) for part in piece]
-            self.optimizer.update(own, opt_state, weights, state.updates, decay=acts, origin=origin, factor=factor, what=WEIGHTS)
+            self.optimizer.update(leaves_of(own, opt_state, weights, acts, origin), Update(state.updates, factor, UpdatePart.WEIGHTS))
 
         if pending is not None:
             self.into.wait(self.sent[visit.index])
