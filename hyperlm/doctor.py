@@ -37,7 +37,7 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     ):
         results = []
         for fn, at, as_ in (
-            (OPS[op]["torch"], torch.device("cpu"), torch.float64),
+            (OPS[op].reference, torch.device("cpu"), torch.float64),
             (kernels.select(op, device, head_dim=k).fn, device, torch.float32),
         ):
             leaves = [x.to(at, as_).requires_grad_() for x in inputs]
@@ -52,11 +52,8 @@ def check(device: torch.device, cache: Path) -> int:
     """Print the report; 0 if training can run here, 1 if not. Every byte of the tokenised text in the folder `cache` is checked too."""
     for name, value in env.describe(device).items():
         print(f"{name:<18} {value}")
-    for op, backends in OPS.items():
-        print(
-            f"kernel             {op}: "
-            + ", ".join(f"{b} ({kernels.unusable(op, b, device) or 'usable'})" for b in sorted({*backends, "triton"}))
-        )
+    for op in OPS:
+        print(f"kernel             {op}: " + ", ".join(f"{b} ({kernels.unusable(op, b, device) or 'usable'})" for b in ("torch", "triton")))
     fine = True
     try:
         for name, error in numerical_errors(device, env.compute_dtype(device)).items():

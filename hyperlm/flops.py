@@ -68,7 +68,7 @@ def a_token(cfg: ModelConfig, n: int) -> int:
             o = torch.empty_like(args[VALUES[op]])
             return (o, None) if op == "linear_attention" else o
 
-        return stand_in if core(op, cfg, n) else kernels.OPS[op]["torch"]
+        return stand_in if core(op, cfg, n) else kernels.OPS[op].reference
 
     def on_meta(stage: Tree) -> Tree:
         return plan.on_meta(stage, torch.float32)

@@ -30,7 +30,6 @@ WORKSPACE = (
 MARGIN = 224 << 20, 0.05  # bytes of device memory, and share of it, that a plan leaves for gaps between allocations: the larger
 SMALL = 48 << 20  # bytes of that for tensors that torch keeps apart, below 1 MiB or of other streams
 LOGITS = 0.6  # of the room that a block leaves for more logits of the head: it is in pieces
-CACHED = ("causal_conv", "hyperbolic_points", "linear_attention", "tangent_features")  # operations whose last output is for a cache
 EXAMPLE = 5.81  # GiB of device memory to plan the host residence for, where no budget is set
 # Operations of matrix products that a GPU makes in blocks, with all else that these do, while a byte crosses the bus. On an H200 460e12 a second to
 # 49e9; a GPU for games on a narrower bus makes fewer.
@@ -94,20 +93,20 @@ class Fused(torch.autograd.Function):
 
 def has_kernel(op: str, config: Config, dtype: torch.dtype) -> bool:
     """Whether an operation will run in Triton: bf16 says that there is a GPU."""
-    usable = "triton" in kernels.OPS[op] and (op in kernels.WITHOUT_HEADS or config.model.head_dim in kernels.HEAD_DIMS)
+    known = kernels.OPS[op]
+    usable = known.triton is not None and (not known.per_head or config.model.head_dim in kernels.HEAD_DIMS)
     return dtype == torch.bfloat16 and usable and config.kernels in ("auto", "triton")
 
 
 def stand_ins(config: Config, dtype: torch.dtype) -> dict[str, Callable]:
     """For every op, a function for the meta device that saves as much as what will run."""
 
-    def stand_in(op: str) -> Callable:
-        reference = kernels.OPS[op]["torch"]
-        fused = op == "softmax_attention" or has_kernel(op, config, dtype)  # torch's own attention is fused as well
-        fused = fused and op not in ("add", "mlp")  # these save nothing, and what is between
-        return partial(Fused.apply, reference, op in CACHED) if fused else reference
+    def stand_in(name: str) -> Callable:
+        op = kernels.OPS[name]
+        fused = (op.fused or has_kernel(name, config, dtype)) and op.saves == "inputs_outputs"
+        return partial(Fused.apply, op.reference, op.cache_output) if fused else op.reference
 
-    return {op: stand_in(op) for op in model.ops(config.model)}
+    return {name: stand_in(name) for name in model.ops(config.model)}
 
 
 def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:

@@ -111,7 +111,7 @@ def test_a_layer_attends_by_its_score_and_by_nothing_else(score):
     x, angles = normal(1, 9, 32, seed=7), rope_angles(0, 9, 8, torch.device("cpu"))
 
     def run(cfg: ModelConfig, **others) -> torch.Tensor:
-        ops = {op: kernels.OPS[op]["torch"] for op in model.ops(cfg)} | others
+        ops = {op: kernels.OPS[op].reference for op in model.ops(cfg)} | others
         return functional_call(
             model.skeleton(cfg).blocks[0], params, (x, None, model.Context(ops, torch.float64, *angles, 0)), strict=True
         )[0]
@@ -136,7 +136,7 @@ def test_near_the_origin_phase7_is_its_first_order():
         beta = torch.tensor([0.5, 2.0, 8.0]).double() / e**2
         inputs = *lift(u_q, e * r_q), *lift(u_k, e * r_k), v, beta
         between.append(
-            (attend("first-order", *inputs) - kernels.OPS["hyperbolic_attention"]["torch"](*inputs, "logcosh")).abs().max().item()
+            (attend("first-order", *inputs) - kernels.OPS["hyperbolic_attention"].reference(*inputs, "logcosh")).abs().max().item()
         )
     assert between[0] > 0.1 and between[2] == pytest.approx(between[1] / 100, rel=0.1)
 
@@ -238,7 +238,7 @@ def test_the_kernel_of_points_has_the_gradients_of_what_a_null_reads_of_them(sco
     x, way = (normal(1, n, 32, seed=seed, dtype=torch.float32).to(device) for seed in (1, 2))
 
     def run(backend: str) -> dict[str, torch.Tensor]:
-        ops = {op: kernels.OPS[op][backend if op == "hyperbolic_points" else "torch"] for op in model.ops(cfg)}
+        ops = {op: kernels.OPS[op].backend(backend if op == "hyperbolic_points" else "torch") for op in model.ops(cfg)}
         leaves = {name: p.to(device).requires_grad_() for name, p in params.items()}
         context = model.Context(ops, torch.float32, *rope_angles(0, n, 32, device), 0)
         y, _ = functional_call(model.skeleton(cfg).blocks[0], leaves, (x, None, context), strict=True)

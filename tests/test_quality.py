@@ -331,7 +331,8 @@ def test_a_model_that_sees_the_next_token_fails(monkeypatch, fresh_table):
     checks.model(config, CPU)
     kernels.table.cache_clear()
     kernels.select.cache_clear()
-    monkeypatch.setitem(OPS["softmax_attention"], "torch", next_value(OPS["softmax_attention"]["torch"]))
+    op = OPS["softmax_attention"]
+    monkeypatch.setitem(OPS, "softmax_attention", replace(op, reference=next_value(op.reference)))
     with pytest.raises(CheckFailed, match="it is not causal: tokens from position 1 on change nats before it"):
         checks.model(config, CPU)
 
@@ -363,9 +364,10 @@ def test_kernels_with_a_wrong_gradient_fail(monkeypatch, fresh_table):
         return kernels.Choice(op, "triton", "") if (op, asked) == ("readout", "auto") else select(op, device, asked, *rest)
 
     monkeypatch.setattr(kernels, "select", chosen)
-    monkeypatch.setitem(OPS["readout"], "triton", OPS["readout"]["torch"])
+    op = OPS["readout"]
+    monkeypatch.setitem(OPS, "readout", replace(op, triton=op.reference))
     checks.model(config, CPU)
     kernels.table.cache_clear()
-    monkeypatch.setitem(OPS["readout"], "triton", lambda *arguments: Wrong.apply(OPS["readout"]["torch"](*arguments)))
+    monkeypatch.setitem(OPS, "readout", replace(op, triton=lambda *arguments: Wrong.apply(op.reference(*arguments))))
     with pytest.raises(CheckFailed, match="its kernels' gradient of blocks/0/mixer.* is off by"):
         checks.model(config, CPU)

@@ -65,9 +65,9 @@ def compare(op: str, inputs: list, dtype: torch.dtype, outputs_used: int | None 
         return outputs, torch.autograd.grad(weighted, leaves, own, allow_unused=True, materialize_grads=True) if leaves else ()
 
     poison()
-    outputs, grads = run(OPS[op]["triton"], inputs)
+    outputs, grads = run(OPS[op].triton, inputs)
     exact = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x for x in inputs]
-    true_outputs, true_grads = run(OPS[op]["torch"], exact)
+    true_outputs, true_grads = run(OPS[op].reference, exact)
     sizes = terms(exact, true_grads) if terms else {}
     for kind, found, truth in (("output", outputs, true_outputs), ("gradient", grads, true_grads)):
         for i, (x, y) in enumerate(zip(found, truth, strict=True)):
@@ -202,7 +202,7 @@ def test_hyperbolic_attention_holds_at_every_temperature(score, beta):
     n = 1000 if GPU else 70
     (t_q, s_q), (t_k, s_k) = points(1, 1, n, 64, 1, torch.float32), points(1, 1, n, 64, 2, torch.float32)
     inputs = [t_q, s_q, t_k, s_k, torch.ones(1, 1, n, 64, device=DEVICE), torch.tensor([beta], device=DEVICE), score]
-    torch.testing.assert_close(OPS["hyperbolic_attention"]["triton"](*inputs), inputs[4])  # a mean of ones
+    torch.testing.assert_close(OPS["hyperbolic_attention"].triton(*inputs), inputs[4])  # a mean of ones
 
 
 def test_hyperbolic_attention_is_finite_for_a_million_adversarial_pairs():
@@ -221,7 +221,7 @@ def test_hyperbolic_attention_is_finite_for_a_million_adversarial_pairs():
     ]
     leaves = [x.requires_grad_() for x in leaves]
     for score in ("logcosh", "distance"):
-        o = OPS["hyperbolic_attention"]["triton"](*leaves, score)
+        o = OPS["hyperbolic_attention"].triton(*leaves, score)
         for x in (o, *torch.autograd.grad(o, leaves, torch.ones_like(o))):
             assert torch.isfinite(x).all()
 
@@ -262,7 +262,7 @@ def test_a_convolution_goes_on_from_its_tail(op, cut):
     r, beta = torch.rand(b, 2 * h, n, device=DEVICE), torch.rand(h, device=DEVICE)
 
     def run(x, r, tail):
-        return OPS[op]["triton"](x, weight, *((r, beta, tail) if op == "tangent_features" else (h, tail)))
+        return OPS[op].triton(x, weight, *((r, beta, tail) if op == "tangent_features" else (h, tail)))
 
     *whole, last = run(x, r, None)
     *first, tail = run(x[:, :cut], r[..., :cut], None)
@@ -297,7 +297,7 @@ def test_readout(dtype, v, n):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_readout_of_which_the_result_is_known(dtype):
     inputs = readout_inputs(70, 64, dtype)
-    compare("readout", [*inputs, OPS["readout"]["triton"](*inputs).detach()], dtype)
+    compare("readout", [*inputs, OPS["readout"].triton(*inputs).detach()], dtype)
 
 
 @pytest.mark.parametrize("d", [96, 512, 4096])
@@ -331,11 +331,11 @@ def test_mlp(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mlp_of_which_the_result_is_known(dtype):
     inputs = mlp_inputs(dtype)
-    compare("mlp", [*inputs, OPS["mlp"]["triton"](*inputs).detach()], dtype)
+    compare("mlp", [*inputs, OPS["mlp"].triton(*inputs).detach()], dtype)
 
 
 def test_mlp_refuses_a_second_backward_pass_over_what_the_first_overwrote():
-    y = OPS["mlp"]["triton"](*mlp_inputs(torch.float32)).sum()
+    y = OPS["mlp"].triton(*mlp_inputs(torch.float32)).sum()
     y.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
@@ -343,7 +343,7 @@ def test_mlp_refuses_a_second_backward_pass_over_what_the_first_overwrote():
 
 def test_gelu_far_from_0():
     x, one = torch.linspace(-12, 12, 20001, device=DEVICE)[:, None], torch.ones(1, 1, device=DEVICE)
-    assert float((OPS["mlp"]["triton"](x, one, one).double() - F.gelu(x.double())).abs().max()) <= 1e-6
+    assert float((OPS["mlp"].triton(x, one, one).double() - F.gelu(x.double())).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -365,8 +365,8 @@ def test_one_token_of_phase_8(dtype, k):
     tail, norm = spread(b, 3, 3 * h * k, seed=3, dtype=dtype, grad=False), spread(h, k, seed=4, dtype=dtype, grad=False)
     gate = spread(b, h * k, seed=5, dtype=dtype, grad=False)
     inputs = [x, weight, r, beta, log_decay, state, tail, norm, gate]
-    expected = OPS["tangent_step"]["torch"](*(y.double() for y in inputs))
-    for found, truth in zip(OPS["tangent_step"]["triton"](*inputs), expected, strict=True):
+    expected = OPS["tangent_step"].reference(*(y.double() for y in inputs))
+    for found, truth in zip(OPS["tangent_step"].triton(*inputs), expected, strict=True):
         assert float((found.double() - truth).norm() / truth.norm()) <= TOLERANCE[dtype]
 
 
@@ -382,13 +382,13 @@ def test_cross_entropy_of_a_chunk(dtype, width):
     rows, place = torch.arange(7, device=DEVICE)[there], targets[there] - first
     oracle = torch.logaddexp(oracle, torch.logsumexp(x, 1))
     log_z, picked = before.clone(), torch.full((7,), 3.0, device=DEVICE)
-    OPS["take_logits"]["triton"](logits, first, targets, log_z, picked)
+    OPS["take_logits"].triton(logits, first, targets, log_z, picked)
     torch.testing.assert_close(log_z.double(), oracle, rtol=1e-6, atol=1e-5)
     assert torch.equal(picked[there], 3 + logits[rows, place].float()) and (picked[~there] == 3).all()
     truth = (x - oracle[:, None]).exp()
     truth[rows, place] -= 1
     log_z[0], truth[0] = torch.inf, 0  # a token that does not count
-    OPS["pull_logits"]["triton"](logits, first, targets, log_z)
+    OPS["pull_logits"].triton(logits, first, targets, log_z)
     torch.testing.assert_close(logits.double(), truth, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
@@ -397,13 +397,13 @@ def test_cross_entropy_of_a_chunk(dtype, width):
 def test_accumulate(dtype, n):
     total, x = normal(n, seed=1).float().to(DEVICE), normal(n, seed=2).to(DEVICE, dtype)
     expected = total + x.float()
-    OPS["accumulate"]["triton"](total, x)
+    OPS["accumulate"].triton(total, x)
     assert torch.equal(total, expected)
 
 
 def test_tell():
     x, at_home = normal(37, seed=1).float().to(DEVICE), torch.empty(37, pin_memory=GPU)
-    OPS["tell"]["triton"](x, at_home)
+    OPS["tell"].triton(x, at_home)
     if GPU:
         torch.cuda.synchronize()
     assert torch.equal(at_home, x.cpu())
@@ -416,7 +416,7 @@ def test_norm():
     ]
     truth = torch.cat([x.double().flatten() for x in parts]).norm()
     for backend in ("triton", "torch"):
-        torch.testing.assert_close(OPS["norm"][backend](parts).double(), truth, rtol=1e-5, atol=0)
+        torch.testing.assert_close(OPS["norm"].backend(backend)(parts).double(), truth, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("count", range(1, reference.PARTS + 1))
@@ -426,7 +426,7 @@ def test_gradients_in_8_bits(n, count, dtype):
     """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
     parts = [normal(n, seed=i).to(DEVICE, dtype) for i in range(count)]
     origin, shift = torch.tensor(5 << 40, device=DEVICE), torch.tensor(-3, device=DEVICE)
-    (coded, squares), (exact, _) = (OPS["encode8"][backend](parts, origin, shift) for backend in ("triton", "torch"))
+    (coded, squares), (exact, _) = (OPS["encode8"].backend(backend)(parts, origin, shift) for backend in ("triton", "torch"))
     assert (coded[:, : reference.BLOCK] != exact[:, : reference.BLOCK]).float().mean() < 0.01
     torch.testing.assert_close(coded.view(torch.float32)[:, -1], exact.view(torch.float32)[:, -1], rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.double().sum(), torch.stack(parts).double().sum(0).square().sum(), rtol=1e-5, atol=0)
@@ -450,13 +450,19 @@ def test_adamw_with_8_bit_moments(n, decay, coded, part):
         for step in range(4):
             rates = torch.tensor([0.999, 0.9, 0.95, 1e-2 / (1 - 0.9 ** (step + 1)), (1 - 0.95 ** (step + 1)) ** -0.5], device=DEVICE)
             g = normal(n, seed=10 + step).float().bfloat16().to(DEVICE)
-            g = OPS["encode8"][backend]([g], torch.tensor(step << 40, device=DEVICE), torch.tensor(0, device=DEVICE))[0] if coded else g
+            g = (
+                OPS["encode8"].backend(backend)([g], torch.tensor(step << 40, device=DEVICE), torch.tensor(0, device=DEVICE))[0]
+                if coded
+                else g
+            )
             factor, origin, shift = (
                 torch.tensor(0.7, device=DEVICE),
                 torch.tensor(step << 50, device=DEVICE),
                 torch.tensor(step, device=DEVICE),
             )
-            OPS["adamw8"][backend](w, g, moments, factor, rates, origin, shift, decay, part if step == 3 else reference.UpdatePart.FULL)
+            OPS["adamw8"].backend(backend)(
+                w, g, moments, factor, rates, origin, shift, decay, part if step == 3 else reference.UpdatePart.FULL
+            )
         results.append((w, moments))
     (w, moments), (exact, exact_moments) = results
     differ = (w != exact).float().mean() + (moments[:, :512] != exact_moments[:, :512]).float().mean()
@@ -471,7 +477,7 @@ def test_adamw_of_vectors(decay, part):
     for backend in ("triton", "torch"):
         w, g, moments = (normal(*shape, seed=i).float().to(DEVICE) for i, shape in enumerate(((1500,), (1500,), (2, 1500))))
         rates, factor = torch.tensor([0.999, 0.9, 0.95, 0.02, 1.5], device=DEVICE), torch.tensor(0.7, device=DEVICE)
-        OPS["adamw8"][backend](w, g, moments.abs_(), factor, rates, *torch.zeros(2, dtype=torch.int64, device=DEVICE), decay, part)
+        OPS["adamw8"].backend(backend)(w, g, moments.abs_(), factor, rates, *torch.zeros(2, dtype=torch.int64, device=DEVICE), decay, part)
         results.append((w, moments))
     for found, truth in zip(*results, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
@@ -485,7 +491,8 @@ def test_kernels_work_under_torch_func():
         return fn(*x)[0].sin().sum()
 
     for x, y in zip(
-        *(torch.func.grad(total, (1, 2, 3, 4))(OPS["linear_attention"][b], q, k, v, log_decay) for b in ("triton", "torch")), strict=True
+        *(torch.func.grad(total, (1, 2, 3, 4))(OPS["linear_attention"].backend(b), q, k, v, log_decay) for b in ("triton", "torch")),
+        strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 

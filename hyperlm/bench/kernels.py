@@ -94,7 +94,7 @@ def linear_contestants() -> list[Contestant]:
     """Those that are installed."""
 
     def ours(backend: str, *decay: str) -> Callable[[Inputs], Tensor]:
-        return lambda x: kernels.OPS["linear_attention"][backend](x["q"], x["k"], x["v"], *(x[name] for name in decay))[0]
+        return lambda x: kernels.OPS["linear_attention"].backend(backend)(x["q"], x["k"], x["v"], *(x[name] for name in decay))[0]
 
     found = [Contestant("hyperlm", ours("triton"), ("q", "k", "v"), ours("torch"))]
     found.append(Contestant("hyperlm, decay", ours("triton", "log_decay"), ("q", "k", "v", "log_decay"), ours("torch", "log_decay")))
@@ -115,7 +115,7 @@ def hyperbolic_contestants() -> list[Contestant]:
     leaves = ("t_q", "s_q", "t_k", "s_k", "v", "beta")
 
     def ours(backend: str, score: str) -> Callable[[Inputs], Tensor]:
-        return lambda x: kernels.OPS["hyperbolic_attention"][backend](*(x[name] for name in leaves), score)
+        return lambda x: kernels.OPS["hyperbolic_attention"].backend(backend)(*(x[name] for name in leaves), score)
 
     found = [Contestant(f"hyperlm, {score}", ours("triton", score), leaves, ours("torch", score)) for score in ("logcosh", "distance")]
     return found + softmaxes(1 << 30)

@@ -1,39 +1,19 @@
-"""The dispatch table: OPS[op][backend] is a function; every backend of an op has the signature of its `torch` reference."""
+"""The dispatch table: OPS[name] is an operation, with its reference in torch and, mostly, a kernel in Triton of the same signature."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from hyperlm.kernels import reference
 
-OPS: dict[str, dict[str, Callable]] = {
-    "accumulate": {"torch": reference.accumulate},
-    "adamw8": {"torch": reference.adamw8},
-    "add": {"torch": reference.add},
-    "add_norm": {"torch": reference.add_norm},
-    "causal_conv": {"torch": reference.causal_conv},
-    "encode8": {"torch": reference.encode8},
-    "hyperbolic_attention": {"torch": reference.hyperbolic_attention},
-    "hyperbolic_points": {"torch": reference.hyperbolic_points},
-    "linear_attention": {"torch": reference.linear_attention},
-    "mlp": {"torch": reference.mlp},
-    "norm": {"torch": reference.norm},
-    "pull_logits": {"torch": reference.pull_logits},
-    "radii": {"torch": reference.radii},
-    "readout": {"torch": reference.readout},
-    "scan": {"torch": reference.scan},
-    "softmax_attention": {"torch": reference.softmax_attention},
-    "take_logits": {"torch": reference.take_logits},
-    "tangent_features": {"torch": reference.tangent_features},
-    "tangent_step": {"torch": reference.tangent_step},
-    "tell": {"torch": reference.tell},
-}
 try:
     import triton
 except ImportError:  # it exists for Linux alone
     HAVE_TRITON = INTERPRETED = False
+    KERNELS: dict[str, Callable] = {}
 else:
     HAVE_TRITON = True
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU, slowly, to be checked
@@ -52,27 +32,69 @@ else:
         scan,
     )
 
-    OPS["accumulate"]["triton"] = gradients.accumulate
-    OPS["adamw8"]["triton"] = adamw8.adamw8
-    OPS["add"]["triton"] = add_norm.add
-    OPS["add_norm"]["triton"] = add_norm.add_norm
-    OPS["causal_conv"]["triton"] = convolution.causal_conv
-    OPS["encode8"]["triton"] = adamw8.encode8
-    OPS["hyperbolic_attention"]["triton"] = hyperbolic_attention.hyperbolic_attention
-    OPS["hyperbolic_points"]["triton"] = convolution.hyperbolic_points
-    OPS["linear_attention"]["triton"] = linear_attention.linear_attention
-    OPS["mlp"]["triton"] = mlp.mlp
-    OPS["norm"]["triton"] = gradients.norm
-    OPS["pull_logits"]["triton"] = cross_entropy.pull_logits
-    OPS["radii"]["triton"] = radii.radii
-    OPS["readout"]["triton"] = readout.readout
-    OPS["scan"]["triton"] = scan.scan
-    OPS["take_logits"]["triton"] = cross_entropy.take_logits
-    OPS["tangent_features"]["triton"] = convolution.tangent_features
-    OPS["tangent_step"]["triton"] = decoding.tangent_step
-    OPS["tell"]["triton"] = gradients.tell
+    KERNELS = {
+        fn.__name__: fn
+        for fn in (
+            gradients.accumulate,
+            adamw8.adamw8,
+            add_norm.add,
+            add_norm.add_norm,
+            convolution.causal_conv,
+            adamw8.encode8,
+            hyperbolic_attention.hyperbolic_attention,
+            convolution.hyperbolic_points,
+            linear_attention.linear_attention,
+            mlp.mlp,
+            gradients.norm,
+            cross_entropy.pull_logits,
+            radii.radii,
+            readout.readout,
+            scan.scan,
+            cross_entropy.take_logits,
+            convolution.tangent_features,
+            decoding.tangent_step,
+            gradients.tell,
+        )
+    }
 
-WITHOUT_HEADS = ("accumulate", "adamw8", "add", "add_norm", "encode8", "mlp", "norm", "pull_logits", "radii", "scan", "take_logits", "tell")
+
+@dataclass(frozen=True)
+class Op:
+    """An operation, and what a plan of memory must know of it."""
+
+    reference: Callable
+    triton: Callable | None
+    per_head: bool = False  # the kernel is built for HEAD_DIMS alone
+    fused: bool = False  # the reference itself is a fused kernel, of torch
+    saves: Literal["inputs_outputs", "intermediates"] = "inputs_outputs"  # for the backward pass, where it is fused
+    cache_output: bool = False  # the last output is for a cache, and not saved
+
+    def backend(self, name: str) -> Callable | None:
+        return {"torch": self.reference, "triton": self.triton}[name]
+
+
+OPS: dict[str, Op] = {
+    "accumulate": Op(reference.accumulate, KERNELS.get("accumulate")),
+    "adamw8": Op(reference.adamw8, KERNELS.get("adamw8")),
+    "add": Op(reference.add, KERNELS.get("add"), saves="intermediates"),
+    "add_norm": Op(reference.add_norm, KERNELS.get("add_norm")),
+    "causal_conv": Op(reference.causal_conv, KERNELS.get("causal_conv"), per_head=True, cache_output=True),
+    "encode8": Op(reference.encode8, KERNELS.get("encode8")),
+    "hyperbolic_attention": Op(reference.hyperbolic_attention, KERNELS.get("hyperbolic_attention"), per_head=True),
+    "hyperbolic_points": Op(reference.hyperbolic_points, KERNELS.get("hyperbolic_points"), per_head=True, cache_output=True),
+    "linear_attention": Op(reference.linear_attention, KERNELS.get("linear_attention"), per_head=True, cache_output=True),
+    "mlp": Op(reference.mlp, KERNELS.get("mlp"), saves="intermediates"),
+    "norm": Op(reference.norm, KERNELS.get("norm")),
+    "pull_logits": Op(reference.pull_logits, KERNELS.get("pull_logits")),
+    "radii": Op(reference.radii, KERNELS.get("radii")),
+    "readout": Op(reference.readout, KERNELS.get("readout"), per_head=True),
+    "scan": Op(reference.scan, KERNELS.get("scan")),
+    "softmax_attention": Op(reference.softmax_attention, None, fused=True),
+    "take_logits": Op(reference.take_logits, KERNELS.get("take_logits")),
+    "tangent_features": Op(reference.tangent_features, KERNELS.get("tangent_features"), per_head=True, cache_output=True),
+    "tangent_step": Op(reference.tangent_step, KERNELS.get("tangent_step"), per_head=True),
+    "tell": Op(reference.tell, KERNELS.get("tell")),
+}
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 
@@ -89,7 +111,7 @@ class Choice(NamedTuple):
 
     @property
     def fn(self) -> Callable:
-        return OPS[self.op][self.backend]
+        return OPS[self.op].backend(self.backend)
 
 
 def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dtype: torch.dtype = torch.float32) -> str:
@@ -99,12 +121,12 @@ def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dt
             return "Triton is not installed"
         if device.type != "cuda" and not INTERPRETED:
             return "Triton needs a CUDA device"
-    if backend not in OPS[op]:
+    if OPS[op].backend(backend) is None:
         return f"no {backend} kernel for {op}"
     if backend == "triton":
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernels need compute capability 8.0"
-        if op not in WITHOUT_HEADS and head_dim not in HEAD_DIMS:
+        if OPS[op].per_head and head_dim not in HEAD_DIMS:
             return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
         if dtype not in (torch.bfloat16, torch.float32):
             return f"{str(dtype).removeprefix('torch.')} is neither bfloat16 nor float32"
