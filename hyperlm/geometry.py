@@ -73,7 +73,7 @@ def cosh_distance_minus_one(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor) 
 
 def distance(t_x: Tensor, s_x: Tensor, t_y: Tensor, s_y: Tensor, eps: float = 0.0) -> Tensor:
     """Geodesic distance of points that broadcast: t (...), s (..., K) -> (...). Its tip is rounded by `eps` as in `arcosh1p`; with
-    `kernels.reference.TIP` this is what the score "distance" of the models uses.
+    `kernels.reference.attention.TIP` this is what the score "distance" of the models uses.
 
     Where points coincide it is 0, and so is its gradient.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyperlm import kernels as table
 from hyperlm.kernels.differentiation import Function
-from hyperlm.kernels.reference import wide
+from hyperlm.precision import wide
 
 IGNORE = -1  # a target that does not count
 # Logits at a time: what plain torch makes of them takes several copies in fp32, and a kernel works in their place.

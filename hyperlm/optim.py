@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hyperlm import kernels, tree
 from hyperlm.config import OptimConfig
-from hyperlm.kernels.reference import APART, BLOCK, ROW, UpdatePart
-from hyperlm.kernels.reference import norm as norm_of
+from hyperlm.kernels.reference.optimizer import QUANT_BLOCK, ROW, UpdatePart
+from hyperlm.kernels.reference.optimizer import norm as norm_of
+from hyperlm.random import STRIDE
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
@@ -145,7 +146,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
     def init(params: Tree) -> Tree:
         def zeros(p: Tensor) -> Tensor:
             if p.dim() > 1:
-                return torch.zeros(-(-p.numel() // BLOCK), ROW, dtype=torch.uint8, device=p.device)
+                return torch.zeros(-(-p.numel() // QUANT_BLOCK), ROW, dtype=torch.uint8, device=p.device)
             return torch.zeros(2, *p.shape, device=p.device)
 
         return {"moments": tree.map(zeros, params)}
@@ -157,7 +158,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
                 del known[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
             rates = sent([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device)
-            known[step, device] = rates, sent(signed(step * APART), device)
+            known[step, device] = rates, sent(signed(step * STRIDE), device)
         return known[step, device]
 
     def update(leaves: Sequence[Leaf], update: Update) -> None:

@@ -17,7 +17,7 @@ from hyperlm import kernels, model, optim, tree
 from hyperlm.config import Config, ModelConfig
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
-from hyperlm.kernels.reference import BLOCK, CODED, PARTS
+from hyperlm.kernels.reference.optimizer import CODED, PARTS, QUANT_BLOCK
 from hyperlm.loss import AT_ONCE, TOKENS
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED, slab
 from hyperlm.stages import stages
@@ -189,7 +189,7 @@ def gradient_bytes(config: Config, dtype: torch.dtype, params: Tree) -> int:
     if config.optim.clip_scope == "layer":
         return 0
     coded = goes_home_in_8_bits(config, dtype)
-    each = (-(-p.numel() // BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
+    each = (-(-p.numel() // QUANT_BLOCK) * CODED if coded and p.dim() > 1 else p.numel() * dtype.itemsize for p in tree.leaves(params))
     return sum(map(slab.padded, each))
 
 

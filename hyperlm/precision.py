@@ -9,6 +9,15 @@ from hyperlm import tree
 from hyperlm.tree import Tree
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of `dtype` are accumulated in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    return x.to(wide(x.dtype))
+
+
 def compute_copy(params: Tree, dtype: torch.dtype) -> Tree:
     """Parameters to compute with: matrices in `dtype`, vectors (norms, biases, temperatures) as they are."""
     return tree.map(lambda p: p.detach().to(dtype) if p.dim() > 1 else p.detach(), params)

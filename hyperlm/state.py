@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from hyperlm.kernels.reference import UpdatePart
+from hyperlm.kernels.reference.optimizer import UpdatePart
 from hyperlm.tree import Tree
 
 

@@ -30,9 +30,10 @@ def builds():
     """(name, kernel, types and constants of its arguments, warps, stages, capability, registers if limited), the heaviest variant of each."""
     import torch
 
-    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, mlp, radii, readout, reference, scan
+    from hyperlm.kernels import adamw8, add_norm, convolution, cross_entropy, decoding, gradients, mlp, radii, readout, scan
     from hyperlm.kernels import hyperbolic_attention as ha
     from hyperlm.kernels import linear_attention as la
+    from hyperlm.kernels.reference import optimizer as reference
 
     for capability in SHARED:
         for k in kernels.HEAD_DIMS:
@@ -144,8 +145,8 @@ def builds():
         yield "pull_logits", cross_entropy.pull, args, 8, 3, capability
         yield "accumulate", add_norm.sum_of, dict(x=f, y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
         yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
-        shape = dict(BLOCK=reference.BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
-        args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, origin="*i64", shift="*i64", N=INTS)
+        shape = dict(BLOCK=reference.QUANT_BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
+        args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, base="*i64", offset="*i64", N=INTS)
         yield (
             "adamw8",
             adamw8.update,
@@ -157,7 +158,7 @@ def builds():
         wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, PART=reference.UpdatePart.CORRECT.value, BLOCK=1024)
         yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
         coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(
-            codes="*u8", scales=f, squares=f, origin="*i64", shift="*i64", N=INTS, COUNT=reference.PARTS
+            codes="*u8", scales=f, squares=f, base="*i64", offset="*i64", N=INTS, COUNT=reference.PARTS
         )
         yield "encode8", adamw8.encode, coded | shape | dict(ROWS=adamw8.CODED_ROWS), adamw8.CODED_WARPS, 3, capability
 

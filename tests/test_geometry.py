@@ -7,7 +7,7 @@ import torch
 from conftest import normal
 
 from hyperlm import geometry as g
-from hyperlm.kernels.reference import TIP
+from hyperlm.kernels.reference.attention import TIP
 
 RADII = [0.05, 0.5, 1.0, 2.0, 4.0]
 

@@ -14,8 +14,8 @@ MODULES = {
 
 # From the bottom to the top: a module may import those of its own room and of rooms below. A package stands for all that is in it.
 ROOMS = [
-    "batch config declare env files geometry graph startup tree",  # words that all others use
-    "kernels dropout precision stages state loss optim",  # operations, and what learns by them
+    "batch config declare env files geometry graph random startup tree",  # words that all others use
+    "kernels precision stages state loss optim",  # operations, and what learns by them
     "mixers model",  # the decoder
     "runs tokenizer encoder data",  # text
     "plan residence step flops",  # a step, and where it happens

@@ -45,7 +45,7 @@ def test_hyperbolic_attention_equals_a_loop_over_geodesic_distances(score, n, m)
 def test_distance_scores_differ_from_the_exact_ones_by_the_rounded_tip_only(monkeypatch):
     (t_q, s_q), (t_k, s_k), v = points(9, 1), points(9, 2), normal(B, H, 9, V, seed=3)
     beta = torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64)
-    monkeypatch.setattr(ref, "TIP", 0.0)
+    monkeypatch.setattr("hyperlm.kernels.reference.attention.TIP", 0.0)
     o = ref.hyperbolic_attention(t_q, s_q, t_k, s_k, v, beta, "distance")
     d = distance(t_q[..., :, None], s_q[..., :, None, :], t_k[..., None, :], s_k[..., None, :, :])
     p = torch.exp(-beta[:, None, None] * d).tril()
@@ -148,7 +148,7 @@ def test_linear_attention_goes_on_from_a_state(cut):
 
 
 def test_gradients_of_linear_attention(monkeypatch):
-    monkeypatch.setattr(ref, "CHUNK", 4)
+    monkeypatch.setattr("hyperlm.kernels.reference.attention.CHUNK", 4)
     inputs = [x[:1, :1].clone().requires_grad_() for x in linear_inputs(10)]
     state = normal(1, 1, K, V, seed=5).requires_grad_()
     assert gradcheck(ref.linear_attention, [*inputs, state])

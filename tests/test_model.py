@@ -8,11 +8,11 @@ import torch
 from conftest import CASES, TINY, generator
 
 from configs import PRESETS
-from hyperlm import model, tree
+from hyperlm import model, random, tree
 from hyperlm.config import resolve
-from hyperlm.dropout import dropout
 from hyperlm.kernels import reference
 from hyperlm.loss import head_nats
+from hyperlm.random import dropout
 
 
 def tokens_of(cfg, batch: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -169,10 +169,10 @@ def test_branches_and_gates_of_all_layers_drop_by_keys_of_their_own(monkeypatch)
 
     def watched(x, rate, key):
         keys.append(int(key))
-        return reference.noise(torch.arange(x.numel())).view(x.shape) > 0
+        return random.fmix64(torch.arange(x.numel())).view(x.shape) > 0
 
-    monkeypatch.setattr("hyperlm.dropout.kept", watched)
-    monkeypatch.setattr("hyperlm.mixers.frame.kept", watched)
+    monkeypatch.setattr("hyperlm.random.keep_mask", watched)
+    monkeypatch.setattr("hyperlm.mixers.frame.keep_mask", watched)
     model.hidden(model.init(cfg, 0), tokens_of(cfg, 1, 5), cfg, key=torch.tensor(0))
     assert len(keys) == len(set(keys)) == 1 + 4 * cfg.n_layers and max(keys) < 1 << 20
 

@@ -11,8 +11,8 @@ from conftest import normal
 from configs import PRESETS
 from hyperlm import optim, tree
 from hyperlm.config import Config, ModelConfig, OptimConfig, resolve
-from hyperlm.kernels import reference
-from hyperlm.kernels.reference import UpdatePart
+from hyperlm.kernels.reference import optimizer as reference
+from hyperlm.kernels.reference.optimizer import UpdatePart
 from hyperlm.optim import Leaf, Update, leaves_of
 
 NO_STREAM = torch.tensor(0)  # of what is not rounded
@@ -177,9 +177,9 @@ def updated(draw: int, w: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torc
     for step, g in enumerate(grads):
         rule.update(leaves_of([g.clone()], state, params, [True], origin), Update(step))
     moments = state["moments"][0]
-    scales, codes = moments.view(torch.float32)[:, reference.BLOCK // 2 :], moments[:, : 2 * reference.BLOCK]
-    m = codes[:, : reference.BLOCK].view(torch.int8).float()
-    m, v = m * m.abs() / 127**2 * scales[:, :1], (codes[:, reference.BLOCK :].float() / 255) ** 4 * scales[:, 1:]
+    scales, codes = moments.view(torch.float32)[:, reference.QUANT_BLOCK // 2 :], moments[:, : 2 * reference.QUANT_BLOCK]
+    m = codes[:, : reference.QUANT_BLOCK].view(torch.int8).float()
+    m, v = m * m.abs() / 127**2 * scales[:, :1], (codes[:, reference.QUANT_BLOCK :].float() / 255) ** 4 * scales[:, 1:]
     return params[0].float(), m.flatten()[: w.numel()].view(w.shape), v.flatten()[: w.numel()].view(w.shape)
 
 
@@ -277,7 +277,7 @@ def test_a_moment_above_zero_never_becomes_zero():
 
 def test_updating_in_parts_equals_updating_at_once():
     rule = optim.adamw8(OptimConfig(), lambda step: 0.01)
-    w, g, n = rule.keep(normal(4, 512, seed=1).float()), normal(4, 512, seed=2).float(), reference.BLOCK
+    w, g, n = rule.keep(normal(4, 512, seed=1).float()), normal(4, 512, seed=2).float(), reference.QUANT_BLOCK
     whole, part = [w.clone()], w.clone()
     state, moments = rule.init(whole), rule.init([part])["moments"][0]
     rule.update(leaves_of([g.clone()], state, whole, [True], torch.tensor([7])), Update(0))

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from hyperlm.kernels import special
-from hyperlm.kernels.reference import TIP
+from hyperlm.kernels.reference.attention import TIP
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COUNT = 1 << 14

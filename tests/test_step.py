@@ -14,7 +14,7 @@ from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.env import allowed_memory
 from hyperlm.graph import replayed
-from hyperlm.kernels.reference import BLOCK, UpdatePart, squared
+from hyperlm.kernels.reference.optimizer import QUANT_BLOCK, UpdatePart, squared
 from hyperlm.loss import IGNORE
 from hyperlm.optim import new_schedule
 from hyperlm.plan import WORKSPACE, visiting, visits
@@ -283,7 +283,11 @@ def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped
 
 def first_moments(state: State) -> list[torch.Tensor]:
     def first(x: torch.Tensor) -> torch.Tensor:
-        return squared(x[:, :BLOCK], x.view(torch.float32)[:, BLOCK // 2 : BLOCK // 2 + 1]) if x.dtype == torch.uint8 else x[0]
+        return (
+            squared(x[:, :QUANT_BLOCK], x.view(torch.float32)[:, QUANT_BLOCK // 2 : QUANT_BLOCK // 2 + 1])
+            if x.dtype == torch.uint8
+            else x[0]
+        )
 
     return [first(x) for x in tree.leaves(state.opt_state["moments"])]
 

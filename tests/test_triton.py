@@ -10,8 +10,9 @@ from conftest import normal
 from hyperlm import kernels, model, tree
 from hyperlm.config import ModelConfig
 from hyperlm.geometry import R_MAX, R_MIN, direction, time_of
-from hyperlm.kernels import OPS, reference
-from hyperlm.kernels.reference import TIP
+from hyperlm.kernels import OPS
+from hyperlm.kernels.reference import optimizer as reference
+from hyperlm.kernels.reference.attention import TIP
 from hyperlm.loss import head_nats
 from hyperlm.mixers.frame import rope_angles
 
@@ -425,9 +426,9 @@ def test_norm():
 def test_gradients_in_8_bits(n, count, dtype):
     """The noise is the same: only a product rounded otherwise may tip a number to its neighbour."""
     parts = [normal(n, seed=i).to(DEVICE, dtype) for i in range(count)]
-    origin, shift = torch.tensor(5 << 40, device=DEVICE), torch.tensor(-3, device=DEVICE)
-    (coded, squares), (exact, _) = (OPS["encode8"].backend(backend)(parts, origin, shift) for backend in ("triton", "torch"))
-    assert (coded[:, : reference.BLOCK] != exact[:, : reference.BLOCK]).float().mean() < 0.01
+    base, offset = torch.tensor(5 << 40, device=DEVICE), torch.tensor(-3, device=DEVICE)
+    (coded, squares), (exact, _) = (OPS["encode8"].backend(backend)(parts, base, offset) for backend in ("triton", "torch"))
+    assert (coded[:, : reference.QUANT_BLOCK] != exact[:, : reference.QUANT_BLOCK]).float().mean() < 0.01
     torch.testing.assert_close(coded.view(torch.float32)[:, -1], exact.view(torch.float32)[:, -1], rtol=1e-6, atol=0)
     torch.testing.assert_close(squares.double().sum(), torch.stack(parts).double().sum(0).square().sum(), rtol=1e-5, atol=0)
     truth, largest = torch.stack(parts).float().sum(0), float(coded.view(torch.float32)[:, -1].max())
@@ -455,13 +456,13 @@ def test_adamw_with_8_bit_moments(n, decay, coded, part):
                 if coded
                 else g
             )
-            factor, origin, shift = (
+            factor, base, offset = (
                 torch.tensor(0.7, device=DEVICE),
                 torch.tensor(step << 50, device=DEVICE),
                 torch.tensor(step, device=DEVICE),
             )
             OPS["adamw8"].backend(backend)(
-                w, g, moments, factor, rates, origin, shift, decay, part if step == 3 else reference.UpdatePart.FULL
+                w, g, moments, factor, rates, base, offset, decay, part if step == 3 else reference.UpdatePart.FULL
             )
         results.append((w, moments))
     (w, moments), (exact, exact_moments) = results

@@ -17,9 +17,11 @@ from hyperlm import model
 from hyperlm.batch import Batch
 from hyperlm.config import ModelConfig
 from hyperlm.geometry import arcosh1p, direction, lift, rotate
-from hyperlm.kernels.reference import TIP, causal_conv, widen
+from hyperlm.kernels.reference import causal_conv
+from hyperlm.kernels.reference.attention import TIP
 from hyperlm.loss import IGNORE
 from hyperlm.mixers.phase7 import OF_DISTANCE, factors
+from hyperlm.precision import widen
 from hyperlm.tree import Tree
 
 Ops = dict[str, Callable]

@@ -11,20 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyperlm.kernels import reference, special
+from hyperlm.kernels import special
 from hyperlm.kernels.launch import cdiv, launch
-from hyperlm.kernels.reference import BLOCK, CODED, MULTIPLIERS, PARTS, ROW, UpdatePart
+from hyperlm.kernels.reference import optimizer as reference
+from hyperlm.kernels.reference.optimizer import CODED, PARTS, QUANT_BLOCK, ROW, UpdatePart
+from hyperlm.random import MULTIPLIERS
 
 ROWS, WARPS = 2, 1  # blocks that a program updates, and its warps
 CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
 FULL, MOMENTS, WEIGHTS, CORRECT, ROLLBACK = (tl.constexpr(part.value) for part in UpdatePart)
-FOR_M, FOR_V, AGAIN = (tl.constexpr(x) for x in (reference.FOR_M, reference.FOR_V, reference.AGAIN))
+M_STREAM, V_STREAM, CORRECTION_STREAM = (tl.constexpr(x) for x in (reference.M_STREAM, reference.V_STREAM, reference.CORRECTION_STREAM))
 
 
 @triton.jit
-def noise(x):
-    """64 random bits for each counter; see `reference.noise`."""
+def fmix64(x):
+    """See `random.fmix64`."""
     x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * FIRST
     x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * SECOND
     return x ^ ((x >> 33) & 0x7FFFFFFF)
@@ -50,17 +52,17 @@ def whole(x):
 
 
 @triton.jit
-def chances(start, block, BLOCK: tl.constexpr):
-    """16 random bits for each number of these blocks, (ROWS, BLOCK) int32; see `reference.chances`."""
+def random_bits(start, block, BLOCK: tl.constexpr):
+    """16 for each number of these blocks, (ROWS, BLOCK) int32; see `random.random_bits`."""
     fours = block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    bits = noise(start + fours)
+    bits = fmix64(start + fours)
     low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
     even, odd = tl.interleave(low & 0xFFFF, high & 0xFFFF), tl.interleave((low >> 16) & 0xFFFF, (high >> 16) & 0xFFFF)
     return tl.interleave(even, odd)
 
 
 @triton.jit
-def share(bits):
+def uniform(bits):
     """16 bits as a number in [0, 1)."""
     return number(bits) * (1 / 65536)
 
@@ -70,7 +72,7 @@ def squared_codes(x, largest, bits):
     """Codes (ROWS, BLOCK) uint8 of x; see `reference.squared_codes`."""
     y = tl.abs(x) * (127**2 / tl.maximum(largest, 1e-30))[:, None]
     low = tl.minimum(whole(special.sqrt(y, False)), 126)
-    code = low + (share(bits) * (2 * low + 1) < y - low * low).to(tl.float32)
+    code = low + (uniform(bits) * (2 * low + 1) < y - low * low).to(tl.float32)
     return byte(tl.where(x < 0, -code, code))
 
 
@@ -88,7 +90,7 @@ def widened(x, at, inside):
 
 @triton.jit
 def encode(
-    x, x1, x2, x3, codes, scales, squares, origin, shift, N,
+    x, x1, x2, x3, codes, scales, squares, base, offset, N,
     COUNT: tl.constexpr, BLOCK: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """See `reference.encode8`. COUNT: how many parts there are; squares: of each program, its part of the sum of squares."""
@@ -105,7 +107,7 @@ def encode(
         numbers += widened(x3, at, inside)
     tl.store(squares + tl.program_id(0), tl.sum(tl.sum(numbers * numbers, 1), 0))
     largest = tl.max(tl.abs(numbers), 1)
-    bits = chances(tl.load(origin) + tl.load(shift), block, BLOCK)
+    bits = random_bits(tl.load(base) + tl.load(offset), block, BLOCK)
     tl.store(codes + block[:, None] * CODED + columns[None, :], squared_codes(numbers, largest, bits), mask=there[:, None])
     tl.store(scales + block * (CODED // 4) + BLOCK // 4, largest, mask=there)
 
@@ -137,7 +139,7 @@ def adam_step(weight, grad, old_m, old_v, factor, rates, DECAY: tl.constexpr, PA
 
 @triton.jit
 def update(
-    w, g, g_scales, codes, scales, factor, rates, origin, shift, N,
+    w, g, g_scales, codes, scales, factor, rates, base, offset, N,
     BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
@@ -155,14 +157,14 @@ def update(
     old_m = squared(first, scale, there)
     c = number(tl.load(first + BLOCK, mask=there[:, None], other=0))
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
-    start = tl.load(origin) + tl.load(shift)
+    start = tl.load(base) + tl.load(offset)
     kept = tl.load(w + at, mask=inside, other=0.0)
     weight, m, v = adam_step(kept.to(tl.float32), grad, old_m, old_v, factor, rates, DECAY, PART)
     if PART != MOMENTS:
         by = start
-        if PART == CORRECT or PART == ROLLBACK:  # not the noise that rounded the weights before
-            by += AGAIN
-        cut = (weight.to(tl.int32, bitcast=True) + chances(by, block, BLOCK)) & -65536
+        if PART == CORRECT or PART == ROLLBACK:  # not the bits that rounded the weights before
+            by += CORRECTION_STREAM
+        cut = (weight.to(tl.int32, bitcast=True) + random_bits(by, block, BLOCK)) & -65536
         rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
         if PART == WEIGHTS:
             rounded = tl.where(tl.load(factor) > 0, rounded, kept)
@@ -170,14 +172,16 @@ def update(
     if PART == FULL or PART == MOMENTS or PART == CORRECT:
         largest = tl.max(tl.abs(m), 1)
         tl.store(scale, largest, mask=there)
-        tl.store(first, squared_codes(m, largest, chances(start + FOR_M, block, BLOCK)), mask=there[:, None])
+        tl.store(first, squared_codes(m, largest, random_bits(start + M_STREAM, block, BLOCK)), mask=there[:, None])
 
         largest = tl.max(v, 1)
         tl.store(scale + 1, largest, mask=there)
         y = v * (255**4 / tl.maximum(largest, 1e-28))[:, None]
         low = tl.minimum(whole(special.sqrt(special.sqrt(y, False), False)), 254)
         under, over = low * low, (low + 1) * (low + 1)
-        code = low + (share(chances(start + FOR_V, block, BLOCK)) * (over * over - under * under) < y - under * under).to(tl.float32)
+        code = low + (uniform(random_bits(start + V_STREAM, block, BLOCK)) * (over * over - under * under) < y - under * under).to(
+            tl.float32
+        )
         code = tl.where(v > 0, tl.maximum(code, 1), 0)
         tl.store(first + BLOCK, byte(code), mask=there[:, None])
 
@@ -205,8 +209,8 @@ def adamw8(
     moments: Tensor,
     factor: Tensor,
     rates: Tensor,
-    origin: Tensor,
-    shift: Tensor,
+    base: Tensor,
+    offset: Tensor,
     decay: bool,
     part: UpdatePart = UpdatePart.FULL,
 ) -> None:
@@ -217,21 +221,21 @@ def adamw8(
     coded = g.dtype == torch.uint8
     launch(
         update, (cdiv(len(moments), ROWS),),
-        w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, origin, shift, w.numel(),
-        BLOCK=BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, PART=int(part), warps=WARPS,
+        w, g, g.view(torch.float32) if coded else None, moments, moments.view(torch.float32), factor, rates, base, offset, w.numel(),
+        BLOCK=QUANT_BLOCK, CODED=CODED, ROW=ROW, ROWS=ROWS, DECAY=decay, DECODE=coded, PART=int(part), warps=WARPS,
     )  # fmt: skip
 
 
-def encode8(parts: Sequence[Tensor], origin: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def encode8(parts: Sequence[Tensor], base: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.encode8`."""
     parts = [x.contiguous() for x in parts]
     first, device = parts[0], parts[0].device
-    coded = torch.empty(cdiv(first.numel(), BLOCK), CODED, dtype=torch.uint8, device=device)
+    coded = torch.empty(cdiv(first.numel(), QUANT_BLOCK), CODED, dtype=torch.uint8, device=device)
     programs = cdiv(len(coded), CODED_ROWS)
     squares = torch.empty(programs, device=device)
     launch(
         encode, (programs,),
-        *parts, *[None] * (PARTS - len(parts)), coded, coded.view(torch.float32), squares, origin, shift, first.numel(),
-        COUNT=len(parts), BLOCK=BLOCK, CODED=CODED, ROWS=CODED_ROWS, warps=CODED_WARPS,
+        *parts, *[None] * (PARTS - len(parts)), coded, coded.view(torch.float32), squares, base, offset, first.numel(),
+        COUNT=len(parts), BLOCK=QUANT_BLOCK, CODED=CODED, ROWS=CODED_ROWS, warps=CODED_WARPS,
     )  # fmt: skip
     return coded, squares

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperlm.kernels.differentiation import Function, gradients
 from hyperlm.kernels.launch import cdiv, launch, next_power_of_2
-from hyperlm.kernels.reference import EPS
+from hyperlm.kernels.reference.frame import EPS
 
 SMALL = tl.constexpr(EPS)
 TOKENS = 16  # of a program, in the backward pass

@@ -30,7 +30,7 @@ from torch import Tensor
 from hyperlm.kernels.differentiation import Function, gradients
 from hyperlm.kernels.launch import NEWER, cdiv, is_hopper, launch
 from hyperlm.kernels.layout import token_major
-from hyperlm.kernels.reference import TIP
+from hyperlm.kernels.reference.attention import TIP
 from hyperlm.kernels.special import exp2, log2, rsqrt
 
 EPS2 = tl.constexpr(TIP * TIP)

@@ -15,7 +15,7 @@ from hyperlm.kernels import special
 from hyperlm.kernels.differentiation import Function, gradients, weight_gradient
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
-from hyperlm.kernels.reference import EPS
+from hyperlm.kernels.reference.frame import EPS
 
 SMALL = tl.constexpr(EPS)
 TILES = 8  # of a program, in the backward pass

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
-from hyperlm.dropout import kept
 from hyperlm.geometry import R_MAX, R_MIN
 from hyperlm.kernels.differentiation import Function, pulled_back, weight_gradient
+from hyperlm.random import keep_mask
 
 CONV_WIDTH = 4
 R_START = 1.0  # of every token before training
@@ -177,7 +177,7 @@ class Mixer(nn.Module):
         low, few = small.split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
         gate = F.linear(low, self.gate_up)
         if self.drops(ctx):
-            gate = gate * kept(gate, self.rate, ctx.key + GATE).to(gate.dtype)  # SiLU(0) = 0
+            gate = gate * keep_mask(gate, self.rate, ctx.key + GATE).to(gate.dtype)  # SiLU(0) = 0
         return self.mix(qkv, gate, few, cache, ctx)
 
     def drops(self, ctx: Context) -> bool:

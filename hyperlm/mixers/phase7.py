@@ -23,8 +23,8 @@ from torch import Tensor
 
 from hyperlm.config import ModelConfig
 from hyperlm.geometry import direction
-from hyperlm.kernels.reference import wide, widen
 from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, Radius, append
+from hyperlm.precision import wide, widen
 
 OF_DISTANCE = ("logcosh", "distance")  # the other scores are dot products
 WITH_GAIN, WITH_BIAS = ("gain", "first-order"), ("bias", "first-order")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare
-from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import Context, LayerCache, Mixer, Radius
+from hyperlm.precision import wide
 
 SLOWEST, FASTEST = 1e-2, 1.0  # initial decay rates per token, spread over the heads
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hyperlm.config import ModelConfig
 from hyperlm.geometry import direction, rotate
-from hyperlm.kernels.reference import widen
 from hyperlm.mixers.frame import CAPACITY, Context, LayerCache, Mixer, append
+from hyperlm.precision import widen
 
 
 class Softmax(Mixer):

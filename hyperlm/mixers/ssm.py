@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, matrix
 from hyperlm.geometry import R_MAX, exp_map
-from hyperlm.kernels.reference import wide
 from hyperlm.mixers.frame import Both, Context, LayerCache
+from hyperlm.precision import wide
 
 SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over the channels
 

@@ -31,7 +31,7 @@ from hyperlm import kernels, model, tree
 from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
-from hyperlm.kernels.reference import BLOCK, CODED, COUNTERS, PARTS, UpdatePart
+from hyperlm.kernels.reference.optimizer import CODED, COUNTERS, PARTS, QUANT_BLOCK, UpdatePart
 from hyperlm.loss import head_nats
 from hyperlm.optim import Leaf, Schedule, Update, clip_factors, optimizer, origins, signed
 from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, taken_at_once, visits, widths_read
@@ -112,7 +112,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
 
     def room_for_gradient(p: Tensor) -> Tensor:
         if coded and p.dim() > 1:
-            return torch.empty(-(-p.numel() // BLOCK), CODED, dtype=torch.uint8, device="meta")
+            return torch.empty(-(-p.numel() // QUANT_BLOCK), CODED, dtype=torch.uint8, device="meta")
         return torch.empty(p.shape, dtype=dtype if p.dim() > 1 else torch.float32, device="meta")
 
     def prepare(state: State, batch: Batch) -> None:

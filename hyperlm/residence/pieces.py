@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from hyperlm import tree
-from hyperlm.kernels.reference import BLOCK
+from hyperlm.kernels.reference.optimizer import QUANT_BLOCK
 from hyperlm.residence import slab
 from hyperlm.tree import Tree
 
 
 @dataclass(frozen=True)
 class Part:
-    """Blocks first .. last of a leaf, of BLOCK numbers each."""
+    """Blocks first .. last of a leaf, of QUANT_BLOCK numbers each."""
 
     leaf: int
     first: int
@@ -25,9 +25,9 @@ class Part:
 def pieces_of(leaves: list[Tensor], numbers: int) -> list[list[Part]]:
     """The leaves of a stage, in order, in pieces of about so many numbers."""
     pieces: list[list[Part]] = [[]]
-    room = most = max(1, numbers // BLOCK)
+    room = most = max(1, numbers // QUANT_BLOCK)
     for index, leaf in enumerate(leaves):
-        first, end = 0, -(-leaf.numel() // BLOCK)
+        first, end = 0, -(-leaf.numel() // QUANT_BLOCK)
         while first < end:
             if room == 0 or (leaf.dim() < 2 and end > room):  # vectors stay whole
                 pieces.append([])
@@ -42,7 +42,7 @@ def cut(leaf: Tensor, part: Part) -> Tensor:
     """The numbers of a part; of what is in 8 bits, its rows."""
     if part.whole:
         return leaf
-    return leaf[part.first : part.last] if leaf.dtype == torch.uint8 else leaf.view(-1)[part.first * BLOCK : part.last * BLOCK]
+    return leaf[part.first : part.last] if leaf.dtype == torch.uint8 else leaf.view(-1)[part.first * QUANT_BLOCK : part.last * QUANT_BLOCK]
 
 
 class Cut(NamedTuple):

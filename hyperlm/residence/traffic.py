@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hyperlm import kernels, model, tree
 from hyperlm.config import Config
-from hyperlm.kernels.reference import APART, COUNTERS, UpdatePart
+from hyperlm.kernels.reference.optimizer import COUNTERS, UpdatePart
 from hyperlm.optim import Optimizer, Schedule, Update, leaves_of, optimizer, origins, sent, signed
 from hyperlm.plan import Plan, shelf_size
+from hyperlm.random import STRIDE
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
 from hyperlm.residence.lanes import Event, Lane, Ring
 from hyperlm.residence.pieces import Cut, Part, copy_in, cut, cut_up, pieces_of
@@ -208,7 +209,7 @@ class Traffic:
 
     def expect(self, state: State, *, unchanged: bool) -> None:
         """A step begins. unchanged: parameters are as they were when stages last left for home; else what is on the device is not used."""
-        self.shift = sent(signed(state.step * APART), self.device)
+        self.shift = sent(signed(state.step * STRIDE), self.device)
         if not unchanged:
             self.slots.held.clear()
             self.staying.clear()

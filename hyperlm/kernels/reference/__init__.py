@@ -1,0 +1,48 @@
+"""Every operation of the dispatch table in plain torch: the truth that faster kernels are checked against, and the fallback everywhere.
+
+Half-precision inputs are computed in fp32 and results come back in the dtype of the values; float64 stays float64, so that each function is its
+own oracle.
+"""
+
+from hyperlm.kernels.reference.attention import (
+    causal_conv,
+    hyperbolic_attention,
+    hyperbolic_points,
+    linear_attention,
+    linear_attention_step,
+    radii,
+    scan,
+    softmax_attention,
+    tangent_features,
+    tangent_step,
+)
+from hyperlm.kernels.reference.frame import add, add_norm, mlp, norm_gate, readout
+from hyperlm.kernels.reference.loss import pull_logits, take_logits
+from hyperlm.kernels.reference.optimizer import UpdatePart, accumulate, adamw8, decode8, encode8, norm, tell
+
+__all__ = [
+    "UpdatePart",
+    "accumulate",
+    "adamw8",
+    "add",
+    "add_norm",
+    "causal_conv",
+    "decode8",
+    "encode8",
+    "hyperbolic_attention",
+    "hyperbolic_points",
+    "linear_attention",
+    "linear_attention_step",
+    "mlp",
+    "norm",
+    "norm_gate",
+    "pull_logits",
+    "radii",
+    "readout",
+    "scan",
+    "softmax_attention",
+    "take_logits",
+    "tangent_features",
+    "tangent_step",
+    "tell",
+]
