@@ -22,7 +22,7 @@ from hyperlm import tree
 from hyperlm.config import Kind, ModelConfig
 from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, specs
 from hyperlm.env import progress
-from hyperlm.kernels.differentiation import Function, pulled_back
+from hyperlm.kernels.differentiation import Function, linear_vjp
 from hyperlm.mixers import MIXERS
 from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, remembered, rope_angles
 from hyperlm.mixers.ssm import SSM
@@ -133,7 +133,7 @@ class Unread(Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, weight = ctx.saved_tensors
-        return d, *pulled_back(d.to(y.dtype), y, weight)
+        return d, *linear_vjp(d.to(y.dtype), y, weight)
 
 
 class Head(nn.Module):

@@ -157,8 +157,8 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
             for key in [key for key in known if key[0] < step - 1]:
                 del known[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
-            rates = sent([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device)
-            known[step, device] = rates, sent(signed(step * STRIDE), device)
+            rates = copy_to_device([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device)
+            known[step, device] = rates, copy_to_device(signed(step * STRIDE), device)
         return known[step, device]
 
     def update(leaves: Sequence[Leaf], update: Update) -> None:
@@ -191,12 +191,12 @@ def signed(x: int) -> int:
     return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def sent(numbers: float | int | list, device: torch.device) -> Tensor:
+def copy_to_device(numbers: float | int | list, device: torch.device) -> Tensor:
     """A few numbers on a device. Made there, they would wait for all that it has yet to do."""
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def origins(paths: Tree, seed: int) -> Tree:
+def stream_bases(paths: Tree, seed: int) -> Tree:
     """Where the random stream of each leaf starts: a function of (seed, path); `update` adds the step."""
 
     def start(path: str) -> int:

@@ -18,7 +18,7 @@ from hyperlm.config import Config, ModelConfig
 from hyperlm.declare import Spec
 from hyperlm.env import CONTEXT, GIB
 from hyperlm.kernels.reference.optimizer import CODED, PARTS, QUANT_BLOCK
-from hyperlm.loss import AT_ONCE, TOKENS
+from hyperlm.loss import MAX_LOGITS, TOKENS
 from hyperlm.residence import INPUTS, PIECE, PIECES, SLOTS, STREAMED, slab
 from hyperlm.stages import stages
 from hyperlm.tree import Tree
@@ -155,8 +155,10 @@ def everything(config: Config, dtype: torch.dtype) -> Plan:
 def head_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
     """Bytes that `loss.head_nats` takes of so many tokens: a chunk of logits, features and their gradients, and the gradient of the head."""
     cfg = config.model
-    backend, each = ("triton", dtype.itemsize) if has_kernel("pull_logits", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
-    chunk = min(AT_ONCE[backend], tokens * cfg.vocab_size) * each
+    backend, each = (
+        ("triton", dtype.itemsize) if has_kernel("cross_entropy_backward", config, dtype) else ("torch", FP32 + 2 * dtype.itemsize)
+    )
+    chunk = min(MAX_LOGITS[backend], tokens * cfg.vocab_size) * each
     of_features = tokens * (FP32 + 2 * dtype.itemsize) + min(TOKENS, tokens) * dtype.itemsize
     return chunk + cfg.d_model * (of_features + cfg.vocab_size * dtype.itemsize)
 
@@ -290,9 +292,9 @@ def visiting(
     in_head = 2 * stream + max(head_bytes(config, dtype, tokens), count["head"] * item + sent["head"]) + count["head"] * copy
     logits = 0
     spare = max(0, in_block - in_head) + more  # beside the head, for more logits
-    if has_kernel("pull_logits", config, dtype) and spare:
-        logits = min(AT_ONCE["triton"] + round(LOGITS * spare) // item, tokens * cfg.vocab_size)
-        in_head += max(0, logits - AT_ONCE["triton"]) * item
+    if has_kernel("cross_entropy_backward", config, dtype) and spare:
+        logits = min(MAX_LOGITS["triton"] + round(LOGITS * spare) // item, tokens * cfg.vocab_size)
+        in_head += max(0, logits - MAX_LOGITS["triton"]) * item
     read = read_bytes(config, dtype, products=products)
     on_the_way = INPUTS * read * group // t.grad_accum if kept < cfg.n_layers else 0
     return Plan(

@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperlm import model, tree
 from hyperlm import tokenizer as tok
 from hyperlm.config import ConfigError, ModelConfig
-from hyperlm.graph import replayed
+from hyperlm.cuda_graph import cuda_graphed
 from hyperlm.tree import Tree
 
 PREFILL = 512  # tokens read at once
@@ -162,7 +162,7 @@ def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "a
             x.copy_(y)
         return logits
 
-    run = replayed(advance)
+    run = cuda_graphed(advance)
     run(torch.zeros(batch, dtype=torch.int64, device=head.device))  # recorded now: what this leaves in `own` does not matter yet
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ def builds():
                         yield title, kernel, more | block, c.warps, c.stages, capability, c.registers
                 args = common | dict.fromkeys(("sums", "totals", "leasts"), f) | dict(BN=ha.keys_at_once(k), SPLIT=ha.SPLIT, DISTANCE=True)
                 yield f"one_query, {k}, {name}", ha.one_query, args, 4, 3, capability
-                args = dict.fromkeys(("sums", "totals", "leasts"), f) | dict(o=x, splits=INTS, V=k, BLOCK=16)
+                args = dict.fromkeys(("sums", "totals", "leasts"), f) | dict(o=x, splits=INTS, V=k, SPLITS=16)
                 yield f"join, {k}, {name}", ha.join, args, 4, 3, capability
                 args = dict(key=x, value=x, decay=f, sums=f, totals=f, BACKWARD=True) | dict.fromkeys(
                     ("N", "H", "segment", "stride_key", "stride_value"), INTS
@@ -114,10 +114,11 @@ def builds():
                 | dict(marks=x)
                 | dict.fromkeys(("B", "N", "H", "parts"), INTS)
             )
-            yield f"decay_gradient, {k}", la.decay_gradient, args | dict(SIZE=k * k, LAST=True, MARK=la.MARK, BLOCK=512), 4, 3, capability
+            shape = dict(SIZE=k * k, LAST=True, MARK=la.MARK, ELEMENTS=512)
+            yield f"decay_gradient, {k}", la.decay_gradient, args | shape, 4, 3, capability
         args = dict.fromkeys(("decay", "write", "totals"), f) | dict.fromkeys(("B", "N", "H", "segment"), INTS)
         yield "decay_factors", la.decay_factors, args | dict(C=64, CHUNKS=32), 4, 3, capability
-        args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, BLOCK=512, DECAY=True, INITIAL=True, BACKWARD=True)
+        args = dict(sums=f, totals=f, initial=f, segments=INTS, SIZE=1024, ELEMENTS=512, DECAY=True, INITIAL=True, BACKWARD=True)
         yield "carry", la.carry, args, 4, 3, capability
         args = dict(log_a=f, start=f, h=f, N=INTS, C=INTS, ROWS=scan.ROWS, CHANNELS=scan.CHANNELS, START=True)
         yield "scan", scan.scan_forward, args | dict(b=f), 4, 3, capability
@@ -132,19 +133,20 @@ def builds():
                 | dict(TOKENS=add_norm.TOKENS, ADD=True, STREAM=True)
             )
             yield f"add_norm_backward, {d}", add_norm.add_norm_backward, args, add_norm.warps(d), 1, capability
-        yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
-        args = dict(x="*bf16", N=INTS, BLOCK=mlp.BLOCK)
+        yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, ELEMENTS=add_norm.ELEMENTS, ADD=True), 8, 3, capability
+        args = dict(x="*bf16", N=INTS, ELEMENTS=mlp.ELEMENTS)
         yield "gelu", mlp.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
         yield "gelu_backward", mlp.gelu_backward, args | dict(d="*bf16", AGAIN=True), 8, 3, capability
         sizes = dict.fromkeys(("T", "N", "G", "H", "stride"), INTS) | dict(TOKENS=radii.TOKENS, COLUMNS=radii.COLUMNS)
         args = dict(product="*bf16") | dict.fromkeys(("radius_bias", "decay_bias"), f) | sizes
         yield "radii", radii.forward, args | dict(r=f, log_decay=f), 4, 3, capability
         yield "radii_backward", radii.backward_of, args | dict(d_r=f, d_log_decay=f, d_product="*bf16", d_bias=f), 4, 3, capability
-        args = dict(logits="*bf16", targets="*i64", log_z=f, first=INTS, C=INTS, BLOCK=cross_entropy.BLOCK)
-        yield "take_logits", cross_entropy.take, args | dict(picked=f), 8, 3, capability
-        yield "pull_logits", cross_entropy.pull, args, 8, 3, capability
-        yield "accumulate", add_norm.sum_of, dict(x=f, y="*bf16", out=f, N=INTS, BLOCK=add_norm.BLOCK, ADD=True), 8, 3, capability
-        yield "norm", gradients.square, dict(x="*bf16", sums=f, N=INTS, BLOCK=gradients.BLOCK, TILES=gradients.TILES), 8, 3, capability
+        args = dict(logits="*bf16", targets="*i64", log_z=f, first=INTS, C=INTS, ELEMENTS=cross_entropy.ELEMENTS)
+        yield "online_logsumexp", cross_entropy.logsumexp_kernel, args | dict(target_logit=f), 8, 3, capability
+        yield "cross_entropy_backward", cross_entropy.gradient_kernel, args, 8, 3, capability
+        yield "accumulate", add_norm.sum_of, dict(x=f, y="*bf16", out=f, N=INTS, ELEMENTS=add_norm.ELEMENTS, ADD=True), 8, 3, capability
+        args = dict(x="*bf16", sums=f, N=INTS, ELEMENTS=gradients.ELEMENTS, TILES=gradients.TILES)
+        yield "norm", gradients.square, args, 8, 3, capability
         shape = dict(BLOCK=reference.QUANT_BLOCK, CODED=reference.CODED, ROWS=adamw8.ROWS)
         args = dict(w="*bf16", g="*u8", g_scales=f, codes="*u8", scales=f, factor=f, rates=f, base="*i64", offset="*i64", N=INTS)
         yield (
@@ -155,8 +157,9 @@ def builds():
             3,
             capability,
         )
-        wide = dict(w=f, g=f, moments=f, factor=f, rates=f, N=INTS, DECAY=True, PART=reference.UpdatePart.CORRECT.value, BLOCK=1024)
-        yield "adamw8 of vectors", adamw8.update_wide, wide, 4, 3, capability
+        wide = dict.fromkeys(("w", "g", "moments", "factor", "rates"), f) | dict(N=INTS, DECAY=True)
+        wide |= dict(PART=reference.UpdatePart.CORRECT.value, ELEMENTS=adamw8.VECTOR_ELEMENTS)
+        yield "adamw8 of vectors", adamw8.update_vector, wide, 4, 3, capability
         coded = dict.fromkeys(("x", "x1", "x2", "x3"), "*bf16") | dict(
             codes="*u8", scales=f, squares=f, base="*i64", offset="*i64", N=INTS, COUNT=reference.PARTS
         )

@@ -14,7 +14,7 @@ MODULES = {
 
 # From the bottom to the top: a module may import those of its own room and of rooms below. A package stands for all that is in it.
 ROOMS = [
-    "batch config declare env files geometry graph random startup tree",  # words that all others use
+    "batch config declare env cuda_graph files geometry random startup tree",  # words that all others use
     "kernels precision stages state loss optim",  # operations, and what learns by them
     "mixers model",  # the decoder
     "runs tokenizer encoder data",  # text

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperlm import loss
 
-at_once = pytest.mark.parametrize("at_once", [1, 100, 0], ids=["one number a chunk", "few", "all"])
+max_logits = pytest.mark.parametrize("max_logits", [1, 100, 0], ids=["one number a chunk", "few", "all"])
 
 
 def inputs():
@@ -18,35 +18,35 @@ def inputs():
     return x, w, y
 
 
-@at_once
-def test_nats_and_gradients_equal_torch(at_once, monkeypatch):
+@max_logits
+def test_nats_and_gradients_equal_torch(max_logits, monkeypatch):
     monkeypatch.setattr(loss, "TOKENS", 5)
     x, w, y = inputs()
     truth = F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum")
-    nats, count = loss.head_nats(x, w, y, at_once=at_once)
+    nats, count = loss.head_nats(x, w, y, max_logits=max_logits)
     torch.testing.assert_close(nats, truth)
     assert count == (y != loss.IGNORE).sum()
     for found, expected in zip(torch.autograd.grad(nats / 7, [x, w]), torch.autograd.grad(truth / 7, [x, w]), strict=True):
         torch.testing.assert_close(found, expected)
 
 
-@at_once
-def test_without_gradients_the_same_value_comes_out(at_once):
+@max_logits
+def test_without_gradients_the_same_value_comes_out(max_logits):
     x, w, y = inputs()
     with torch.no_grad():
         torch.testing.assert_close(
-            loss.head_nats(x, w, y, at_once=at_once)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum")
+            loss.head_nats(x, w, y, max_logits=max_logits)[0], F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="sum")
         )
 
 
-@at_once
-def test_nats_of_each_token_equal_torch_and_add_up_to_the_last_bit(at_once):
+@max_logits
+def test_nats_of_each_token_equal_torch_and_add_up_to_the_last_bit(max_logits):
     x, w, y = inputs()
-    nats = loss.token_nats(x, w, y, at_once=at_once)
+    nats = loss.token_nats(x, w, y, max_logits=max_logits)
     torch.testing.assert_close(nats, F.cross_entropy(x @ w.mT, y, ignore_index=loss.IGNORE, reduction="none"))
     assert nats.dtype == torch.float64 and not nats.requires_grad and (nats[::5] == 0).all()
     with torch.no_grad():
-        assert nats.sum() == loss.head_nats(x, w, y, at_once=at_once)[0]
+        assert nats.sum() == loss.head_nats(x, w, y, max_logits=max_logits)[0]
 
 
 def test_the_backward_pass_needs_no_more_memory():

@@ -12,8 +12,8 @@ from conftest import CASES, TINY, generator, normal
 from hyperlm import model, tree
 from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
+from hyperlm.cuda_graph import cuda_graphed
 from hyperlm.env import allowed_memory
-from hyperlm.graph import replayed
 from hyperlm.kernels.reference.optimizer import QUANT_BLOCK, UpdatePart, squared
 from hyperlm.loss import IGNORE
 from hyperlm.optim import new_schedule
@@ -456,7 +456,7 @@ def test_a_recorded_function_gives_what_it_gives_unrecorded():
     def fn(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x @ y, (x * 2).sum()
 
-    recorded = replayed(fn)
+    recorded = cuda_graphed(fn)
     for seed, n in ((0, 16), (1, 16), (2, 32), (3, 16)):
         x, y = (normal(n, n, seed=seed + i).cuda() for i in range(2))
         assert all(torch.equal(a, b) for a, b in zip(recorded(x, y), fn(x, y), strict=True))

@@ -383,13 +383,13 @@ def test_cross_entropy_of_a_chunk(dtype, width):
     rows, place = torch.arange(7, device=DEVICE)[there], targets[there] - first
     oracle = torch.logaddexp(oracle, torch.logsumexp(x, 1))
     log_z, picked = before.clone(), torch.full((7,), 3.0, device=DEVICE)
-    OPS["take_logits"].triton(logits, first, targets, log_z, picked)
+    OPS["online_logsumexp"].triton(logits, first, targets, log_z, picked)
     torch.testing.assert_close(log_z.double(), oracle, rtol=1e-6, atol=1e-5)
     assert torch.equal(picked[there], 3 + logits[rows, place].float()) and (picked[~there] == 3).all()
     truth = (x - oracle[:, None]).exp()
     truth[rows, place] -= 1
     log_z[0], truth[0] = torch.inf, 0  # a token that does not count
-    OPS["pull_logits"].triton(logits, first, targets, log_z)
+    OPS["cross_entropy_backward"].triton(logits, first, targets, log_z)
     torch.testing.assert_close(logits.double(), truth, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
@@ -404,7 +404,7 @@ def test_accumulate(dtype, n):
 
 def test_tell():
     x, at_home = normal(37, seed=1).float().to(DEVICE), torch.empty(37, pin_memory=GPU)
-    OPS["tell"].triton(x, at_home)
+    OPS["copy_to_host"].triton(x, at_home)
     if GPU:
         torch.cuda.synchronize()
     assert torch.equal(at_home, x.cpu())

@@ -46,14 +46,14 @@ else:
             linear_attention.linear_attention,
             mlp.mlp,
             gradients.norm,
-            cross_entropy.pull_logits,
+            cross_entropy.cross_entropy_backward,
             radii.radii,
             readout.readout,
             scan.scan,
-            cross_entropy.take_logits,
+            cross_entropy.online_logsumexp,
             convolution.tangent_features,
             decoding.tangent_step,
-            gradients.tell,
+            gradients.copy_to_host,
         )
     }
 
@@ -79,21 +79,21 @@ OPS: dict[str, Op] = {
     "add": Op(reference.add, KERNELS.get("add"), saves="intermediates"),
     "add_norm": Op(reference.add_norm, KERNELS.get("add_norm")),
     "causal_conv": Op(reference.causal_conv, KERNELS.get("causal_conv"), per_head=True, cache_output=True),
+    "copy_to_host": Op(reference.copy_to_host, KERNELS.get("copy_to_host")),
+    "cross_entropy_backward": Op(reference.cross_entropy_backward, KERNELS.get("cross_entropy_backward")),
     "encode8": Op(reference.encode8, KERNELS.get("encode8")),
     "hyperbolic_attention": Op(reference.hyperbolic_attention, KERNELS.get("hyperbolic_attention"), per_head=True),
     "hyperbolic_points": Op(reference.hyperbolic_points, KERNELS.get("hyperbolic_points"), per_head=True, cache_output=True),
     "linear_attention": Op(reference.linear_attention, KERNELS.get("linear_attention"), per_head=True, cache_output=True),
     "mlp": Op(reference.mlp, KERNELS.get("mlp"), saves="intermediates"),
     "norm": Op(reference.norm, KERNELS.get("norm")),
-    "pull_logits": Op(reference.pull_logits, KERNELS.get("pull_logits")),
+    "online_logsumexp": Op(reference.online_logsumexp, KERNELS.get("online_logsumexp")),
     "radii": Op(reference.radii, KERNELS.get("radii")),
     "readout": Op(reference.readout, KERNELS.get("readout"), per_head=True),
     "scan": Op(reference.scan, KERNELS.get("scan")),
     "softmax_attention": Op(reference.softmax_attention, None, fused=True),
-    "take_logits": Op(reference.take_logits, KERNELS.get("take_logits")),
     "tangent_features": Op(reference.tangent_features, KERNELS.get("tangent_features"), per_head=True, cache_output=True),
     "tangent_step": Op(reference.tangent_step, KERNELS.get("tangent_step"), per_head=True),
-    "tell": Op(reference.tell, KERNELS.get("tell")),
 }
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 

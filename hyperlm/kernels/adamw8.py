@@ -19,6 +19,7 @@ from hyperlm.random import MULTIPLIERS
 
 ROWS, WARPS = 2, 1  # blocks that a program updates, and its warps
 CODED_ROWS, CODED_WARPS = 8, 2  # blocks that a program codes, and its warps
+VECTOR_ELEMENTS = 1024  # numbers in fp32 that a program updates
 FIRST, SECOND = (tl.constexpr(x) for x in MULTIPLIERS)
 FULL, MOMENTS, WEIGHTS, CORRECT, ROLLBACK = (tl.constexpr(part.value) for part in UpdatePart)
 M_STREAM, V_STREAM, CORRECTION_STREAM = (tl.constexpr(x) for x in (reference.M_STREAM, reference.V_STREAM, reference.CORRECTION_STREAM))
@@ -158,8 +159,8 @@ def update(
     c = number(tl.load(first + BLOCK, mask=there[:, None], other=0))
     old_v = c * c * (c * c) * (tl.load(scale + 1, mask=there, other=0.0) / 255**4)[:, None]
     start = tl.load(base) + tl.load(offset)
-    kept = tl.load(w + at, mask=inside, other=0.0)
-    weight, m, v = adam_step(kept.to(tl.float32), grad, old_m, old_v, factor, rates, DECAY, PART)
+    old_weight = tl.load(w + at, mask=inside, other=0.0)
+    weight, m, v = adam_step(old_weight.to(tl.float32), grad, old_m, old_v, factor, rates, DECAY, PART)
     if PART != MOMENTS:
         by = start
         if PART == CORRECT or PART == ROLLBACK:  # not the bits that rounded the weights before
@@ -167,7 +168,7 @@ def update(
         cut = (weight.to(tl.int32, bitcast=True) + random_bits(by, block, BLOCK)) & -65536
         rounded = cut.to(tl.float32, bitcast=True).to(w.dtype.element_ty)
         if PART == WEIGHTS:
-            rounded = tl.where(tl.load(factor) > 0, rounded, kept)
+            rounded = tl.where(tl.load(factor) > 0, rounded, old_weight)
         tl.store(w + at, rounded, mask=inside)
     if PART == FULL or PART == MOMENTS or PART == CORRECT:
         largest = tl.max(tl.abs(m), 1)
@@ -187,15 +188,15 @@ def update(
 
 
 @triton.jit
-def update_wide(w, g, moments, factor, rates, N, DECAY: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr):
+def update_vector(w, g, moments, factor, rates, N, DECAY: tl.constexpr, PART: tl.constexpr, ELEMENTS: tl.constexpr):
     """The same for weights and moments (2, N) in fp32."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < N
-    kept, grad = tl.load(w + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    old_weight, grad = tl.load(w + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
     old_m, old_v = tl.load(moments + at, mask=inside, other=0.0), tl.load(moments + N + at, mask=inside, other=0.0)
-    weight, m, v = adam_step(kept, grad, old_m, old_v, factor, rates, DECAY, PART)
+    weight, m, v = adam_step(old_weight, grad, old_m, old_v, factor, rates, DECAY, PART)
     if PART == WEIGHTS:
-        weight = tl.where(tl.load(factor) > 0, weight, kept)
+        weight = tl.where(tl.load(factor) > 0, weight, old_weight)
     if PART != MOMENTS:
         tl.store(w + at, weight, mask=inside)
     if PART == FULL or PART == MOMENTS or PART == CORRECT:
@@ -216,7 +217,8 @@ def adamw8(
 ) -> None:
     """`reference.adamw8`."""
     if w.dtype == torch.float32:
-        launch(update_wide, (cdiv(w.numel(), 1024),), w, g, moments, factor, rates, w.numel(), DECAY=decay, PART=int(part), BLOCK=1024)
+        grid = (cdiv(w.numel(), VECTOR_ELEMENTS),)
+        launch(update_vector, grid, w, g, moments, factor, rates, w.numel(), DECAY=decay, PART=int(part), ELEMENTS=VECTOR_ELEMENTS)
         return
     coded = g.dtype == torch.uint8
     launch(

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hyperlm.kernels.differentiation import Function, gradients
 from hyperlm.kernels.launch import cdiv, launch, next_power_of_2
-from hyperlm.kernels.reference.frame import EPS
+from hyperlm.kernels.reference import frame
 
-SMALL = tl.constexpr(EPS)
+EPS = tl.constexpr(frame.EPS)
 TOKENS = 16  # of a program, in the backward pass
-BLOCK = 4096  # numbers that a program adds, where there is no norm
+ELEMENTS = 4096  # numbers that a program adds, where there is no norm
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def add_norm_forward(x, y, weight, out, n, T, D, WIDTH: tl.constexpr, ADD: tl.co
     if ADD:
         row += tl.load(y + t * D + c, mask=c < D, other=0.0).to(tl.float32)
         tl.store(out + t * D + c, row, mask=c < D)
-    row *= tl.rsqrt(tl.sum(row * row, 0) / D + SMALL)
+    row *= tl.rsqrt(tl.sum(row * row, 0) / D + EPS)
     tl.store(n + t * D + c, (row * tl.load(weight + c, mask=c < D, other=0.0)).to(n.dtype.element_ty), mask=c < D)
 
 
@@ -42,7 +42,7 @@ def add_norm_backward(
         mask = (c < D) & (t + c * 0 < T)
         row = tl.load(out + t * D + c, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(d_n + t * D + c, mask=mask, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(row * row, 0) / D + SMALL)
+        inverse = tl.rsqrt(tl.sum(row * row, 0) / D + EPS)
         unit = row * inverse
         dw += d * unit
         d *= tl.load(weight + c, mask=c < D, other=0.0)  # from the cache: registers are dearer
@@ -56,9 +56,9 @@ def add_norm_backward(
 
 
 @triton.jit
-def sum_of(x, y, out, N, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def sum_of(x, y, out, N, ELEMENTS: tl.constexpr, ADD: tl.constexpr):
     """out = x + y with ADD, else x; in fp32."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     row = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
     if ADD:
         row += tl.load(y + at, mask=at < N, other=0.0).to(tl.float32)
@@ -120,7 +120,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, va
 
 def add_wide(x: Tensor, y: Tensor | None, out: Tensor) -> None:
     """out = x + y, or x, in fp32; `out` may be `x`."""
-    launch(sum_of, (cdiv(x.numel(), BLOCK),), x, y, out, x.numel(), BLOCK=BLOCK, ADD=y is not None, warps=8)
+    launch(sum_of, (cdiv(x.numel(), ELEMENTS),), x, y, out, x.numel(), ELEMENTS=ELEMENTS, ADD=y is not None, warps=8)
 
 
 class Add(Function):

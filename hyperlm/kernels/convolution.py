@@ -4,7 +4,7 @@ A program works on whole heads of one of q, k, v, so that it holds the whole vec
 traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache.
 Row n of an output needs rows n-3 .. n of its input. Forward, a tile is rows of one head, and reads each of the four again, from the cache.
 Backward, row n of dx needs rows n .. n+3 of the convolution's gradient dz as well, which is dear to find: a program walks along a sequence, a tile
-being one row of several heads, and remembers three rows of x and of dz; the last three rows of a program are found again by the next.
+being one row of several heads, and remembers three rows of x and of dz; the last three rows of a program are computed again by the next.
 
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """
@@ -100,8 +100,8 @@ def points_backward(y, y_other, d, d_other, same, other, radius, d_time, DTYPE: 
     inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
     u, u_other = (y * same + y_other * other) * inverse[:, None], (y_other * same - y * other) * inverse[:, None]  # rotated
     s, s_other = (u * sinh[:, None]).to(DTYPE).to(tl.float32), (u_other * sinh[:, None]).to(DTYPE).to(tl.float32)
-    pull = (d_time * tl.rsqrt(1 + tl.sum(s * s, 1)))[:, None]
-    d, d_other = d + pull * s, d_other + pull * s_other
+    d_radial = (d_time * tl.rsqrt(1 + tl.sum(s * s, 1)))[:, None]
+    d, d_other = d + d_radial * s, d_other + d_radial * s_other
     along = tl.sum(d * u, 1)
     d, d_other = d - u * along[:, None], d_other - u_other * along[:, None]
     return (d * same - d_other * other) * (sinh * inverse)[:, None], along * cosh  # rotated back
@@ -150,7 +150,7 @@ def convolve_backward(
     elif part == 2:
         d_out = dv
     own = h[:, None] * K + tl.arange(0, K)[None, :]
-    coming, pull = at_row(x, b, first, channel, N, C), at_row(d_out, b, first, own, N, row_stride)
+    next_x, next_d = at_row(x, b, first, channel, N, C), at_row(d_out, b, first, own, N, row_stride)
     dz0, dz1, dz2 = x0 * 0, x0 * 0, x0 * 0
     dw0, dw1, dw2, dw3 = x0 * 0, x0 * 0, x0 * 0, x0 * 0
     end, lifts = tl.minimum(first + ROWS, N), part < 2
@@ -163,8 +163,8 @@ def convolve_backward(
         db = scale * 0
     for row in tl.range(0, ROWS + 3, loop_unroll_factor=3):  # so remembered rows need not move
         n = first + row
-        x3, d = coming.to(tl.float32), pull.to(tl.float32)
-        coming, pull = at_row(x, b, n + 1, channel, N, C), at_row(d_out, b, n + 1, own, N, row_stride)
+        x3, d = next_x.to(tl.float32), next_d.to(tl.float32)
+        next_x, next_d = at_row(x, b, n + 1, channel, N, C), at_row(d_out, b, n + 1, own, N, row_stride)
         z = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
         gate = special.sigmoid(z, False)
         inside, mine = n + h * 0 < N, n + h * 0 < end  # mine: and not the next program's as well
@@ -190,8 +190,8 @@ def convolve_backward(
         dz3 = d * gate * (1 + z * (1 - gate))
         # Row n - 3 was read with tap W-1 for output n - 3, and with the taps before it for those after.
         to = (b * N + n - 3).to(tl.int64) * C + channel
-        found = w3 * dz0 + w2 * dz1 + w1 * dz2 + w0 * dz3
-        tl.store(dx + to, found.to(dx.dtype.element_ty), mask=(n - 3 + channel * 0 >= first) & (n - 3 + channel * 0 < N))
+        d_input = w3 * dz0 + w2 * dz1 + w1 * dz2 + w0 * dz3
+        tl.store(dx + to, d_input.to(dx.dtype.element_ty), mask=(n - 3 + channel * 0 >= first) & (n - 3 + channel * 0 < N))
         dz0, dz1, dz2 = dz1, dz2, dz3
         dz3 = tl.where(n + channel * 0 < end, dz3, 0.0)
         dw0 += dz3 * x0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyperlm.kernels.convolution import FLOOR, W
 from hyperlm.kernels.launch import launch
-from hyperlm.kernels.readout import SMALL
+from hyperlm.kernels.readout import EPS
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def step_kernel(x, weight, tail, next_tail, r, beta, log_decay, state, norm, gat
         s = decay * tl.load(at) + tl.sum(here * k[None, :], 1)[:, None] * v[None, :]
         tl.store(at, s)
         o += tl.sum(tl.sum(here * q[None, :], 1)[:, None] * s, 0)
-    o *= tl.rsqrt(tl.sum(o * o, 0) / K + SMALL) * tl.load(norm + h * K + ks).to(tl.float32)
+    o *= tl.rsqrt(tl.sum(o * o, 0) / K + EPS) * tl.load(norm + h * K + ks).to(tl.float32)
     g = tl.load(gate + (b * H + h) * K + ks).to(tl.float32)
     tl.store(y + (b * H + h) * K + ks, (o * g * tl.sigmoid(g)).to(dtype))
 

@@ -44,8 +44,8 @@ def gradients(fn: Callable, *args: Any) -> Any:
     return fn(*args)
 
 
-def pulled_back(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x (..., C) and weight (D, C) from that of their product, d (..., D)."""
+def linear_vjp(d: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The vector-Jacobian product of a linear map: the gradients of x (..., C) and weight (D, C) from d (..., D), that of x weight^T."""
     return d @ weight, weight_gradient(d, x)
 
 

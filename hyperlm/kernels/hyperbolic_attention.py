@@ -431,12 +431,12 @@ def one_query(
 
 
 @triton.jit
-def join(sums, totals, leasts, o, splits, V: tl.constexpr, BLOCK: tl.constexpr):
-    """o (B, H, V) from what each split found."""
+def join(sums, totals, leasts, o, splits, V: tl.constexpr, SPLITS: tl.constexpr):
+    """o (B, H, V) from the sums of each split."""
     head = tl.program_id(0).to(tl.int64)
     acc, total, least = tl.zeros((V,), tl.float32), 0.0, float("inf")
-    for first in range(0, splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
         there = split < splits
         own = tl.load(leasts + head * splits + split, mask=there, other=float("inf"))
         now = tl.minimum(least, tl.min(own, 0))
@@ -579,7 +579,7 @@ def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: 
         K=k, V=width, BN=keys_at_once(max(k, width)), SPLIT=SPLIT, DISTANCE=distance,
     )  # fmt: skip
     o = torch.empty(b, 1, h, width, device=device, dtype=v.dtype)
-    launch(join, (b * h,), sums, totals, leasts, o, splits, V=width, BLOCK=16)
+    launch(join, (b * h,), sums, totals, leasts, o, splits, V=width, SPLITS=16)
     return o
 
 

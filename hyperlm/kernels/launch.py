@@ -1,4 +1,4 @@
-"""Launching a Triton kernel without finding out again what was found out before.
+"""Launching a Triton kernel without examining again what was examined before.
 
 Triton examines every argument at every launch, to choose among the variants of a kernel that it has compiled: 100 microseconds and more for
 the 40 arguments of a large one, during which a GPU has nothing to do. Here the choice is remembered.

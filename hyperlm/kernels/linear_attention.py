@@ -330,16 +330,16 @@ def carry(
     initial,
     segments,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     DECAY: tl.constexpr,
     INITIAL: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """Turn what each segment adds, (B, H, segments, SIZE), into the state before it (after it, if BACKWARD), in place."""
-    blocks: tl.constexpr = SIZE // BLOCK
+    blocks: tl.constexpr = SIZE // ELEMENTS
     head = (tl.program_id(0) // blocks).to(tl.int64)
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    state = tl.zeros((BLOCK,), tl.float32)
+    at = (tl.program_id(0) % blocks) * ELEMENTS + tl.arange(0, ELEMENTS)
+    state = tl.zeros((ELEMENTS,), tl.float32)
     if INITIAL:
         state = tl.load(initial + head * SIZE + at)
     for step in range(segments):
@@ -352,11 +352,11 @@ def carry(
 
 
 @triton.jit
-def inner(x, y, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def inner(x, y, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
     """Inner product of two stored states."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for block in range(SIZE // BLOCK):
-        at = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    for block in range(SIZE // ELEMENTS):
+        at = block * ELEMENTS + tl.arange(0, ELEMENTS)
         total += tl.load(x + at).to(tl.float32) * tl.load(y + at).to(tl.float32)
     return tl.sum(total, 0)
 
@@ -376,7 +376,7 @@ def decay_gradient(
     SIZE: tl.constexpr,
     LAST: tl.constexpr,
     MARK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):
     """d_decay_n = sum_{i>=n} (rows_i - columns_i) in each stretch of MARK positions, plus what lies beyond its end."""
     n_marks = (N - 1) // MARK
@@ -384,9 +384,9 @@ def decay_gradient(
     beyond = 0.0
     if stretch < n_marks:
         before = marks + (head.to(tl.int64) * n_marks + stretch) * SIZE
-        beyond = inner(before, before + tl.cast(B * H, tl.int64) * n_marks * SIZE, SIZE, BLOCK)
+        beyond = inner(before, before + tl.cast(B * H, tl.int64) * n_marks * SIZE, SIZE, ELEMENTS)
     elif LAST:
-        beyond = inner(last + head.to(tl.int64) * SIZE, d_last + head.to(tl.int64) * SIZE, SIZE, BLOCK)
+        beyond = inner(last + head.to(tl.int64) * SIZE, d_last + head.to(tl.int64) * SIZE, SIZE, ELEMENTS)
     n = stretch * MARK + tl.arange(0, MARK)
     where = head.to(tl.int64) * N + n
     x = tl.zeros((MARK,), tl.float32)
@@ -486,7 +486,7 @@ def states(key: Tensor, value: Tensor, decay: Tensor | None, initial: Tensor | N
     )  # fmt: skip
     launch(
         carry, (b * h * (k * v // 512),),
-        sums, totals, initial, parts, SIZE=k * v, BLOCK=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward,
+        sums, totals, initial, parts, SIZE=k * v, ELEMENTS=512, DECAY=decay is not None, INITIAL=initial is not None, BACKWARD=backward,
     )  # fmt: skip
     return sums
 
@@ -552,7 +552,7 @@ def backward(
         d_decay = torch.empty_like(decay)
         launch(
             decay_gradient, (b * h * ((n - 1) // MARK + 1),),
-            rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, BLOCK=512,
+            rows, columns, marks, last, d_last, d_decay, b, n, h, parts, SIZE=kd * vd, LAST=d_last is not None, MARK=MARK, ELEMENTS=512,
         )  # fmt: skip
     return add_up(dq, q.dtype), add_up(dk, k.dtype), add_up(dv, v.dtype), d_decay, first if has_state else None
 

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hyperlm.kernels import special
-from hyperlm.kernels.differentiation import Function, gradients, pulled_back, weight_gradient
+from hyperlm.kernels.differentiation import Function, gradients, linear_vjp, weight_gradient
 from hyperlm.kernels.launch import cdiv, launch
 
-BLOCK = 4096  # numbers of a program
+ELEMENTS = 4096  # numbers of a program
 
 
 @triton.jit
@@ -28,40 +28,40 @@ def normal(x):
 
 
 @triton.jit
-def gelu_forward(x, y, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def gelu_forward(x, y, N, ELEMENTS: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     own = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
     share, _ = normal(own)
     tl.store(y + at, (own * share).to(y.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
-def gelu_backward(x, d, N, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
+def gelu_backward(x, d, N, AGAIN: tl.constexpr, ELEMENTS: tl.constexpr):
     """In place of d, the gradient of gelu(x), that of x; and AGAIN, in place of x, gelu(x)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     own = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
     share, bell = normal(own)
     if AGAIN:
         tl.store(x + at, (own * share).to(x.dtype.element_ty), mask=at < N)
-    pulled = tl.load(d + at, mask=at < N, other=0.0).to(tl.float32) * (share + own * bell * 0.3989422804014327)  # 1 / sqrt(2 pi)
-    tl.store(d + at, pulled.to(d.dtype.element_ty), mask=at < N)
+    dx = tl.load(d + at, mask=at < N, other=0.0).to(tl.float32) * (share + own * bell * 0.3989422804014327)  # 1 / sqrt(2 pi)
+    tl.store(d + at, dx.to(d.dtype.element_ty), mask=at < N)
 
 
-def pull(x: Tensor, d: Tensor, *, again: bool) -> None:
-    launch(gelu_backward, (cdiv(x.numel(), BLOCK),), x, d, x.numel(), AGAIN=again, BLOCK=BLOCK, warps=8)
+def gelu_vjp_(x: Tensor, d: Tensor, *, again: bool) -> None:
+    launch(gelu_backward, (cdiv(x.numel(), ELEMENTS),), x, d, x.numel(), AGAIN=again, ELEMENTS=ELEMENTS, warps=8)
 
 
 def backward(x: Tensor, up: Tensor, down: Tensor, wide: Tensor | None, active: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, up and down from d, that of y, all with one row a token; wide and active, x up^T and its GELU, are overwritten if there."""
     if wide is None or active is None:
         wide, d_active = x @ up.mT, d @ down
-        pull(wide, d_active, again=True)
+        gelu_vjp_(wide, d_active, again=True)
         d_down = weight_gradient(d, wide)
     else:
         d_down = weight_gradient(d, active)
         d_active = torch.mm(d, down, out=active)
-        pull(wide, d_active, again=False)
-    return *pulled_back(d_active, x, up), d_down
+        gelu_vjp_(wide, d_active, again=False)
+    return *linear_vjp(d_active, x, up), d_down
 
 
 class MLP(Function):
@@ -73,7 +73,7 @@ class MLP(Function):
             return y.view_as(y), None, None
         wide = F.linear(x, up)
         active = torch.empty_like(wide)
-        launch(gelu_forward, (cdiv(wide.numel(), BLOCK),), wide, active, wide.numel(), BLOCK=BLOCK, warps=8)
+        launch(gelu_forward, (cdiv(wide.numel(), ELEMENTS),), wide, active, wide.numel(), ELEMENTS=ELEMENTS, warps=8)
         return F.linear(active, down), wide, active
 
     @staticmethod
@@ -91,5 +91,5 @@ class MLP(Function):
 @torch.compiler.disable  # compiled code calls it as it is
 def mlp(x: Tensor, up: Tensor, down: Tensor, y: Tensor | None = None) -> Tensor:
     """`reference.mlp`, in bf16 or fp32. It can be differentiated once."""
-    found, _, _ = MLP.apply(x.flatten(0, -2), up, down, None if y is None else y.flatten(0, -2))
-    return found.view(*x.shape[:-1], -1)
+    result, _, _ = MLP.apply(x.flatten(0, -2), up, down, None if y is None else y.flatten(0, -2))
+    return result.view(*x.shape[:-1], -1)

@@ -1,6 +1,6 @@
 """RMSNorm of each head times the SiLU of an output gate, in Triton: one pass forward, one backward; and the product after it.
 
-Where the product is known already, what goes into it is found in the backward pass alone, beside its gradient.
+Where the product is known already, what goes into it is computed in the backward pass alone, beside its gradient.
 
 Layout: token-major, a token's heads contiguous. T tokens, H heads, V head dim.
 """
@@ -15,9 +15,9 @@ from hyperlm.kernels import special
 from hyperlm.kernels.differentiation import Function, gradients, weight_gradient
 from hyperlm.kernels.launch import cdiv, launch
 from hyperlm.kernels.layout import token_major
-from hyperlm.kernels.reference.frame import EPS
+from hyperlm.kernels.reference import frame
 
-SMALL = tl.constexpr(EPS)
+EPS = tl.constexpr(frame.EPS)
 TILES = 8  # of a program, in the backward pass
 
 
@@ -28,7 +28,7 @@ def norm_gate_forward(o, weight, gate, y, T, H, stride_o, V: tl.constexpr, ROWS:
     x = tl.load(o + at * stride_o + h * V + vs[None, :], mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate + (at * H + h) * V + vs[None, :], mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + h * V + vs).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / V + SMALL)[:, None] * w[None, :]
+    x *= tl.rsqrt(tl.sum(x * x, 1) / V + EPS)[:, None] * w[None, :]
     tl.store(y + (at * H + h) * V + vs[None, :], (x * g * special.sigmoid(g, False)).to(y.dtype.element_ty), mask=mask)
 
 
@@ -47,17 +47,17 @@ def norm_gate_backward(
         dense = (at * H + h) * V + vs[None, :]
         x = tl.load(o + at * stride_o + h * V + vs[None, :], mask=mask, other=0.0).to(tl.float32)
         g = tl.load(gate + dense, mask=mask, other=0.0).to(tl.float32)
-        pulled = tl.load(d + dense, mask=mask, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, 1) / V + SMALL)[:, None]
+        grad = tl.load(d + dense, mask=mask, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(x * x, 1) / V + EPS)[:, None]
         unit, opening = x * inverse, special.sigmoid(g, False)
         if AGAIN:
             tl.store(y + dense, (unit * w[None, :] * g * opening).to(y.dtype.element_ty), mask=mask)
-        tl.store(d + dense, (pulled * unit * w[None, :] * opening * (1 + g * (1 - opening))).to(d.dtype.element_ty), mask=mask)
-        pulled *= g * opening
-        dw += tl.sum(pulled * unit, 0)
-        pulled *= w[None, :]
-        pulled = (pulled - unit * (tl.sum(pulled * unit, 1) / V)[:, None]) * inverse
-        tl.store(do + dense, pulled.to(do.dtype.element_ty), mask=mask)
+        tl.store(d + dense, (grad * unit * w[None, :] * opening * (1 + g * (1 - opening))).to(d.dtype.element_ty), mask=mask)
+        grad *= g * opening
+        dw += tl.sum(grad * unit, 0)
+        grad *= w[None, :]
+        grad = (grad - unit * (tl.sum(grad * unit, 1) / V)[:, None]) * inverse
+        tl.store(do + dense, grad.to(do.dtype.element_ty), mask=mask)
     tl.store(d_weight + (tl.program_id(0) * H + h) * V + vs, dw)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, last_tap, matrix
 from hyperlm.geometry import R_MAX, R_MIN
-from hyperlm.kernels.differentiation import Function, pulled_back, weight_gradient
+from hyperlm.kernels.differentiation import Function, linear_vjp, weight_gradient
 from hyperlm.random import keep_mask
 
 CONV_WIDTH = 4
@@ -71,11 +71,11 @@ class Known(Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *pulled_back(d, *ctx.saved_tensors), None
+        return *linear_vjp(d, *ctx.saved_tensors), None
 
 
-class Both(Function):
-    """Two products of one x: its gradient is added up while the second is found."""
+class LinearPair(Function):
+    """See `linear_pair`."""
 
     @staticmethod
     def forward(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,9 +88,15 @@ class Both(Function):
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, first, second = ctx.saved_tensors
-        d, of_first = pulled_back(d_first, x, first)
-        d.view(-1, d.shape[-1]).addmm_(d_second.flatten(0, -2), second)
-        return d, of_first, weight_gradient(d_second, x)
+        dx, d_weight = linear_vjp(d_first, x, first)
+        dx.view(-1, dx.shape[-1]).addmm_(d_second.flatten(0, -2), second)
+        return dx, d_weight, weight_gradient(d_second, x)
+
+
+def linear_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two products of one x (..., C), by first (D, C) and second (E, C) -> (..., D), (..., E). The second's part of the gradient of x is added to
+    the first's as it is computed, with no tensor of its own."""
+    return LinearPair.apply(x, first, second)
 
 
 def rope_angles(position: int, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -173,7 +179,7 @@ class Mixer(nn.Module):
         narrow = torch.cat(
             [self.gate_down, *self.narrow()]
         )  # one product: narrow ones leave a GPU idle, and each adds its own gradient of x
-        qkv, small = Both.apply(x, self.qkv, narrow)
+        qkv, small = linear_pair(x, self.qkv, narrow)
         low, few = small.split([len(self.gate_down), len(narrow) - len(self.gate_down)], -1)
         gate = F.linear(low, self.gate_up)
         if self.drops(ctx):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hyperlm.config import ModelConfig
 from hyperlm.declare import constant, declare, matrix
 from hyperlm.geometry import R_MAX, exp_map
-from hyperlm.mixers.frame import Both, Context, LayerCache
+from hyperlm.mixers.frame import Context, LayerCache, linear_pair
 from hyperlm.precision import wide
 
 SLOWEST, FASTEST = 1e-3, 0.3  # initial contraction rates per token, spread over the channels
@@ -32,7 +32,7 @@ class SSM(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None, ctx: Context) -> tuple[Tensor, LayerCache]:
         """x (B, N, D) -> y (B, N, D) and the next cache."""
-        rate, into = Both.apply(x, self.rate, self.into)
+        rate, into = linear_pair(x, self.rate, self.into)
         log_a = -F.softplus(rate + self.rate_bias)  # wide, as the bias is
         b = -torch.expm1(log_a) * into
         h = ctx.ops["scan"](log_a, b, None if cache is None else cache["ssm"])

@@ -8,10 +8,10 @@ from torch import Tensor
 from hyperlm import kernels, model, tree
 from hyperlm.batch import Batch
 from hyperlm.config import Config
+from hyperlm.cuda_graph import cuda_graphed
 from hyperlm.env import compute_dtype
-from hyperlm.graph import replayed
 from hyperlm.loss import head_nats
-from hyperlm.optim import Schedule, Update, clip, leaves_of, optimizer, origins
+from hyperlm.optim import Schedule, Update, clip, leaves_of, optimizer, stream_bases
 from hyperlm.precision import compute_copy, summed
 from hyperlm.state import State
 from hyperlm.tree import Tree
@@ -45,7 +45,7 @@ def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Batch, 
             return nats.detach(), torch.autograd.grad(nats / count, tree.leaves(weights))
 
     if device.type == "cuda":
-        of_micro_batch = replayed(of_micro_batch)
+        of_micro_batch = cuda_graphed(of_micro_batch)
 
     def gradients(params: Tree, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[Tensor, Tree]:
         refresh(params)
@@ -64,7 +64,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
     measured = kernels.table(("norm",), device, cfg.kernels)["norm"]
     declared = model.declaration(cfg.model)
     decay = tree.map(lambda spec: spec.decay, declared)
-    starts = tree.leaves(origins(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
+    starts = tree.leaves(stream_bases(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
     streams = torch.tensor(starts, device=device).unbind()
 
     def advance(state: State, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[State, Tensor, Tensor, bool]:

@@ -33,7 +33,7 @@ from hyperlm.config import Config
 from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.kernels.reference.optimizer import CODED, COUNTERS, PARTS, QUANT_BLOCK, UpdatePart
 from hyperlm.loss import head_nats
-from hyperlm.optim import Leaf, Schedule, Update, clip_factors, optimizer, origins, signed
+from hyperlm.optim import Leaf, Schedule, Update, clip_factors, optimizer, signed, stream_bases
 from hyperlm.plan import converts, free_once_copied, goes_home_in_8_bits, slot_count, taken_at_once, visits, widths_read
 from hyperlm.precision import compute_copy
 from hyperlm.residence import INPUTS, slab
@@ -64,7 +64,7 @@ def make_settle(cfg: Config, schedule: Schedule, device: torch.device) -> Callab
             torch.cuda.synchronize(device)
         if (pending := state.pending) is None:
             return state
-        starts = origins(tree.map_with_path(lambda path, _: path, state.params), cfg.train.seed)
+        starts = stream_bases(tree.map_with_path(lambda path, _: path, state.params), cfg.train.seed)
         trees = (pending.grads, state.params, *state.opt_state.values(), decays, starts)
         for index, (stage, factor) in enumerate(zip(zip(*(stages(x) for x in trees), strict=True), pending.factors, strict=True)):
             if pending.what == UpdatePart.ROLLBACK and not pending.moved[index]:
@@ -95,7 +95,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
     """Parameters, moments and gradients are packed stages in host memory (see `in_host_memory`); computation is on `device`."""
     dtype, blocks = compute_dtype(device), model.skeleton(cfg.model).blocks
     run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
-    ops = kernels.table(("accumulate", "norm", "tell"), device, cfg.kernels)
+    ops = kernels.table(("accumulate", "norm", "copy_to_host"), device, cfg.kernels)
     allowed = allowed_memory(device, cfg.train.device_memory)
     plan = visits(cfg, dtype, allowed)
     grouping, slots = plan.group, slot_count(cfg, dtype)
@@ -278,7 +278,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
         def loss_of(chosen: Sequence[int], *x: Tensor) -> Tensor:
             features = torch.cat([model.finish(weights, x_a, cfg.model, contexts[a]) for a, x_a in zip(chosen, x, strict=True)])
             own = targets[chosen[0] : chosen[-1] + 1].flatten()
-            nats, _ = head_nats(features.flatten(0, 1), weights["weight"], own, kernels=cfg.kernels, at_once=plan.logits)
+            nats, _ = head_nats(features.flatten(0, 1), weights["weight"], own, kernels=cfg.kernels, max_logits=plan.logits)
             total_nats.add_(nats.detach())
             return nats / count
 
@@ -327,7 +327,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
         every_norm = torch.stack(norms)
         factors, norm = clip_factors(every_norm, cfg.optim.clip, cfg.optim.clip_scope)
         numbers = torch.cat([torch.stack([norm, total_nats, factors.min()]), every_norm])
-        facts = told(numbers, traffic.main, ops["tell"])  # before the last gradient is on its way
+        facts = told(numbers, traffic.main, ops["copy_to_host"])  # before the last gradient is on its way
         visit = learn(visit, found)
         leave(visit)
 

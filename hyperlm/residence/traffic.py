@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperlm import kernels, model, tree
 from hyperlm.config import Config
 from hyperlm.kernels.reference.optimizer import COUNTERS, UpdatePart
-from hyperlm.optim import Optimizer, Schedule, Update, leaves_of, optimizer, origins, sent, signed
+from hyperlm.optim import Optimizer, Schedule, Update, copy_to_device, leaves_of, optimizer, signed, stream_bases
 from hyperlm.plan import Plan, shelf_size
 from hyperlm.random import STRIDE
 from hyperlm.residence import INPUTS, PIECE, PIECES, slab
@@ -134,7 +134,7 @@ class Traffic:
         self.pieces = [pieces_of(tree.leaves(part), numbers) for part in parts]
         decays = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, model.declaration(cfg.model)))]
         self.decay = [[[own[p.leaf] for p in piece] for piece in pieces] for own, pieces in zip(decays, self.pieces, strict=True)]
-        starts = [tree.leaves(part) for part in stages(origins(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
+        starts = [tree.leaves(part) for part in stages(stream_bases(tree.map_with_path(lambda path, _: path, params), cfg.train.seed))]
         self.leaf_origin = [list(torch.tensor([signed(start + GRADIENTS) for start in own], device=device)) for own in starts]
         self.shift: Tensor | None = None  # of random streams, at this step
         self.origin = [
@@ -209,7 +209,7 @@ class Traffic:
 
     def expect(self, state: State, *, unchanged: bool) -> None:
         """A step begins. unchanged: parameters are as they were when stages last left for home; else what is on the device is not used."""
-        self.shift = sent(signed(state.step * STRIDE), self.device)
+        self.shift = copy_to_device(signed(state.step * STRIDE), self.device)
         if not unchanged:
             self.slots.held.clear()
             self.staying.clear()

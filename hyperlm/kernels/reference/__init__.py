@@ -17,8 +17,8 @@ from hyperlm.kernels.reference.attention import (
     tangent_step,
 )
 from hyperlm.kernels.reference.frame import add, add_norm, mlp, norm_gate, readout
-from hyperlm.kernels.reference.loss import pull_logits, take_logits
-from hyperlm.kernels.reference.optimizer import UpdatePart, accumulate, adamw8, decode8, encode8, norm, tell
+from hyperlm.kernels.reference.loss import cross_entropy_backward, online_logsumexp
+from hyperlm.kernels.reference.optimizer import UpdatePart, accumulate, adamw8, copy_to_host, decode8, encode8, norm
 
 __all__ = [
     "UpdatePart",
@@ -27,6 +27,8 @@ __all__ = [
     "add",
     "add_norm",
     "causal_conv",
+    "copy_to_host",
+    "cross_entropy_backward",
     "decode8",
     "encode8",
     "hyperbolic_attention",
@@ -36,13 +38,11 @@ __all__ = [
     "mlp",
     "norm",
     "norm_gate",
-    "pull_logits",
+    "online_logsumexp",
     "radii",
     "readout",
     "scan",
     "softmax_attention",
-    "take_logits",
     "tangent_features",
     "tangent_step",
-    "tell",
 ]

@@ -21,7 +21,7 @@ def norm_gate(o: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 def readout(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, result: Tensor | None = None) -> Tensor:
     """`norm_gate` times the output projection, out (D, H V) -> (B, N, D).
 
-    result: what this returns, if it is known: then it need not be found again, and gradients alone are wanted.
+    result: what this returns, if it is known: then it is not computed again, and gradients alone are wanted.
     """
     return F.linear(norm_gate(o, weight, gate), out)
 
@@ -36,20 +36,19 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, va
 
     Args:
         x: (B, N, D), the stream, wide.
-        y: (B, N, D), what the branch found; None for nothing.
+        y: (B, N, D), the result of the branch; None for nothing.
         weight: (D,), wide.
         dtype: of the norm.
-        values: (B, N, D) in any dtype, the stream where x is hollow: zeros without memory, which only receive its gradient.
+        values: (B, N, D) in any dtype, the stream where x is a grad-only carrier: zeros without memory, which only receive its gradient.
 
     Returns:
         The stream with y, which without y is x as it is; and its norm times weight.
     """
     stream = x if values is None else x + values
     stream = stream if y is None else stream + y
-    read = stream.view_as(
-        stream
-    )  # the norm's part of a gradient is added up by itself, which gives the same bits whether x is hollow or not
-    return x if y is None else stream, F.rms_norm(read, read.shape[-1:], weight.to(read.dtype), eps=EPS).to(dtype)
+    # A view, so that the norm's part of the gradient is added up by itself: the same bits whether x is a carrier or not.
+    normed = F.rms_norm(stream.view_as(stream), stream.shape[-1:], weight.to(stream.dtype), eps=EPS)
+    return x if y is None else stream, normed.to(dtype)
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor, y: Tensor | None = None) -> Tensor:

@@ -6,24 +6,24 @@ from torch import Tensor
 from hyperlm.precision import widen
 
 
-def take_logits(logits: Tensor, first: int, targets: Tensor, log_z: Tensor, picked: Tensor) -> None:
-    """Take in a chunk of logits (T, C): of T tokens, for numbers `first` .. first + C - 1 of a vocabulary.
+def online_logsumexp(logits: Tensor, first: int, targets: Tensor, log_z: Tensor, target_logit: Tensor) -> None:
+    """The log-sum-exp of all logits so far, and one chunk (T, C) more: of T tokens, for numbers `first` .. first + C - 1 of a vocabulary.
 
     Args:
         targets: (T,) int64.
         log_z: (T,), wide; in place, the logarithm of the sum of exponentials of all logits so far, at first -inf.
-        picked: (T,), wide; the logit of the target is added if it is among them.
+        target_logit: (T,), wide; the logit of the target is added if it is in this chunk.
     """
-    x, place = widen(logits), targets - first
-    there = (place >= 0) & (place < x.shape[1])
+    x, column = widen(logits), targets - first
+    inside = (column >= 0) & (column < x.shape[1])
     log_z.copy_(torch.logaddexp(log_z, torch.logsumexp(x, -1)))
-    picked += torch.where(there, x.gather(1, torch.where(there, place, 0)[:, None])[:, 0], 0)
+    target_logit += torch.where(inside, x.gather(1, torch.where(inside, column, 0)[:, None])[:, 0], 0)
 
 
-def pull_logits(logits: Tensor, first: int, targets: Tensor, log_z: Tensor) -> None:
-    """Replace the logits of a chunk by the gradient of the cross entropies: exp(logit - log_z), less 1 for the target. Arguments as in `take_logits`."""
-    p, place = widen(logits).sub_(log_z[:, None]).exp_(), targets - first
-    there = (place >= 0) & (place < p.shape[1])
-    p.scatter_add_(1, torch.where(there, place, 0)[:, None], -there[:, None].to(p.dtype))
+def cross_entropy_backward(logits: Tensor, first: int, targets: Tensor, log_z: Tensor) -> None:
+    """Replace the logits of a chunk by the gradient of the cross entropies: exp(logit - log_z), less 1 for the target. Arguments as in `online_logsumexp`."""
+    p, column = widen(logits).sub_(log_z[:, None]).exp_(), targets - first
+    inside = (column >= 0) & (column < p.shape[1])
+    p.scatter_add_(1, torch.where(inside, column, 0)[:, None], -inside[:, None].to(p.dtype))
     if p is not logits:
         logits.copy_(p)

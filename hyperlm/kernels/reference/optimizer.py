@@ -23,7 +23,7 @@ def accumulate(total: Tensor, x: Tensor) -> None:
     total.add_(x)
 
 
-def tell(x: Tensor, to: Tensor) -> None:
+def copy_to_host(x: Tensor, to: Tensor) -> None:
     """Copy a few numbers, fp32, to host memory, which is pinned where x is on a GPU; there they have come when what was launched before is done."""
     to.copy_(x, non_blocking=True)
 
