@@ -103,7 +103,7 @@ def builds():
                     yield title, convolution.convolve_backward, args | out | shape, w.warps, 3, capability
                 args = dict(o=x, weight=x, gate=x, T=INTS, H=INTS, stride_o=INTS, V=k, ROWS=readout.rows(k))
                 yield f"norm_gate, {k}, {name}", readout.norm_gate_forward, args | dict(y=x), 4, 3, capability
-                out = dict(y=x, d=x, do=x, d_weight=f, TILES=readout.TILES, AGAIN=True)
+                out = dict(y=x, d=x, do=x, d_weight=f, TILES=readout.TILES, RECOMPUTE=True)
                 yield f"norm_gate_backward, {k}, {name}", readout.norm_gate_backward, args | out, 4, 3, capability
                 args = dict.fromkeys(("x", "weight", "tail", "next_tail", "norm", "gate", "y"), x) | dict.fromkeys(
                     ("r", "beta", "log_decay", "state"), f
@@ -136,7 +136,7 @@ def builds():
         yield "add", add_norm.sum_of, dict(x="*bf16", y="*bf16", out=f, N=INTS, ELEMENTS=add_norm.ELEMENTS, ADD=True), 8, 3, capability
         args = dict(x="*bf16", N=INTS, ELEMENTS=mlp.ELEMENTS)
         yield "gelu", mlp.gelu_forward, args | dict(y="*bf16"), 8, 3, capability
-        yield "gelu_backward", mlp.gelu_backward, args | dict(d="*bf16", AGAIN=True), 8, 3, capability
+        yield "gelu_backward", mlp.gelu_backward, args | dict(d="*bf16", RECOMPUTE=True), 8, 3, capability
         sizes = dict.fromkeys(("T", "N", "G", "H", "stride"), INTS) | dict(TOKENS=radii.TOKENS, COLUMNS=radii.COLUMNS)
         args = dict(product="*bf16") | dict.fromkeys(("radius_bias", "decay_bias"), f) | sizes
         yield "radii", radii.forward, args | dict(r=f, log_decay=f), 4, 3, capability

@@ -93,10 +93,10 @@ class AddNorm(Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, values: Tensor | None) -> tuple[Tensor, Tensor]:
-        own = x if values is None else values
-        d, t = own.shape[-1], own.numel() // own.shape[-1]
-        out, n = x.view_as(x) if y is None else torch.empty_like(own, dtype=torch.float32), torch.empty_like(own, dtype=dtype)
-        launch(add_norm_forward, (t,), own, y, weight, out, n, t, d, WIDTH=next_power_of_2(d), ADD=y is not None, warps=warps(d))
+        stream = x if values is None else values
+        d, t = stream.shape[-1], stream.numel() // stream.shape[-1]
+        out, n = x.view_as(x) if y is None else torch.empty_like(stream, dtype=torch.float32), torch.empty_like(stream, dtype=dtype)
+        launch(add_norm_forward, (t,), stream, y, weight, out, n, t, d, WIDTH=next_power_of_2(d), ADD=y is not None, warps=warps(d))
         return out, n
 
     @staticmethod

@@ -50,11 +50,11 @@ def step_kernel(x, weight, tail, next_tail, r, beta, log_decay, state, norm, gat
     o = tl.zeros((K,), tl.float32)
     for block in range(K // KEYS):
         rows = block * KEYS + tl.arange(0, KEYS)
-        here = (ks[None, :] == rows[:, None]).to(tl.float32)
+        one_hot = (ks[None, :] == rows[:, None]).to(tl.float32)
         at = state + ((b * H + h) * K + rows[:, None]) * K + ks[None, :]
-        s = decay * tl.load(at) + tl.sum(here * k[None, :], 1)[:, None] * v[None, :]
+        s = decay * tl.load(at) + tl.sum(one_hot * k[None, :], 1)[:, None] * v[None, :]
         tl.store(at, s)
-        o += tl.sum(tl.sum(here * q[None, :], 1)[:, None] * s, 0)
+        o += tl.sum(tl.sum(one_hot * q[None, :], 1)[:, None] * s, 0)
     o *= tl.rsqrt(tl.sum(o * o, 0) / K + EPS) * tl.load(norm + h * K + ks).to(tl.float32)
     g = tl.load(gate + (b * H + h) * K + ks).to(tl.float32)
     tl.store(y + (b * H + h) * K + ks, (o * g * tl.sigmoid(g)).to(dtype))

@@ -74,18 +74,18 @@ def decay_factors(decay, write, totals, B, N, H, segment, C: tl.constexpr, CHUNK
     segments, chunks = tl.cdiv(N, segment), tl.cdiv(segment, C)
     blocks = tl.cdiv(chunks, CHUNKS)
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    here, head = place % segments, (place // segments).to(tl.int64)
+    index, head = place % segments, (place // segments).to(tl.int64)
     chunk = block * CHUNKS + tl.arange(0, CHUNKS)
     at = chunk[:, None] * C + tl.arange(0, C)[None, :]
-    inside = at < min(segment, N - here * segment)
-    where = write + head * N + here * segment + at
-    steps = tl.load(decay + head * N + here * segment + at, mask=inside, other=0.0) * LOG2E
+    inside = at < min(segment, N - index * segment)
+    where = write + head * N + index * segment + at
+    steps = tl.load(decay + head * N + index * segment + at, mask=inside, other=0.0) * LOG2E
     since = tl.cumsum(steps, 1)  # the start of the chunk
     total = tl.sum(steps, 1)
     until = total[:, None] - since  # its end
     tl.store(where, tl.exp2(tl.minimum(-since, 120.0)), mask=inside)  # larger ones are not used, thanks to `is_steep`
     tl.store(where + tl.cast(B * H, tl.int64) * N, tl.exp2(tl.minimum(-until, 120.0)), mask=inside)
-    totals += (head * segments + here) * (chunks + 2)
+    totals += (head * segments + index) * (chunks + 2)
     tl.store(totals + 1 + chunk, tl.exp2(total), mask=chunk < chunks)
     if block == 0:
         tl.store(totals, 1.0)
@@ -104,7 +104,7 @@ def is_steep(totals, chunks):
 
 @triton.jit
 def walk_chunks(
-    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v,
+    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v,
     B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
@@ -117,7 +117,7 @@ def walk_chunks(
     LEFT: the state after the last step is wanted.
     """
     segments = tl.cdiv(N, segment)
-    b, h, start = (head // H).to(tl.int64), head % H, here * segment
+    b, h, start = (head // H).to(tl.int64), head % H, index * segment
     c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
     origin = b * N + start  # in tokens
     query += origin * s_query + h * K
@@ -132,7 +132,7 @@ def walk_chunks(
     if DECAY:
         decay += head.to(tl.int64) * N + start
         write += (tl.cast(B * H, tl.int64) * (1 if BACKWARD else 0) + head) * N + start
-        totals += (head.to(tl.int64) * segments + here) * (tl.cdiv(segment, C) + 2)
+        totals += (head.to(tl.int64) * segments + index) * (tl.cdiv(segment, C) + 2)
         if SWAPPED:
             partner += origin * s_partner + h * V
             shares += ((part_k * (V // VALUES) + part_v) * tl.cast(B * H, tl.int64) + head) * N + start
@@ -140,7 +140,7 @@ def walk_chunks(
 
     state = tl.zeros((KEYS, VALUES), tl.float32)
     if STATES:
-        border += (head.to(tl.int64) * segments + here) * (K * V)
+        border += (head.to(tl.int64) * segments + index) * (K * V)
         state = tl.load(border + in_state)
 
     length = min(segment, N - start)
@@ -190,13 +190,13 @@ def walk_chunks(
     if LEFT:
         if DECAY and not STEEP:
             state *= tl.load(totals + (1 if BACKWARD else chunks) + same)[:, None]
-        if here == (0 if BACKWARD else segments - 1):
+        if index == (0 if BACKWARD else segments - 1):
             tl.store(left + head.to(tl.int64) * (K * V) + in_state, state)
 
 
 @triton.jit
 def walk(
-    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v,
+    query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v,
     B, N, H, segment, s_query, s_key, s_value, s_partner,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     BACKWARD: tl.constexpr, SWAPPED: tl.constexpr, LEFT: tl.constexpr,
@@ -206,15 +206,15 @@ def walk(
     steep = False
     if DECAY:
         chunks = tl.cdiv(segment, C)
-        steep = is_steep(totals + (head.to(tl.int64) * tl.cdiv(N, segment) + here) * (chunks + 2), chunks)
+        steep = is_steep(totals + (head.to(tl.int64) * tl.cdiv(N, segment) + index) * (chunks + 2), chunks)
     if steep:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H, segment,
             s_query, s_key, s_value, s_partner, K, V, 16, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, True, STATES, EVEN, MARK,
         )  # fmt: skip
     else:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, here, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H, segment,
             s_query, s_key, s_value, s_partner, K, V, C, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, False, STATES, EVEN, MARK,
         )  # fmt: skip
 
@@ -239,9 +239,9 @@ def forward_sweep(
     A program computes VALUES of the V numbers, from KEYS of the K. Sums are linear in what is compared, so that where KEYS < K the outputs
     are parts, (K/KEYS, B, N, H, V), to be added up. starts: the state before each segment, (B, H, segments, K, V), with STARTS.
     """
-    head, here, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
+    head, index, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
     walk(
-        q, k, v, o, None, None, decay, write, totals, starts, None, last, head, here, part_k, part_v, B, N, H, segment,
+        q, k, v, o, None, None, decay, write, totals, starts, None, last, head, index, part_k, part_v, B, N, H, segment,
         stride_q, stride_k, stride_v, 0, K, V, C, KEYS, VALUES, False, False, True, DECAY, STARTS, EVEN, MARK,
     )  # fmt: skip
 
@@ -261,11 +261,11 @@ def backward_sweep(
     first: (B, H, K of q, V of v), where ROLE_DV leaves the state.
     """
     role = ROLE + tl.program_id(0) % ROLES
-    head, here, part_k, part_v = place(tl.program_id(0) // ROLES, N, segment, K, V, KEYS, VALUES)
+    head, index, part_k, part_v = place(tl.program_id(0) // ROLES, N, segment, K, V, KEYS, VALUES)
     # The branches repeat the walk, each with pointers known when it is compiled: chosen at run time, their alignment would be unknown.
     if role == ROLE_DQ:
         walk(
-            do, v, k, dq, q, rows, decay, write, totals, starts, marks, None, head, here, part_k, part_v, B, N, H, segment,
+            do, v, k, dq, q, rows, decay, write, totals, starts, marks, None, head, index, part_k, part_v, B, N, H, segment,
             stride_do, stride_v, stride_k, stride_q, K, V, C, KEYS, VALUES, False, True, False, DECAY, STARTS, EVEN, MARK,
         )  # fmt: skip
     elif role == ROLE_DK:
@@ -273,12 +273,12 @@ def backward_sweep(
         if DECAY:
             after += tl.cast(B * H, tl.int64) * ((N - 1) // MARK) * (K * V)
         walk(
-            v, do, q, dk, k, columns, decay, write, totals, ends, after, None, head, here, part_k, part_v, B, N, H, segment,
+            v, do, q, dk, k, columns, decay, write, totals, ends, after, None, head, index, part_k, part_v, B, N, H, segment,
             stride_v, stride_do, stride_q, stride_k, K, V, C, KEYS, VALUES, True, True, False, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
     else:
         walk(
-            k, q, do, dv, None, None, decay, write, totals, ends, None, first, head, here, part_k, part_v, B, N, H, segment,
+            k, q, do, dv, None, None, decay, write, totals, ends, None, first, head, index, part_k, part_v, B, N, H, segment,
             stride_k, stride_q, stride_do, 0, K, V, C, KEYS, VALUES, True, False, True, DECAY, ENDS, EVEN, MARK,
         )  # fmt: skip
 
@@ -290,19 +290,19 @@ def segment_sums(
 ):  # fmt: skip
     """What each segment adds to the state, (B, H, segments, K, V), and its log2 decay, (B, H, segments)."""
     segments = tl.cdiv(N, segment)
-    head, here, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
+    head, index, part_k, part_v = place(tl.program_id(0), N, segment, K, V, KEYS, VALUES)
     b, h = (head // H).to(tl.int64), head % H
     c, ks, vs = tl.arange(0, C), part_k * KEYS + tl.arange(0, KEYS), part_v * VALUES + tl.arange(0, VALUES)
-    origin = b * N + here * segment
+    origin = b * N + index * segment
     key += origin * stride_key + h * K
     value += origin * stride_value + h * V
     in_key, in_value = c[:, None] * stride_key + ks[None, :], c[:, None] * stride_value + vs[None, :]
     if DECAY:
-        decay += head.to(tl.int64) * N + here * segment
+        decay += head.to(tl.int64) * N + index * segment
 
     state = tl.zeros((KEYS, VALUES), tl.float32)
     log_total = 0.0
-    length = min(segment, N - here * segment)
+    length = min(segment, N - index * segment)
     chunks = tl.cdiv(length, C)
     for step in range(chunks):
         at = tl.cast(chunks - 1 - step if BACKWARD else step, tl.int64) * C
@@ -316,7 +316,7 @@ def segment_sums(
             log_total += total
             value_c = (value_c * tl.exp2(running if BACKWARD else total - running)[:, None]).to(value_c.dtype)
         state = tl.dot(tl.trans(key_c), value_c, state, input_precision="tf32x3")
-    slot = head.to(tl.int64) * segments + here
+    slot = head.to(tl.int64) * segments + index
     tl.store(sums + (slot * K + ks[:, None]) * V + vs[None, :], state)
     if DECAY:
         if part_v == 0 and part_k == 0:

@@ -30,37 +30,37 @@ def normal(x):
 @triton.jit
 def gelu_forward(x, y, N, ELEMENTS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    own = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
-    share, _ = normal(own)
-    tl.store(y + at, (own * share).to(y.dtype.element_ty), mask=at < N)
+    value = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+    cdf, _ = normal(value)
+    tl.store(y + at, (value * cdf).to(y.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
-def gelu_backward(x, d, N, AGAIN: tl.constexpr, ELEMENTS: tl.constexpr):
-    """In place of d, the gradient of gelu(x), that of x; and AGAIN, in place of x, gelu(x)."""
+def gelu_backward(x, d, N, RECOMPUTE: tl.constexpr, ELEMENTS: tl.constexpr):
+    """In place of d, the gradient of gelu(x), that of x; and RECOMPUTE, in place of x, gelu(x)."""
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    own = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
-    share, bell = normal(own)
-    if AGAIN:
-        tl.store(x + at, (own * share).to(x.dtype.element_ty), mask=at < N)
-    dx = tl.load(d + at, mask=at < N, other=0.0).to(tl.float32) * (share + own * bell * 0.3989422804014327)  # 1 / sqrt(2 pi)
+    value = tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
+    cdf, bell = normal(value)
+    if RECOMPUTE:
+        tl.store(x + at, (value * cdf).to(x.dtype.element_ty), mask=at < N)
+    dx = tl.load(d + at, mask=at < N, other=0.0).to(tl.float32) * (cdf + value * bell * 0.3989422804014327)  # 1 / sqrt(2 pi)
     tl.store(d + at, dx.to(d.dtype.element_ty), mask=at < N)
 
 
-def gelu_vjp_(x: Tensor, d: Tensor, *, again: bool) -> None:
-    launch(gelu_backward, (cdiv(x.numel(), ELEMENTS),), x, d, x.numel(), AGAIN=again, ELEMENTS=ELEMENTS, warps=8)
+def gelu_vjp_(x: Tensor, d: Tensor, *, recompute: bool) -> None:
+    launch(gelu_backward, (cdiv(x.numel(), ELEMENTS),), x, d, x.numel(), RECOMPUTE=recompute, ELEMENTS=ELEMENTS, warps=8)
 
 
 def backward(x: Tensor, up: Tensor, down: Tensor, wide: Tensor | None, active: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, up and down from d, that of y, all with one row a token; wide and active, x up^T and its GELU, are overwritten if there."""
     if wide is None or active is None:
         wide, d_active = x @ up.mT, d @ down
-        gelu_vjp_(wide, d_active, again=True)
+        gelu_vjp_(wide, d_active, recompute=True)
         d_down = weight_gradient(d, wide)
     else:
         d_down = weight_gradient(d, active)
         d_active = torch.mm(d, down, out=active)
-        gelu_vjp_(wide, d_active, again=False)
+        gelu_vjp_(wide, d_active, recompute=False)
     return *linear_vjp(d_active, x, up), d_down
 
 

@@ -35,9 +35,9 @@ def norm_gate_forward(o, weight, gate, y, T, H, stride_o, V: tl.constexpr, ROWS:
 @triton.jit
 def norm_gate_backward(
     o, weight, gate, y, d, do, d_weight, T, H, stride_o,
-    V: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, AGAIN: tl.constexpr,
+    V: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """In place of d, the gradient of y, that of gate; do, and each program's part of d_weight, (programs of a head, H, V); and AGAIN, y."""
+    """In place of d, the gradient of y, that of gate; do, and each program's part of d_weight, (programs of a head, H, V); and RECOMPUTE, y."""
     h, vs = tl.program_id(1), tl.arange(0, V)
     w = tl.load(weight + h * V + vs).to(tl.float32)
     dw = tl.zeros((V,), tl.float32)
@@ -50,7 +50,7 @@ def norm_gate_backward(
         grad = tl.load(d + dense, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(x * x, 1) / V + EPS)[:, None]
         unit, opening = x * inverse, special.sigmoid(g, False)
-        if AGAIN:
+        if RECOMPUTE:
             tl.store(y + dense, (unit * w[None, :] * g * opening).to(y.dtype.element_ty), mask=mask)
         tl.store(d + dense, (grad * unit * w[None, :] * opening * (1 + g * (1 - opening))).to(d.dtype.element_ty), mask=mask)
         grad *= g * opening
@@ -69,13 +69,13 @@ def rows(V: int) -> int:
 def backward(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, y: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of o, weight, gate and out from d, that of y out^T."""
     b, n, h, v = o.shape
-    again, d_gate, do = y is None, d @ out, torch.empty(o.shape, device=o.device, dtype=o.dtype)
+    recompute, d_gate, do = y is None, d @ out, torch.empty(o.shape, device=o.device, dtype=o.dtype)
     y = torch.empty_like(gate) if y is None else y
     programs = cdiv(b * n, rows(v) * TILES)
     d_weight = torch.empty(programs, h, v, device=o.device)
     launch(
         norm_gate_backward, (programs, h),
-        o, weight, gate, y, d_gate, do, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, AGAIN=again,
+        o, weight, gate, y, d_gate, do, d_weight, b * n, h, o.stride(1), V=v, ROWS=rows(v), TILES=TILES, RECOMPUTE=recompute,
     )  # fmt: skip
     return do, d_weight.sum(0).to(weight.dtype), d_gate, weight_gradient(d, y)
 
