@@ -1,7 +1,7 @@
 """Cross entropy of the head, in chunks of the vocabulary: a sum of nats and a count, never a mean, so that parts add up exactly.
 
-Once through the chunks for the normaliser of every token, and with gradients once more for these, in place of the logits: so each row of the
-head's gradient is a single product over all tokens, with no sum beside it. The last chunk's logits are computed once.
+Once through the chunks for the normaliser of every token, and with gradients once more for these, in place of the logits: so each row of
+the head's gradient is a single product over all tokens, with no sum beside it. The last chunk's logits are computed once.
 Axes: T tokens, D model width, V vocabulary.
 """
 
@@ -121,7 +121,8 @@ def head_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str
 
 @torch.no_grad()
 def token_nats(features: Tensor, weight: Tensor, targets: Tensor, *, kernels: str = "auto", max_logits: int = 0) -> Tensor:
-    """Cross entropy of each next token, (T,), at least fp32, 0 where it is ignored; with the arguments of `head_nats`, which is their sum."""
+    """Cross entropy of each next token, (T,), at least fp32, 0 where it is ignored; with the arguments of `head_nats`, which is their
+    sum."""
     ops = table.table(OPS, features.device, kernels)
     parts = chunks(len(weight), len(features), max_logits or default_max_logits(features.device, kernels))
     log_z, target_logit, *_ = logsumexp(features, weight, targets, parts, ops)

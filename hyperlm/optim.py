@@ -1,5 +1,5 @@
-"""AdamW as (keep, init, update), its schedule and gradient clipping. `update` takes any leaves of the parameter tree, or parts of them, so that it
-can run layer by layer and piece by piece."""
+"""AdamW as (keep, init, update), its schedule and gradient clipping. `update` takes any leaves of the parameter tree, or parts of them, so
+that it can run layer by layer and piece by piece."""
 
 import hashlib
 import math
@@ -27,13 +27,14 @@ WARMUP = 50
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter, or some whole blocks of one, with all that its update reads. An update consumes these tensors: param and moments become the new ones."""
+    """A parameter, or some whole blocks of one, with all that its update reads. An update consumes these tensors: param and moments become
+    the new ones."""
 
     param: Tensor
     grad: Tensor  # of as many numbers, fp32 or bf16, or in 8 bits (see `reference.encode8`)
     moments: dict[str, Tensor]  # by their names in opt_state
     decay: bool  # whether weight decay acts
-    stream: Tensor  # int64 scalar on the leaf's device: counter base of its random stream (see `origins`)
+    stream: Tensor  # int64 scalar on the leaf's device: counter base of its random stream (see `stream_bases`)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def leaves_of(grads: Tree, opt_state: Tree, params: Tree, decay: Tree, streams: 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of a run as a share of its peak: linear warm-up, then from `share` at step `start` by a cosine to the floor at step `end`.
+    """The learning rate of a run as a share of its peak: linear warm-up, then from `share` at step `start` by a cosine to the floor at
+    step `end`.
 
     Part of what a checkpoint holds: a run that is extended goes on from the rate that it has, and one that is only resumed keeps its curve.
     """
@@ -138,7 +140,7 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
     opt_state is {"moments": ...}: of a matrix (blocks, ROW) uint8, of a vector both moments, (2, n) fp32.
     """
-    known: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the two newest steps, on each device
+    scalars: dict[tuple, tuple[Tensor, Tensor]] = {}  # of the two newest steps, on each device
 
     def keep(values: Tensor) -> Tensor:
         return values.bfloat16() if values.dim() > 1 else values
@@ -151,23 +153,23 @@ def adamw8(cfg: OptimConfig, lr: Callable[[int], float], backend: str = "auto") 
 
         return {"moments": tree.map(zeros, params)}
 
-    def of_step(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rates, and the shift of random streams."""
-        if (step, device) not in known:
-            for key in [key for key in known if key[0] < step - 1]:
-                del known[key]
+    def scalars_of(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rates, and the offset of random streams."""
+        if (step, device) not in scalars:
+            for key in [key for key in scalars if key[0] < step - 1]:
+                del scalars[key]
             corrections = lr(step) / (1 - cfg.beta1 ** (step + 1)), 1 / math.sqrt(1 - cfg.beta2 ** (step + 1))
             rates = copy_to_device([1 - lr(step) * cfg.weight_decay, cfg.beta1, cfg.beta2, *corrections], device)
-            known[step, device] = rates, copy_to_device(signed(step * STRIDE), device)
-        return known[step, device]
+            scalars[step, device] = rates, copy_to_device(signed(step * STRIDE), device)
+        return scalars[step, device]
 
     def update(leaves: Sequence[Leaf], update: Update) -> None:
         device = leaves[0].param.device
-        one = kernels.table(("adamw8",), device, backend)["adamw8"]
+        adamw8 = kernels.table(("adamw8",), device, backend)["adamw8"]
         factor = torch.ones((), device=device) if update.factor is None else update.factor
-        rates, shift = of_step(update.step, device)
+        rates, offset = scalars_of(update.step, device)
         for leaf in leaves:
-            one(leaf.param, leaf.grad, leaf.moments["moments"], factor, rates, leaf.stream, shift, leaf.decay, update.part)
+            adamw8(leaf.param, leaf.grad, leaf.moments["moments"], factor, rates, leaf.stream, offset, leaf.decay, update.part)
 
     return Optimizer(keep, init, update)
 
@@ -197,12 +199,12 @@ def copy_to_device(numbers: float | int | list, device: torch.device) -> Tensor:
 
 
 def stream_bases(paths: Tree, seed: int) -> Tree:
-    """Where the random stream of each leaf starts: a function of (seed, path); `update` adds the step."""
+    """The counter base of each leaf's random stream: a function of (seed, path); `update` adds an offset for the step."""
 
-    def start(path: str) -> int:
+    def base(path: str) -> int:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{path}/noise".encode(), digest_size=8).digest(), "little", signed=True)
 
-    return tree.map(start, paths)
+    return tree.map(base, paths)
 
 
 def clip_factors(norms: Tensor, limit: float, scope: str) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,8 @@ def compute_copy(params: Tree, dtype: torch.dtype) -> Tree:
 
 
 def summed(sums: list[Tensor] | None, grads: Sequence[Tensor], accumulate: Callable[[Tensor, Tensor], None]) -> list[Tensor]:
-    """Gradients added to their fp32 sums, in place by an `accumulate` of the dispatch table; the first ones are copied, since whoever computed
-    them may overwrite them."""
+    """Gradients added to their fp32 sums, in place by an `accumulate` of the dispatch table; the first ones are copied, since whoever
+    computed them may overwrite them."""
     if sums is None:
         return [g.to(torch.float32, copy=True) for g in grads]
     for total, g in zip(sums, grads, strict=True):

@@ -1,5 +1,5 @@
-"""Counter-based random numbers (Salmon et al. 2011): bits are a function of a counter, so that there is no state to save, and what is computed again
-finds the same ones; and dropout, whose mask is made of them.
+"""Counter-based random numbers (Salmon et al. 2011): bits are a function of a counter, so that there is no state to save, and what is
+computed again finds the same ones; and dropout, whose mask is made of them.
 
 A stream is the counters from a base on. Bases are hashes (see `optim.stream_bases`), or lie multiples of STRIDE apart.
 """
@@ -22,7 +22,8 @@ def fmix64(counter: Tensor) -> Tensor:
 
 
 def random_bits(base: Tensor, shape: Sequence[int]) -> Tensor:
-    """16 random bits for each of n numbers, a multiple of 4, int64: a quarter of what a counter gives, of the n / 4 counters from `base` on."""
+    """16 random bits for each of n numbers, a multiple of 4, int64: a quarter of what a counter gives, of the n / 4 counters from `base`
+    on."""
     bits = fmix64(base + torch.arange(math.prod(shape) // 4, device=base.device))
     return torch.stack([(bits >> below) & 0xFFFF for below in (0, 16, 32, 48)], 1).view(shape)
 

@@ -1,7 +1,7 @@
 """AdamW with 8-bit moments and bf16 weights in Triton, one pass over everything, in place; and gradients in 8 bits.
 
-A GPU's conversions between integers and floats, and its `floor`, are an eighth as fast as an addition, and these kernels would have ten of them a
-number. Added to 2^23, a smaller whole number is the last bits of what comes out: that converts it exactly, either way.
+A GPU's conversions between integers and floats, and its `floor`, are an eighth as fast as an addition, and these kernels would have ten of
+them a number. Added to 2^23, a smaller whole number is the last bits of what comes out: that converts it exactly, either way.
 """
 
 from collections.abc import Sequence
@@ -141,7 +141,8 @@ def adam_step(weight, grad, old_m, old_v, factor, rates, DECAY: tl.constexpr, PA
 @triton.jit
 def update(
     w, g, g_scales, codes, scales, factor, rates, base, offset, N,
-    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr, CODED: tl.constexpr, ROW: tl.constexpr, ROWS: tl.constexpr, DECAY: tl.constexpr, DECODE: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """See `reference.adamw8`. DECODE: the gradient is in 8 bits."""
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -1,5 +1,5 @@
-"""The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one backward;
-and sums without a norm.
+"""The residual stream in Triton: what a branch adds to it, and the RMSNorm that the next branch reads, in one pass forward and one
+backward; and sums without a norm.
 
 Layout: (T, D), T tokens, D model width. The stream is fp32, or rounded where a block begins; branches are in the dtype of the matrices.
 """

@@ -1,10 +1,12 @@
-"""The short causal convolution with SiLU in Triton, and in the same pass the features of Phase 8 or the points of Phase 7, forward and backward.
+"""The short causal convolution with SiLU in Triton, and in the same pass the features of Phase 8 or the points of Phase 7, forward and
+backward.
 
-A program works on whole heads of one of q, k, v, so that it holds the whole vector that the lift normalises: features and points cost no more
-traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the cache.
-Row n of an output needs rows n-3 .. n of its input. Forward, a tile is rows of one head, and reads each of the four again, from the cache.
-Backward, row n of dx needs rows n .. n+3 of the convolution's gradient dz as well, which is dear to find: a program walks along a sequence, a tile
-being one row of several heads, and remembers three rows of x and of dz; the last three rows of a program are computed again by the next.
+A program works on whole heads of one of q, k, v, so that it holds the whole vector that the lift normalises: features and points cost no
+more traffic than the convolution alone. Where the rotary embedding needs coordinate i + K/2 beside i, it is computed once more, from the
+cache. Row n of an output needs rows n-3 .. n of its input. Forward, a tile is rows of one head, and reads each of the four again, from the
+cache. Backward, row n of dx needs rows n .. n+3 of the convolution's gradient dz as well, which is dear to find: a program walks along a
+sequence, a tile being one row of several heads, and remembers three rows of x and of dz; the last three rows of a program are computed
+again by the next.
 
 Layout: (B, N, C), C = 3 H K. B batch, N sequence, H heads, K head dim, W taps.
 """
@@ -67,7 +69,8 @@ def convolve(
     x, weight, tail, r, beta, cos, sin, out, times, B, N, H, part_stride, row_stride,
     K: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """out = SiLU(convolution). Of q and k, u its direction: FEATURES elu(beta r u) + 1; POINTS sinh(r) times u rotated, and times (2, B, H, N)."""
+    """out = SiLU(convolution). Of q and k, u its direction: FEATURES elu(beta r u) + 1; POINTS sinh(r) times u rotated, and times (2, B,
+    H, N)."""
     part, h, b = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
     C = 3 * H * K
     channel = tl.program_id(1) * K + tl.arange(0, K)
@@ -95,7 +98,8 @@ def convolve(
 
 @triton.jit
 def points_backward(y, y_other, d, d_other, same, other, radius, d_time, DTYPE: tl.constexpr):
-    """The gradient of y from that of its point, d of s and d_time of t, and the gradient of the radius; `other` coordinates beside their own."""
+    """The gradient of y from that of its point, d of s and d_time of t, and the gradient of the radius; `other` coordinates beside their
+    own."""
     sinh, cosh = sinh_cosh(radius)
     inverse = tl.rsqrt(tl.sum(y * y, 1) + FLOOR)
     u, u_other = (y * same + y_other * other) * inverse[:, None], (y_other * same - y * other) * inverse[:, None]  # rotated
@@ -248,7 +252,8 @@ class Lift(NamedTuple):
 
 
 def backward(
-    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None, heads: int,
+    x: Tensor, weight: Tensor, tail: Tensor | None, r: Tensor | None, beta: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    heads: int,
     dq: Tensor, dk: Tensor, dv: Tensor, d_times: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of all inputs of `Convolution`, None for those that have none."""
@@ -263,14 +268,16 @@ def backward(
     d_r, d_beta = None if r is None else torch.empty_like(r), None if beta is None else torch.empty(b * programs, 2, h, device=x.device)
     launch(
         convolve_backward, (programs, 3 * h // w.heads, b),
-        x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dx, d_weight, d_r, d_beta, b, n, h, dq.stride(1),
+        x, weight, tail, *lift, dq, dk, dv, None if d_times is None else d_times.contiguous(), dx, d_weight, d_r, d_beta, b, n, h,
+        dq.stride(1),
         K=k, HEADS=w.heads, ROWS=w.rows, TAIL=tail is not None, LIFT=lift.kind, warps=w.warps,
     )  # fmt: skip
     return dx, d_weight.sum(0).to(weight.dtype), None, d_r, None if d_beta is None else d_beta.sum((0, 1)), None, None, None
 
 
 class Convolution(Function):
-    """(x (B, N, C), weight (W, C), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or None."""
+    """(x (B, N, C), weight (W, C), tail, the fields of a Lift, heads) -> q, k and v, (B, N, H, K) each; times (2, B, H, N) of points, or
+    None."""
 
     @staticmethod
     def forward(

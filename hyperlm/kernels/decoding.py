@@ -1,6 +1,7 @@
 """One token of a Phase 8 mixer in one launch: convolution and its tail, polar lift, features, state, read-out, norm and gate, in Triton.
 
-A program is one head of one sequence. The state is updated in place; the tail is not, since threads share its numbers. B batch, H heads, K head dim, W taps.
+A program is one head of one sequence. The state is updated in place; the tail is not, since threads share its numbers. B batch, H heads, K
+head dim, W taps.
 """
 
 import torch
@@ -76,7 +77,8 @@ def tangent_step(
     next_tail = torch.empty_like(tail)
     launch(
         step_kernel, (h, b),
-        x.contiguous(), weight.contiguous(), tail, next_tail, r.contiguous(), beta.contiguous(), log_decay.contiguous(), state, norm.contiguous(),
+        x.contiguous(), weight.contiguous(), tail, next_tail, r.contiguous(), beta.contiguous(), log_decay.contiguous(), state,
+        norm.contiguous(),
         gate.contiguous(), y, h, K=norm.shape[1], KEYS=keys(norm.shape[1]),
     )  # fmt: skip
     return y, state, next_tail

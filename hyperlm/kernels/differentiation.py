@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function with a `setup_context`. For these torch binds arguments to the signature of `forward` at every call, which takes longer
-    than a launch; here they are given by position."""
+    """An autograd.Function with a `setup_context`. For these torch binds arguments to the signature of `forward` at every call, which
+    takes longer than a launch; here they are given by position."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Gradients in Triton, added up and measured: of numbers in bf16, torch itself does both at half the speed of memory or less. And a copy of scalars
-to the host."""
+"""Gradients in Triton, added up and measured: of numbers in bf16, torch itself does both at half the speed of memory or less. And a copy
+of scalars to the host."""
 
 from collections.abc import Sequence
 from itertools import accumulate as running

@@ -1,10 +1,10 @@
 """Exact hyperbolic attention in Triton, in O(N) memory: forward, backward, and one query against a long cache.
 
-The weight of key j for query i is g_ij^-beta, normalised over j, where z = cosh d = t t' - s . s' and g is z itself ("logcosh") or
-e^d = (z + root) / (1 + TIP), root = sqrt(z^2 - 1 + TIP^2) ("distance", with its rounded tip). All in logarithms to base 2. The weights are
-at most 1, but where beta log z passes 87 all of a row could vanish, so each row is scaled: by t^beta, with which all is well while the weights
-of a row are within 2^80 of that, as they are up to R_MAX for beta below 11; a block of rows of which one is not starts again, each row
-scaled by the largest weight seen so far, as in FlashAttention (Dao et al. 2022). So every beta is exact.
+The weight of key j for query i is g_ij^-beta, normalised over j, where z = cosh d = t t' - s . s' and g is z itself ("logcosh") or e^d =
+(z + root) / (1 + TIP), root = sqrt(z^2 - 1 + TIP^2) ("distance", with its rounded tip). All in logarithms to base 2. The weights are at
+most 1, but where beta log z passes 87 all of a row could vanish, so each row is scaled: by t^beta, with which all is well while the
+weights of a row are within 2^80 of that, as they are up to R_MAX for beta below 11; a block of rows of which one is not starts again, each
+row scaled by the largest weight seen so far, as in FlashAttention (Dao et al. 2022). So every beta is exact.
 
 The backward pass computes weights anew from the row sums, twice: once a block of queries (ds_q, dt_q, and the exact mean of dP over each
 row), once a block of keys (ds_k, dt_k, dv, d_beta), so that nothing is added up in memory and the result does not depend on the order of
@@ -13,8 +13,9 @@ pass begins with is off by what rounding did to o and to the weights that it is 
 the end. And along the radius the gradients of s and t nearly cancel; dz is rounded for the product that gives ds, not for dt, so ds is
 given the radial part sum dz (t t' - z) that follows from fp32 numbers.
 
-z = t t' - s . s' costs one instruction a pair if nothing has to be negated after the product: the forward pass negates s_q beforehand; where s
-is needed as it is, z is -1 times -t t' + s . s', which folds into the instructions that take it (a minus sign is a subtraction of its own).
+z = t t' - s . s' costs one instruction a pair if nothing has to be negated after the product: the forward pass negates s_q beforehand;
+where s is needed as it is, z is -1 times -t t' + s . s', which folds into the instructions that take it (a minus sign is a subtraction of
+its own).
 
 B batch, H heads of queries, N queries, M keys, G heads of queries a head of keys, K and V head dims; queries are the last N of M positions.
 """
@@ -58,8 +59,8 @@ def log_weight(z, DISTANCE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def weights(z, beta, log_sums, seen, DISTANCE: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr):
-    """The weight p, p d ln g / dz, and log2 of the first for the distance, of the second for logcosh: there it is p / z, and p follows from it
-    without a division; for the distance it is p / root."""
+    """The weight p, p d ln g / dz, and log2 of the first for the distance, of the second for logcosh: there it is p / z, and p follows
+    from it without a division; for the distance it is p / root."""
     if DISTANCE:
         logs, slope = log_distance(z, EXACT)
         log_p = -beta * logs - log_sums
@@ -100,7 +101,8 @@ def vector(numbers, inside, beyond: tl.constexpr, EVEN: tl.constexpr):
 @triton.jit
 def attend(
     acc, total, lost, least, t_q, s_q, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
-    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, RUNNING: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, RUNNING: tl.constexpr, MASK: tl.constexpr,
+    EVEN: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """Take in keys start .. end: of each row the sum of weighted values and of weights, relative to 2^-least; and what the weights near
@@ -268,8 +270,8 @@ def pull_queries(
     d_s, d_t, turned, off, sum_t, sum_z, t_q, s_q, d_o, log_sum, delta, i, k, v, t_k, beta, start, end, M, stride_k, stride_v,
     K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, DISTANCE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys start .. end contribute to a block of queries: with dz for -1/beta of the gradient of z, the sums of dz s, dz t and dz z, of
-    the score's gradient, and of what that sum, were it zero, would not have added to the second and third."""
+    """Add what keys start .. end contribute to a block of queries: with dz for -1/beta of the gradient of z, the sums of dz s, dz t and dz
+    z, of the score's gradient, and of what that sum, were it zero, would not have added to the second and third."""
     for first in tl.range(start, end, BN, num_stages=1 if MASK else None):
         j = first + tl.arange(0, BN)
         there = j < M

@@ -17,7 +17,8 @@ variants: dict[tuple, Any] = {}  # what a launch depends on -> the compiled kern
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up. Triton has this and the next as well, for kernels too: they take 6 microseconds a call, and a large step makes thousands."""
+    """a / b rounded up. Triton has this and the next as well, for kernels too: they take 6 microseconds a call, and a large step makes
+    thousands."""
     return -(-a // b)
 
 

@@ -7,13 +7,13 @@ With G the running sum of the log decays and w_ij = exp(-|G_i - G_j|), the outpu
     dk_j = sum_{i>=j} w_ij (v_j . do_i) q_i        backward in time
     dv_j = sum_{i>=j} w_ij (k_j . q_i)  do_i       backward
 
-so that `walk` computes each: chunk by chunk through a sequence, with the sum over all earlier chunks in a state that stays in registers. The
-gradients run as one launch of `backward_sweep` (two where K and V differ). Long sequences on few heads are cut into segments that are walked
-at the same time; `segment_sums` and `carry` find the state at the start of each first, from one more reading of two of the inputs.
+so that `walk` computes each: chunk by chunk through a sequence, with the sum over all earlier chunks in a state that stays in registers.
+The gradients run as one launch of `backward_sweep` (two where K and V differ). Long sequences on few heads are cut into segments that are
+walked at the same time; `segment_sums` and `carry` find the state at the start of each first, from one more reading of two of the inputs.
 
-Within a chunk w_ij = write_j / write_i (i >= j, forward in time), so that a decay costs a multiplication a number and not one a pair. Where a
-chunk forgets more than the range of bf16 holds, which `decay_factors` finds out first, its whole segment is walked in shorter chunks from the
-difference of every pair.
+Within a chunk w_ij = write_j / write_i (i >= j, forward in time), so that a decay costs a multiplication a number and not one a pair.
+Where a chunk forgets more than the range of bf16 holds, which `decay_factors` finds out first, its whole segment is walked in shorter
+chunks from the difference of every pair.
 
 The gradient of a log decay at n is the sum over all pairs that it lies between, sum_{i>=n} (q_i . dq_i - k_i . dk_i). So that rounding
 errors do not pile up along the sequence, that sum starts anew every MARK positions, from <S, R>: the state S of all that came before there
@@ -209,12 +209,14 @@ def walk(
         steep = is_steep(totals + (head.to(tl.int64) * tl.cdiv(N, segment) + index) * (chunks + 2), chunks)
     if steep:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H,
+            segment,
             s_query, s_key, s_value, s_partner, K, V, 16, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, True, STATES, EVEN, MARK,
         )  # fmt: skip
     else:
         walk_chunks(
-            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H, segment,
+            query, key, value, out, partner, shares, decay, write, totals, border, marks, left, head, index, part_k, part_v, B, N, H,
+            segment,
             s_query, s_key, s_value, s_partner, K, V, C, KEYS, VALUES, BACKWARD, SWAPPED, LEFT, DECAY, False, STATES, EVEN, MARK,
         )  # fmt: skip
 
@@ -251,7 +253,8 @@ def backward_sweep(
     q, k, v, do, decay, write, totals, starts, ends, dq, dk, dv, rows, columns, marks, first,
     B, N, H, segment, stride_q, stride_k, stride_v, stride_do,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr, MARK: tl.constexpr,
+    ROLE: tl.constexpr, ROLES: tl.constexpr, DECAY: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, EVEN: tl.constexpr,
+    MARK: tl.constexpr,
 ):  # fmt: skip
     """ROLES of the gradients, from ROLE on; K is the width of what is compared, V of what is summed; parts as in `forward_sweep`.
 
@@ -286,7 +289,8 @@ def backward_sweep(
 @triton.jit
 def segment_sums(
     key, value, decay, sums, totals, N, H, segment, stride_key, stride_value,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr, BACKWARD: tl.constexpr, EVEN: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DECAY: tl.constexpr,
+    BACKWARD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state, (B, H, segments, K, V), and its log2 decay, (B, H, segments)."""
     segments = tl.cdiv(N, segment)
@@ -415,9 +419,9 @@ def config(K: int, V: int, dtype: torch.dtype, hopper: bool, decay: bool, even: 
 
     even: no chunk reaches beyond the end of its segment.
 
-    Measured on an H200, (B, H, N, K) = (8, 16, 4096, 64), forward: 0.077 ms with 3 stages, 0.119 with 2; without decay. On an H100 at K = 128,
-    forward and backward with decay: 1.35 ms with 2 stages, though a quarter of that waits for loads; 1.57 with 3, whose shared memory leaves
-    room for one program on a multiprocessor instead of two; 1.92 and 2.36 with chunks of 32; 2.98 with KEYS 64.
+    Measured on an H200, (B, H, N, K) = (8, 16, 4096, 64), forward: 0.077 ms with 3 stages, 0.119 with 2; without decay. On an H100 at K =
+    128, forward and backward with decay: 1.35 ms with 2 stages, though a quarter of that waits for loads; 1.57 with 3, whose shared memory
+    leaves room for one program on a multiprocessor instead of two; 1.92 and 2.36 with chunks of 32; 2.98 with KEYS 64.
     """
     if dtype == torch.float32:
         return Config(16, 32, 16, 8, 1)
@@ -558,8 +562,8 @@ def backward(
 
 
 class LinearAttention(Function):
-    """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), and for the backward pass: states at the starts of
-    segments (None for one segment), factors of the decay."""
+    """(q, k, v, log_decay, state) token-major -> o (B, N, H, V), final state (B, H, K, V), and for the backward pass: states at the starts
+    of segments (None for one segment), factors of the decay."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, ...]:

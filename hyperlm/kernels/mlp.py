@@ -1,7 +1,7 @@
 """GELU between two products, with Triton at the speed of memory: torch's own takes longer over the error function than over its bytes.
 
-What is between the products is the widest of a block. The backward pass has two tensors of it and no third, each overwritten by the next that
-is wanted; and where the result is known already, the forward pass makes neither.
+What is between the products is the widest of a block. The backward pass has two tensors of it and no third, each overwritten by the next
+that is wanted; and where the result is known already, the forward pass makes neither.
 """
 
 import torch
@@ -19,7 +19,8 @@ ELEMENTS = 4096  # numbers of a program
 
 @triton.jit
 def normal(x):
-    """The standard normal distribution function at x to 1e-7, and exp(-x^2 / 2). Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26."""
+    """The standard normal distribution function at x to 1e-7, and exp(-x^2 / 2). Abramowitz and Stegun, Handbook of Mathematical
+    Functions, 7.1.26."""
     bell = special.exp2(x * x * -0.7213475204444817, False)  # log2(e) / 2
     t = special.reciprocal(1 + 0.23164189 * tl.abs(x), False)  # 0.3275911 / sqrt(2)
     series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -52,7 +53,8 @@ def gelu_vjp_(x: Tensor, d: Tensor, *, recompute: bool) -> None:
 
 
 def backward(x: Tensor, up: Tensor, down: Tensor, wide: Tensor | None, active: Tensor | None, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, up and down from d, that of y, all with one row a token; wide and active, x up^T and its GELU, are overwritten if there."""
+    """The gradients of x, up and down from d, that of y, all with one row a token; wide and active, x up^T and its GELU, are overwritten
+    if there."""
     if wide is None or active is None:
         wide, d_active = x @ up.mT, d @ down
         gelu_vjp_(wide, d_active, recompute=True)

@@ -73,7 +73,8 @@ def grid(tokens: int, g: int, h: int) -> tuple[int, int]:
 
 
 def given(x: Tensor | None, like: Tensor) -> Tensor:
-    """What a kernel takes where there are no decays: a tensor of no numbers, since the branch that no program enters is compiled all the same."""
+    """What a kernel takes where there are no decays: a tensor of no numbers, since the branch that no program enters is compiled all the
+    same."""
     return like.new_empty(0) if x is None else x
 
 

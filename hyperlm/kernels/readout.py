@@ -37,7 +37,8 @@ def norm_gate_backward(
     o, weight, gate, y, d, do, d_weight, T, H, stride_o,
     V: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """In place of d, the gradient of y, that of gate; do, and each program's part of d_weight, (programs of a head, H, V); and RECOMPUTE, y."""
+    """In place of d, the gradient of y, that of gate; do, and each program's part of d_weight, (programs of a head, H, V); and RECOMPUTE,
+    y."""
     h, vs = tl.program_id(1), tl.arange(0, V)
     w = tl.load(weight + h * V + vs).to(tl.float32)
     dw = tl.zeros((V,), tl.float32)

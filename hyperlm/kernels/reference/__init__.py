@@ -1,7 +1,7 @@
 """Every operation of the dispatch table in plain torch: the truth that faster kernels are checked against, and the fallback everywhere.
 
-Half-precision inputs are computed in fp32 and results come back in the dtype of the values; float64 stays float64, so that each function is its
-own oracle.
+Half-precision inputs are computed in fp32 and results come back in the dtype of the values; float64 stays float64, so that each function
+is its own oracle.
 """
 
 from hyperlm.kernels.reference.attention import (

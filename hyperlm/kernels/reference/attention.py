@@ -81,7 +81,8 @@ def radii(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None = None
         decay_bias: (H,), wide, if there are decays.
 
     Returns:
-        r = R_MIN + (R_MAX - R_MIN) sigmoid(product + bias) of the first G, (B, G, N), and log_decay = -softplus(product + bias) of the others,
+        r = R_MIN + (R_MAX - R_MIN) sigmoid(product + bias) of the first G, (B, G, N), and log_decay = -softplus(product + bias) of the
+        others,
         (B, H, N); both wide.
     """
     x, y = widen(product).tensor_split([len(radius_bias)], -1)

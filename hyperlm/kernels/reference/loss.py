@@ -1,4 +1,7 @@
-"""Cross entropy of a chunk of the vocabulary at a time: the normaliser online, and the gradient in place of the logits. Axes: T tokens, C chunk."""
+"""Cross entropy of a chunk of the vocabulary at a time: the normaliser online, and the gradient in place of the logits.
+
+Axes: T tokens, C numbers of a chunk.
+"""
 
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ def online_logsumexp(logits: Tensor, first: int, targets: Tensor, log_z: Tensor,
 
 
 def cross_entropy_backward(logits: Tensor, first: int, targets: Tensor, log_z: Tensor) -> None:
-    """Replace the logits of a chunk by the gradient of the cross entropies: exp(logit - log_z), less 1 for the target. Arguments as in `online_logsumexp`."""
+    """Replace the logits of a chunk by the gradient of the cross entropies: exp(logit - log_z), less 1 for the target. Arguments as in
+    `online_logsumexp`."""
     p, column = widen(logits).sub_(log_z[:, None]).exp_(), targets - first
     inside = (column >= 0) & (column < p.shape[1])
     p.scatter_add_(1, torch.where(inside, column, 0)[:, None], -inside[:, None].to(p.dtype))

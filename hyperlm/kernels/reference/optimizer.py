@@ -24,7 +24,8 @@ def accumulate(total: Tensor, x: Tensor) -> None:
 
 
 def copy_to_host(x: Tensor, to: Tensor) -> None:
-    """Copy a few numbers, fp32, to host memory, which is pinned where x is on a GPU; there they have come when what was launched before is done."""
+    """Copy a few numbers, fp32, to host memory, which is pinned where x is on a GPU; there they have come when what was launched before is
+    done."""
     to.copy_(x, non_blocking=True)
 
 
@@ -118,14 +119,14 @@ def adamw8(
 ) -> None:
     """AdamW in place on matrices in bf16, with moments that take a byte each; and on vectors in fp32, with moments in fp32.
 
-    In a block of QUANT_BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are small, as in
-    Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that their expectation
-    is exact: what is less than half a step is not lost, as to the nearest it would be. Rounding is by the random bits
-    of the counters from `base` + `offset` on (see `hyperlm.random`).
+    In a block of QUANT_BLOCK numbers, m is sign (c / 127)^2 max |m| and v is (c / 255)^4 max v, with c a byte: fine where numbers are
+    small, as in Dettmers et al. 2022. A v above zero never becomes zero. Weights and moments are rounded up or down at random such that
+    their expectation is exact: what is less than half a step is not lost, as to the nearest it would be. Rounding is by the random bits of
+    the counters from `base` + `offset` on (see `hyperlm.random`).
 
-    An update can be made in two parts, with the bits that it would have as one: WEIGHTS, and later MOMENTS. Where WEIGHTS was made with factor 1
-    and the factor turns out to be another, CORRECT makes the moments' part and moves the weights to where they should be, up to one more
-    rounding; ROLLBACK takes them back.
+    An update can be made in two parts, with the bits that it would have as one: WEIGHTS, and later MOMENTS. Where WEIGHTS was made with
+    factor 1 and the factor turns out to be another, CORRECT makes the moments' part and moves the weights to where they should be, up to
+    one more rounding; ROLLBACK takes them back.
 
     Args:
         w: bf16 or fp32, any contiguous shape of n numbers.
