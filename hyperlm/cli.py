@@ -15,27 +15,19 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_
 import torch
 import tyro
 
-from hyperlm.checkpoint import CheckpointError
-from hyperlm.config import ConfigError
-from hyperlm.data import DataError
-from hyperlm.env import DeviceError
-from hyperlm.kernels import KernelError
-from hyperlm.runs import RunError
+from hyperlm.errors import HyperlmError
 from hyperlm.startup import ENDING, command
-from hyperlm.tokenizer import TokenizerError
 
 T = TypeVar("T")
 
 
-class UsageError(ValueError):
+class UsageError(HyperlmError, ValueError):
     """A command line that cannot be understood."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(HyperlmError, RuntimeError):
     """A run that cannot go on; what was saved is safe."""
 
-
-EXPECTED = (CheckpointError, ConfigError, DataError, DeviceError, KernelError, RunError, TokenizerError, TrainingError, UsageError)
 
 CLOSED_PIPE = 128 + 1  # as if the terminal had been closed (SIGHUP)
 
@@ -132,7 +124,7 @@ def nearest(flag: str, flags: list[str]) -> list[str]:
 
 
 def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
-    """Run a command: its exit code, with expected errors as one line on stderr and 2, and 128 + n where signal n ended it."""
+    """Run a command: its exit code, with a HyperlmError as one line on stderr and its own code, and 128 + n where signal n ended it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what a console cannot show must not end a run
@@ -141,8 +133,8 @@ def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     with ending_signals():
         try:
             return int(main(sys.argv[1:] if argv is None else argv) or 0)
-        except EXPECTED as e:
-            return failed(str(e))
+        except HyperlmError as e:
+            return failed(str(e), e.exit_code)
         except SystemExit as e:  # --help
             return int(e.code or 0)
         except BrokenPipeError:  # the reader of our output is gone
@@ -163,9 +155,9 @@ def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
             return failed("out of host memory: lower --model.d-model, --model.n-layers or --train.batch-size; --plan shows the parts")
 
 
-def failed(why: str) -> int:
+def failed(why: str, exit_code: int = HyperlmError.exit_code) -> int:
     say_last("error: " + " ".join(why.splitlines()))
-    return 2
+    return exit_code
 
 
 def say_last(line: str) -> None:

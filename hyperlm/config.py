@@ -10,10 +10,12 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
+from hyperlm.errors import HyperlmError
+
 Kind = Literal["phase7", "phase8", "softmax"]
 
 
-class ConfigError(ValueError):
+class ConfigError(HyperlmError, ValueError):
     """A setting that cannot work; the message says which, why, and what to do."""
 
 

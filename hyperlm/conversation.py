@@ -22,6 +22,7 @@ from hyperlm import env, model, sample
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config
 from hyperlm.data.rows import document_of
+from hyperlm.errors import HyperlmError
 from hyperlm.files import read_json
 from hyperlm.sample import Sampling
 from hyperlm.trained import Model
@@ -30,7 +31,7 @@ from hyperlm.tree import Tree
 LARGEST_FILE = 64 << 20  # bytes of a saved conversation
 
 
-class ConversationError(ValueError):
+class ConversationError(HyperlmError, ValueError):
     """A conversation that cannot be had, read or written; the message says what to do."""
 
 

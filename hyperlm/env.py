@@ -20,6 +20,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from hyperlm.errors import HyperlmError
+
 if sys.platform == "linux":  # torch has it nowhere else
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts: stages of many sizes would leave gaps
 GIB = 1 << 30
@@ -28,7 +30,7 @@ CONTEXT = 920 << 20  # bytes of GPU memory that the driver, libraries and kernel
 DELAY = 2.0  # seconds before a progress bar shows
 
 
-class DeviceError(ValueError):
+class DeviceError(HyperlmError, ValueError):
     """A device that was asked for and is not there."""
 
 

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer
 
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, from_dict, resolve, to_dict
+from hyperlm.errors import HyperlmError
 from hyperlm.files import digest, read_json
 from hyperlm.startup import command
 
 ROOT = Path("runs")
 
 
-class RunError(ValueError):
+class RunError(HyperlmError, ValueError):
     """A run that cannot be made, found, read or written; the message says what to do."""
 
 

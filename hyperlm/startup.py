@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -47,3 +50,22 @@ def explained(kind: type[BaseException], error: BaseException, trace: TracebackT
     print(f"error: the package {package} is missing: pip install {package}{rest}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(2)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Inside, as during a slow import, signals for which Python has a handler wait. At the end they reach it, in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hyperlm.errors import HyperlmError
+
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant", "tool")
 END_OF_TURN = "<|end|>"
@@ -38,7 +40,7 @@ LARGEST_FILE = 64 << 20  # bytes of a tokenizer.json; those of the largest vocab
 LARGEST_ID = 1 << 24  # an embedding has a row for every id up to the largest one
 
 
-class TokenizerError(ValueError):
+class TokenizerError(HyperlmError, ValueError):
     """A tokenizer that cannot be used."""
 
 

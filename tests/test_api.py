@@ -62,7 +62,7 @@ def test_an_empty_text_is_one_row(model):
 def test_a_model_is_a_checkpoint_of_the_run(which, made, monkeypatch):
     run = made("--train.steps", "6", "--ckpt.every", "2", "--eval.every", "2") / "runs" / "r"
     first, *_, last = checkpoint.steps(run)
-    monkeypatch.setattr(checkpoint, "best", lambda run: first)
+    monkeypatch.setattr("hyperlm.checkpoint.meta.best", lambda run: first)
     step = {"latest": last, "best": first}[which]
     model = hyperlm.load(run, checkpoint=which)
     state, _ = checkpoint.restore(run, step, runs.read_config(run), lambda stage: stage, with_opt=False)

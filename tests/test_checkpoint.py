@@ -11,6 +11,9 @@ from conftest import CASES, TINY, generator
 
 from hyperlm import checkpoint, tree
 from hyperlm.batch import next_tokens
+from hyperlm.checkpoint import storage
+from hyperlm.checkpoint.folder import REMOVED
+from hyperlm.checkpoint.meta import WORST, lowest
 from hyperlm.config import Config, OptimConfig, TrainConfig
 from hyperlm.optim import new_schedule
 from hyperlm.state import StaleState
@@ -73,7 +76,7 @@ def test_saving_is_not_disturbed_by_training_on(tmp_path):
 
 def test_bf16_comes_back_bit_for_bit():
     x = torch.randn(33, generator=generator()).to(torch.bfloat16)
-    assert torch.equal(checkpoint.to_tensor(checkpoint.to_numpy(x, copy=False)), x)
+    assert torch.equal(storage.to_tensor(storage.to_numpy(x, copy=False)), x)
 
 
 def test_latest_and_best_are_kept(tmp_path):
@@ -160,7 +163,7 @@ def test_missing_and_empty_runs_are_errors(tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_half_written(tmp_path, monkeypatch):
     save(tmp_path, (1, None))
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(checkpoint.CheckpointError) as e:
         save(tmp_path, (2, None))
     assert (
@@ -251,7 +254,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
         def fails(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fails)
+        monkeypatch.setattr(storage.ocp.Checkpointer, "restore", fails)
         with pytest.raises(checkpoint.CheckpointError, match="could not be read") as e:
             checkpoint.restore(tmp_path, 3, config_of(), here)
         assert "delete" not in str(e.value)
@@ -265,9 +268,9 @@ def test_what_an_interrupted_removal_left_is_no_checkpoint(tmp_path):
 
 def test_a_checkpoint_leaves_whole_or_not_at_all(tmp_path, monkeypatch):
     """What is no longer kept is moved away before it is deleted, so that a kill in between leaves no half of one; the next start clears it away."""
-    monkeypatch.setattr(checkpoint, "delete_removed", lambda run: None)
+    monkeypatch.setattr(storage, "delete_removed", lambda run: None)
     save(tmp_path, (1, None), (2, None), (3, None))
-    removed = tmp_path / "checkpoints" / checkpoint.REMOVED
+    removed = tmp_path / "checkpoints" / REMOVED
     assert checkpoint.steps(tmp_path) == [2, 3] and (removed / "step_00000001" / "params").is_dir()
     monkeypatch.undo()
     save(tmp_path, (4, None))
@@ -287,7 +290,7 @@ def test_one_damaged_meta_hides_no_other_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
 def test_the_best_has_the_smallest_finite_loss(loss):
-    assert checkpoint.lowest({1: 2.0, 2: loss, 3: 2.5}) == [1] and checkpoint.lowest({2: loss}) == []
+    assert lowest({1: 2.0, 2: loss, 3: 2.5}) == [1] and lowest({2: loss}) == []
 
 
 def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
@@ -298,7 +301,7 @@ def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
     rewrite(tmp_path, 2, format=1)
     with pytest.raises(checkpoint.CheckpointError, match="format 1: a version before 0.1"):
         checkpoint.read_meta(tmp_path, 2)
-    rewrite(tmp_path, 2, format=2, digest=None, config=None, schedule=None, tokenizer=None, loss=None, val_loss=checkpoint.WORST)
+    rewrite(tmp_path, 2, format=2, digest=None, config=None, schedule=None, tokenizer=None, loss=None, val_loss=WORST)
     state, meta = checkpoint.restore(tmp_path, 2, config_of(), here, with_opt=False)
     assert state.step == 2 and meta["schedule"] is None and checkpoint.best(tmp_path) == 2
     with pytest.raises(checkpoint.CheckpointError, match="train.seed 5"):

@@ -90,7 +90,7 @@ def test_a_name_follows_from_the_base(base, prose):
 
 
 def test_the_best_checkpoint_can_be_chosen(base, prose, monkeypatch):
-    monkeypatch.setattr(checkpoint, "best", lambda run: 2)
+    monkeypatch.setattr("hyperlm.checkpoint.meta.best", lambda run: 2)
     assert tune(base, prose, "--train.steps", "1", "--init-checkpoint", "best") == 0
     evaluations = {r["step"]: r["val_loss"] for r in records("base") if "val_loss" in r}
     assert next(r for r in records("tuned") if "val_loss" in r)["val_loss"] == evaluations[2]

@@ -14,7 +14,7 @@ MODULES = {
 
 # From the bottom to the top: a module may import those of its own room and of rooms below. A package stands for all that is in it.
 ROOMS = [
-    "batch config declare env cuda_graph files geometry random startup tree",  # words that all others use
+    "batch config declare env errors cuda_graph files geometry random startup tree",  # words that all others use
     "kernels precision stages state loss optim",  # operations, and what learns by them
     "mixers model",  # the decoder
     "runs tokenizer encoder data",  # text
@@ -26,7 +26,7 @@ ROOMS = [
 ]
 SCRIPTS = ("train", "bench", "chat", "configs")
 ALONE = {  # packages that one module alone imports: slow to import, or to be replaced in one place
-    "orbax": "hyperlm.checkpoint",
+    "orbax": "hyperlm.checkpoint.storage",
     "matplotlib": "hyperlm.bench.figures",
     "tensorboard": "hyperlm.log",
     "rensa": "hyperlm.data.duplicates",

@@ -59,7 +59,7 @@ def test_a_disk_too_small_for_a_checkpoint_ends_a_run_before_it_starts(prose, ca
     state = final("a")
     need = sum(x.nbytes for x in tree.leaves((state.params, state.opt_state)))
     free = {"bytes": need}
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]}))
     assert start(prose, "b", "--train.steps", "1") == 0
     free["bytes"] -= 1
     capsys.readouterr()

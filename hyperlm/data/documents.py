@@ -4,9 +4,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from hyperlm.data.text import cut
+from hyperlm.errors import HyperlmError
 
 
-class DataError(ValueError):
+class DataError(HyperlmError, ValueError):
     """Text that cannot be used; the message says what, why and what to do."""
 
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from hyperlm.errors import HyperlmError
 from hyperlm.kernels import reference
 
 try:
@@ -98,7 +99,7 @@ OPS: dict[str, Op] = {
 HEAD_DIMS = (32, 64, 128, 256)  # that the Triton kernels are built for
 
 
-class KernelError(ValueError):
+class KernelError(HyperlmError, ValueError):
     """A backend that was asked for by name and cannot run here."""
 
 
