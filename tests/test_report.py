@@ -10,9 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 
 from hyperlm.bench import figures, latex, report, tables
+from hyperlm.bench.figures import axes, disk, heatmap, lines, style
 from hyperlm.bench.result import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.runs import RunError
 
@@ -216,7 +218,7 @@ def test_figures_are_drawn_as_png_and_pdf_and_follow_the_data(name):
         assert figures.draw(FIGURES[name], result(shift).tables, folder)
         content[folder] = {path.suffix: path.read_bytes() for path in folder.iterdir()}
     first, again, other = content.values()
-    assert first[".png"].startswith(b"\x89PNG") and int.from_bytes(first[".png"][16:20], "big") == round(figures.WIDTH * figures.DPI)
+    assert first[".png"].startswith(b"\x89PNG") and int.from_bytes(first[".png"][16:20], "big") == round(style.WIDTH * style.DPI)
     assert first[".pdf"].startswith(b"%PDF") and b"/Type3" not in first[".pdf"]  # fonts are embedded as they are
     assert first == again and first[".png"] != other[".png"] and first[".pdf"] != other[".pdf"]
 
@@ -248,7 +250,7 @@ def lines_of(canvas: Canvas, colour: str) -> list[Any]:
 
 def test_a_line_is_the_mean_over_seeds_in_a_band_from_the_least_to_the_largest():
     canvas = drawn(FIGURES["lines"], losses())
-    (line,) = lines_of(canvas, figures.COLOURS["phase8"])
+    (line,) = lines_of(canvas, style.COLOURS["phase8"])
     assert line.get_xdata().tolist() == [64, 128, 256]
     assert line.get_ydata() == pytest.approx([3.1 + 0.005 + 50 / n for n in (64, 128, 256)])
     band = canvas.axes[0].collections[1].get_paths()[0].vertices
@@ -257,9 +259,9 @@ def test_a_line_is_the_mean_over_seeds_in_a_band_from_the_least_to_the_largest()
 
 def test_seeds_that_were_measured_at_other_moments_are_interpolated_where_all_were_measured():
     rows = [{"model": "phase7", "seed": s, "seconds": x, "loss": 10 * x + s} for s, xs in enumerate([(1, 2, 4), (1.5, 3, 5)]) for x in xs]
-    x, (mean, least, most) = figures.curve(rows, Lines("f", "", "t", "seconds", "loss", over="seed"))
+    x, (mean, least, most) = lines.curve(rows, Lines("f", "", "t", "seconds", "loss", over="seed"))
     apart = [{"model": "phase7", "seed": s, "seconds": s, "loss": 3.0 + s} for s in (0, 1)]
-    assert figures.curve(apart, Lines("f", "", "t", "seconds", "loss", over="seed"))[1].tolist() == [[3, 4]] * 3
+    assert lines.curve(apart, Lines("f", "", "t", "seconds", "loss", over="seed"))[1].tolist() == [[3, 4]] * 3
     assert (
         x == [1.5, 2, 3, 4]
         and mean == pytest.approx(10 * np.array(x) + 0.5)
@@ -272,20 +274,20 @@ def test_a_model_has_one_colour_and_marker_whatever_stands_beside_it():
     looks = set()
     for models in (KINDS, KINDS[::-1], ("runs/x", "softmax")):
         canvas = drawn(FIGURES["lines"], [{"model": m, "length": n, "loss": 1.0 + n} for m in models for n in (1, 2)])
-        (line,) = lines_of(canvas, figures.COLOURS["softmax"])
+        (line,) = lines_of(canvas, style.COLOURS["softmax"])
         looks.add((line.get_marker(), line.get_linestyle()))
-    grey = sorted(np.array([0.299, 0.587, 0.114]) @ figures.to_rgb(figures.COLOURS[kind]) for kind in KINDS)
+    grey = sorted(np.array([0.299, 0.587, 0.114]) @ to_rgb(style.COLOURS[kind]) for kind in KINDS)
     assert len(looks) == 1 and min(np.diff(grey)) > 0.14  # told apart without colour
 
 
 def test_a_run_has_the_colour_of_the_kind_that_its_folder_speaks_of():
-    own = figures.COLOURS
-    assert figures.colours(["study/phase8", "runs/my-hybrid", "N4-phase7"]) == {
+    own = style.COLOURS
+    assert style.colours(["study/phase8", "runs/my-hybrid", "N4-phase7"]) == {
         "study/phase8": own["phase8"],
         "runs/my-hybrid": own["hybrid"],
         "N4-phase7": own["phase7"],
     }
-    both = figures.colours(["study/phase8", "phase8", "a/phase8-phase7", "runs/x"])
+    both = style.colours(["study/phase8", "phase8", "a/phase8-phase7", "runs/x"])
     assert both["phase8"] == own["phase8"] and len(set(both.values())) == 4  # one name, one colour
     assert not {both["study/phase8"], both["a/phase8-phase7"], both["runs/x"]} & {own[kind] for kind in KINDS}
 
@@ -304,7 +306,7 @@ def test_a_run_has_the_colour_of_the_kind_that_its_folder_speaks_of():
     ],
 )
 def test_limits_are_honest(values, low, high, least, most):
-    found = figures.limits(values, low, high)
+    found = axes.limits(values, low, high)
     assert least[0] <= found[0] <= least[1] and most[0] <= found[1] <= most[1]
 
 
@@ -368,14 +370,14 @@ def test_bars_have_the_colour_of_their_model_and_a_mark_for_their_null():
     ]
     canvas = drawn(Bars("f", "", "t", "layers", "share", null="untrained"), rows)
     assert [matplotlib.colors.to_hex(patch.get_facecolor()) for patch in canvas.axes[0].patches] == [
-        figures.COLOURS[kind] for kind in ("phase7", "hybrid")
+        style.COLOURS[kind] for kind in ("phase7", "hybrid")
     ]
     nulls = [line for line in canvas.axes[0].lines if line.get_marker() == "D"]
     assert [line.get_xdata() for line in nulls] == [[pytest.approx(0.95)]] * 2 and [
         text.get_text() for text in canvas.legends[0].get_texts()
     ] == ["untrained"]
     parts = drawn(Bars("f", "", "t", "part", "nats"), [{"part": part, "nats": 0.1 * i} for i, part in enumerate("ab", 1)])
-    assert {matplotlib.colors.to_hex(patch.get_facecolor()) for patch in parts.axes[0].patches} == {figures.NEUTRAL}
+    assert {matplotlib.colors.to_hex(patch.get_facecolor()) for patch in parts.axes[0].patches} == {style.NEUTRAL}
 
 
 def test_cells_of_panels_share_one_scale_of_colours():
@@ -396,7 +398,7 @@ def test_cells_of_panels_share_one_scale_of_colours():
     ],
 )
 def test_numbers_in_cells_are_as_long_as_there_is_room(values, room, words):
-    assert figures.in_cells(np.array(values), room) == words
+    assert heatmap.in_cells(np.array(values), room) == words
 
 
 def test_labels_of_points_cover_neither_points_nor_one_another():
@@ -405,7 +407,7 @@ def test_labels_of_points_cover_neither_points_nor_one_another():
     axes = drawn(Disk("f", "", "t"), rows).axes[0]
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text().startswith("token")]
     assert 30 < len(boxes) < 80  # what has no place is left out
-    assert not any(figures.overlap(a.extents, b.extents) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(disk.overlap(a.extents, b.extents) for i, a in enumerate(boxes) for b in boxes[:i])
     assert not any(box.contains(*axes.transData.transform((row["x"], row["y"]))) for box in boxes for row in rows)
 
 
