@@ -24,7 +24,7 @@ from hyperlm import cli, conversation, runs, sample, terminal, trained
 from hyperlm import tokenizer as tok
 from hyperlm.checkpoint import Which
 from hyperlm.config import ConfigError
-from hyperlm.conversation import ConversationError, LoadedModel, Message
+from hyperlm.conversation import ConversationError, Message
 from hyperlm.sample import Sampling
 from hyperlm.session import Session, checked_seed, described, obey, respond, show
 from hyperlm.terminal import note
@@ -52,17 +52,9 @@ class Command:
     """Kernel backend."""
 
 
-def load(command: Command) -> LoadedModel:
-    run = Path(command.run) if command.run else runs.newest()
-    m = trained.load_model(run, command.checkpoint, command.device, command.kernels)
-    print(f"{run}, {m.config.model.kind}, step {m.step}, on {m.device}", file=sys.stderr)
-    decode = sample.decoder(m.params, m.config.model, kernels=command.kernels)
-    return LoadedModel(m.params, decode, m.config, m.tokenizer, m.chat, f"{run}, step {m.step}")
-
-
 def talk(start: Session) -> None:
     """Read what a person writes, and obey or answer it, until /quit or the end of input."""
-    now, chat = start, start.loaded.chat
+    now, chat = start, start.model.chat
     if not chat:
         note("this model continues text: write how one begins; an empty line goes on")
     note("/help lists commands, Ctrl-C ends an answer, /quit the session")
@@ -88,29 +80,33 @@ def talk(start: Session) -> None:
 
 def main(argv: list[str]) -> int:
     command = cli.parse(Command, argv, description=__doc__)
-    how, seed = sample.checked(command.sampling), checked_seed(command.seed)
+    sampling, seed = sample.checked(command.sampling), checked_seed(command.seed)
     if command.max_tokens < 1:
         raise ConfigError(f"--max-tokens {command.max_tokens}: must be at least 1")
     if "" in command.stop:
         raise ConfigError("--stop '': must not be empty, or every text ends at once")
     if command.prompt is None and sys.stdin is None:
         raise cli.UsageError("there is no input to read: give --prompt")
-    loaded = load(command)
-    state = conversation.nothing_read(loaded)
+    run = Path(command.run) if command.run else runs.newest()
+    model = trained.load_model(run, command.checkpoint, command.device, command.kernels)
+    print(f"{run}, {model.config.model.kind}, step {model.step}, on {model.device}", file=sys.stderr)
+    decode, state = sample.decoder(model.params, model.config.model, kernels=command.kernels), conversation.nothing_read(model)
     try:
         if command.prompt is None:
-            talk(Session(loaded, state, how, seed, command.stop, command.max_tokens))
+            talk(Session(model, decode, state, sampling, seed, command.stop, command.max_tokens))
             return 0
         prompt = tok.clean(command.prompt)
-        if not loaded.chat:
+        if not model.chat:
             show(prompt)
-        asked, random = (Message("user", prompt),), sample.generator(seed)
-        answer = conversation.answer(loaded, state, asked, how, random, limit=command.max_tokens, stops=command.stop, show=show)
+        messages, random = (Message("user", prompt),), sample.generator(seed)
+        answer = conversation.answer(
+            model, state, messages, sampling, random, decode=decode, limit=command.max_tokens, stops=command.stop, show=show
+        )
         print()
         note(described(answer, command.max_tokens))
     except sample.NotFinite as e:
         remedy = "try --checkpoint best" if command.checkpoint == "latest" else "train it anew with a lower --optim.lr"
-        raise runs.RunError(f"the weights of {loaded.name}, give {e}: the run diverged; {remedy}") from e
+        raise runs.RunError(f"the weights of {run}, step {model.step}, give {e}: the run diverged; {remedy}") from e
     return 0
 
 

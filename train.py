@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from hyperlm import (
     doctor,
     env,
     evals,
-    finetune,
     flops,
     forecast,
     health,
+    launch,
     log,
     model,
     passkey,
@@ -46,100 +46,17 @@ from hyperlm import (
     startup,
     tree,
 )
-from hyperlm import tokenizer as tok
-from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, peak_rate, resolve
+from hyperlm.config import Config, from_dict, peak_rate
 from hyperlm.env import say
 from hyperlm.files import file_digest
 from hyperlm.kernels import Choice, division, select
 from hyperlm.kernels import summary as kernel_summary
-from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
+from hyperlm.optim import Schedule, new_schedule
 from hyperlm.state import State
-from hyperlm.step import init_state, make_settle, make_step, place, weights
-from hyperlm.tree import Tree
+from hyperlm.step import make_settle, make_step, weights
 
-PROMPT = 24  # tokens of a held-out document that a sample begins with
 FEW_STEPS = 50  # where their number follows from epochs, and a person may not know how few they are
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a command is to do."""
-
-    preset: str = "standard"
-    """small, standard, max, max-ssm or study: the settings that the rest of the command line starts from."""
-    resume: str = ""
-    """Folder of a run to continue exactly; with --train.steps, to extend; or with other settings that concern its future alone."""
-    init: str = ""
-    """Folder of a run to fine-tune: a new run starts from its weights, shape and tokenizer, with its settings or those of --preset."""
-    init_checkpoint: checkpoint.Which = "latest"
-    """Which of its checkpoints: the newest, or the one with the lowest validation loss."""
-    plan: bool = False
-    """Print the parameter count, the memory plan, whether it fits this machine and how long it takes, and stop."""
-    doctor: bool = False
-    """Check this machine, and stop; exit code 0 only if training can run."""
-
-
-@dataclass(frozen=True)
-class Command(Config, Asked):
-    """A command line: what is asked for, then the settings."""
-
-
-def parse(argv: list[str]) -> tuple[Command, Config, dict[str, tuple[Any, Any]]]:
-    """The command, its configuration checked, and the settings of a resumed run that it changes."""
-    preset, resume, init = (cli.peek(flag, argv) for flag in ("preset", "resume", "init"))
-    if resume and (preset or init):
-        raise cli.UsageError(
-            f"--{'preset' if preset else 'init'} and --resume exclude each other: a run keeps the settings it was started with"
-        )
-    if not init and cli.peek("init-checkpoint", argv):
-        raise cli.UsageError("--init-checkpoint says which checkpoint of --init to start from, and there is no --init")
-    if preset and preset not in PRESETS:
-        raise cli.UsageError(f"--preset {preset}: choose from {', '.join(PRESETS)}")
-    if resume:
-        stored = stored_settings(Path(resume))
-    elif init:
-        stored = finetune.settings(Path(init), PRESETS[preset]() if preset else None, new_text=cli.peek("data.sources", argv) is not None)
-    else:
-        stored = PRESETS[preset or "standard"]()
-    command = cli.parse(Command, argv, Command(**vars(stored)), description=__doc__)
-    config = Config(**{f.name: getattr(command, f.name) for f in fields(Config)})
-    if resume:
-        if config.optim.state == "auto":  # decided when the run was started
-            config = replace(config, optim=replace(config.optim, state=stored.optim.state))
-        for name, (old, new) in another_run(stored, config).items():
-            raise ConfigError(
-                f"--{flag_of(name)} {new}: {resume} was started with {old}, and with another value it is another run: start a new one, "
-                f"with --init {resume} from its weights"
-            )
-        resolved = resolve(config)
-        return command, resolved, differences(stored, resolved)
-    if init:
-        resolved = resolve(config)
-        finetune.require_base(Path(init), command.init_checkpoint, config)
-        return command, resolved, {}
-    return command, data.with_vocabulary(resolve(config)), {}
-
-
-def stored_settings(run: Path) -> Config:
-    """The settings of a run, from its newest checkpoint where its config.json is damaged or gone."""
-    try:
-        return runs.read_config(run)
-    except runs.RunError as e:
-        if not run.is_dir() or (found := checkpoint.settings(run)) is None:
-            raise
-        step, config = found
-        print(f"settings   {e}: taken from the checkpoint of step {step}")
-        return config
-
-
-def with_own_tokenizer(run: Path, config: Config) -> Config:
-    """The configuration that finds the tokenizer of a run beside it where the file that it was given is gone; the digest of the text tells if it is the same."""
-    given, own = config.data.tokenizer, run / "tokenizer.json"
-    if given in ("bpe", "bytes") or Path(given).exists() or not own.is_file():
-        return config
-    print(f"tokenizer  {given} is gone: taken from {own}")
-    return replace(config, data=replace(config.data, tokenizer=str(own)))
 
 
 def choose_residence(config: Config, device: torch.device) -> Config:
@@ -233,111 +150,18 @@ def kernel_facts(config: Config, device: torch.device) -> dict[str, str]:
     }
 
 
-def start(config: Config, corpus: data.Corpus, device: torch.device, argv: list[str], command: Command) -> tuple[Path, State]:
-    """A new run, and the state that its seed gives, or another run's weights. Where that fails, nothing is left behind."""
-    base = Path(command.init) if command.init else None
-    run = runs.create(config, base.name if base else command.preset)
-    try:
-        event: dict[str, Any] = {"step": 0, "command": command_line(argv)}
-        if base is None:
-            state = init_state(config, device)
-        else:
-            step = checkpoint.chosen(base, command.init_checkpoint)
-            state = finetune.first_state(base, step, config, device)
-            event["init"] = finetune.origin(base, step)
-            print(f"weights    {checkpoint.folder_of(base, step)}")
-        facts = {**env.describe(device), "kernels": kernel_facts(config, device), "command": command_line(argv)}
-        runs.describe(run, config, corpus.tokenizer, corpus.chat, facts)
-        runs.remember(run, event)
-    except BaseException:
-        runs.remove(run)
-        raise
-    return run, state
-
-
-def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[State, Schedule, float]:
-    """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate. Small files are put back where they are damaged."""
-    step = checkpoint.latest(run)
-    with env.live("restoring"):
-        state, meta = checkpoint.restore(run, step, config, place(config, device))
-    if gone := "data order" if meta["schedule"] is None else "dropout" if meta["format"] < 4 and config.model.dropout else "":
-        raise checkpoint.CheckpointError(
-            f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, whose {gone} this version does not have: "
-            "go on with that version; chat.py and bench.py read it"
-        )
-    if meta["fingerprint"] != corpus.fingerprint:
-        raise data.DataError(
-            f"the text of {', '.join(config.data.sources)} changed since {run} was started, or another version of hyperlm prepared it: resuming would not be exact; start a new run"
-        )
-    runs.write_config(run, config)
-    if file_digest(path := run / "tokenizer.json") != meta["tokenizer"]:
-        runs.write_text(path, corpus.tokenizer.to_str(pretty=True))
-        print(f"tokenizer  {path} was damaged or gone: put back")
-    schedule = Schedule(**meta["schedule"])
-    return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
-
-
-def go_on(
-    run: Path,
-    state: State,
-    schedule: Schedule,
-    rate: float,
-    total: int,
-    config: Config,
-    changes: dict[str, tuple[Any, Any]],
-    argv: list[str],
-) -> Schedule:
-    """The schedule that a resumed run follows from here: what it was, unless its end or its warm-up is to be another. Said, and remembered."""
-    if "optim.warmup_steps" in changes and state.updates < schedule.warmup:
-        after = new_schedule(config.optim, total)
-    else:
-        after = schedule if total == schedule.end else extended(schedule, config.optim, state.updates, total)
-    lr = learning_rate(after, config.optim)
-    if after != schedule or any(name.startswith("optim.") for name in changes):
-        then = f"{lr(state.updates):.2e} from there on, {lr(total):.2e} at step {total}"
-        print(log.labelled("rate", f"{rate:.2e} up to step {state.step}, {then}"))
-    event = {"step": state.step, "command": command_line(argv), "changes": changes, "lr": [rate, lr(state.updates)]}
-    runs.remember(run, event)
-    return after
-
-
-def command_line(argv: list[str]) -> str:
-    return " ".join([startup.command("train"), *argv])
-
-
 def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingError:
     good = checkpoint.steps(run)
     if not good:
         return cli.TrainingError(
-            f"diverged by step {step}: {why}; no checkpoint was good enough to save: remove {run} (rm -r {run}), and start again with a lower --optim.lr"
+            f"diverged by step {step}: {why}; no checkpoint was good enough to save: "
+            f"remove {run} (rm -r {run}), and start again with a lower --optim.lr"
         )
     settled = from_dict(checkpoint.read_meta(run, good[-1])["config"]).optim.lr  # the rate that led there did no harm until then
     return cli.TrainingError(
         f"diverged by step {step}: {why}; the last checkpoint with a finite loss is {checkpoint.folder_of(run, good[-1])}: "
         f"go on from there with a lower rate, {startup.command('train')} --resume {run} --optim.lr {min(settled, config.optim.lr / 10):.0e}"
     )
-
-
-def sample_prompt(corpus: data.Corpus, config: Config) -> list[int]:
-    """Ids that a sample begins with: of `eval.prompt`, or of the beginning of a held-out document; of a conversation all that comes before a reply."""
-    if config.eval.prompt:
-        return tok.encode(corpus.tokenizer, [tok.clean(config.eval.prompt)])[0]
-    shard = next(s for s in corpus.shards if len(s.val_documents))
-    document = shard.val[1 : 1 + int(shard.val_documents[0, 0])].tolist()  # it begins with the end of the text before
-    (reply,) = tok.opening(corpus.tokenizer, "assistant")
-    if reply in document:
-        return document[: document.index(reply) + 1]
-    return document[: min(PROMPT, len(document) // 2)]
-
-
-def write_sample(params: Tree, seed: int, corpus: data.Corpus, config: Config) -> str:
-    """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
-    tokenizer, prompt = corpus.tokenizer, sample_prompt(corpus, config)
-    ids, generator = [tok.end_of_text(tokenizer), *prompt], sample.generator(seed)
-    text = sample.write(
-        params, config.model, tokenizer, ids, sample.Sampling(), generator, config.eval.sample_tokens, kernels=config.kernels
-    )
-    return tokenizer.decode(prompt, skip_special_tokens=False) + text
 
 
 def evaluation_batch(config: Config, device: torch.device) -> int:
@@ -355,11 +179,11 @@ def evaluate(
     """Validation losses; and radius gauges with, if asked for, a sample."""
     params = weights(config, state, device)
     val = evals.evaluate(params, corpus, config, device, evaluation_batch(config, device))
-    more: dict[str, Any] = evals.radius_gauges(params, order.at(0).tokens[0].to(device), config)
+    gauges = evals.radius_gauges(params, order.at(0).tokens[0].to(device), config)
     if config.eval.sample_tokens:
         with suppress(sample.NotFinite):  # the losses tell
-            more["sample"] = write_sample(params, state.seed + state.step, corpus, config)
-    return val, more
+            gauges["sample"] = evals.write_sample(params, state.seed + state.step, corpus, config)
+    return val, gauges
 
 
 def train(
@@ -398,7 +222,7 @@ def train(
             """Evaluate `state`, record and say it: the validation loss, None where it is not finite."""
             bar.set_description("evaluating", refresh=False)
             try:
-                val, more = evaluate(state, corpus, order, config, device)
+                val, gauges = evaluate(state, corpus, order, config, device)
             except Exception:
                 if health.all_finite(state):
                     checkpoint.save(writer, state, facts, None, None, in_place=in_place)
@@ -408,10 +232,10 @@ def train(
                         file=sys.stderr,
                     )
                 raise
-            log.record(records, state.step, val | more)
+            log.record(records, state.step, val | gauges)
             say(log.eval_line(state.step, total, val, state.tokens))
-            if "sample" in more:
-                say("  | " + sample.printable(more["sample"]).rstrip().replace("\n", "\n  | "))
+            if "sample" in gauges:
+                say("  | " + sample.printable(gauges["sample"]).rstrip().replace("\n", "\n  | "))
             return val["val_loss"] if math.isfinite(val["val_loss"]) else None
 
         if evaluate_first:
@@ -500,8 +324,18 @@ def summarise(run: Path, state: State, device: torch.device, seconds: float | No
     return summary
 
 
+def parse(argv: list[str]) -> launch.Launch:
+    return launch.parse(argv, PRESETS, __doc__)
+
+
 def main(argv: list[str]) -> int:
-    command, config, changes = parse(argv)
+    """Start a run, and train: the exit code. A run starts from the first of these that is asked for.
+
+    --resume runs/x   its newest checkpoint, schedule and settings: exactly where it stopped
+    --init runs/x     the weights of another run, with new moments and a new schedule: fine-tuning
+    neither           the weights that the seed gives
+    """
+    command, config, base, changes = parse(argv)
     device = env.pick_device(config.train.device)
     env.prepare(device)
     if command.plan:
@@ -520,25 +354,25 @@ def main(argv: list[str]) -> int:
         checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
         announce(config, device)
 
-        corpus = data.prepare(with_own_tokenizer(Path(command.resume), config) if command.resume else config)
+        corpus = data.prepare(launch.with_own_tokenizer(Path(command.resume), config) if command.resume else config)
         passkey.check(config.eval.passkey, config.data.seq_len, corpus.tokenizer)
         order = data.batches(corpus, config)
         total = config.train.total_steps(order.steps_per_epoch)
         if command.resume:
-            state, schedule, rate = resume(run, config, corpus, device)
+            state, schedule, rate = launch.resume(run, config, corpus, device)
             if state.step >= total:
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
                 return 0
-            schedule = go_on(run, state, schedule, rate, total, config, changes, argv)
+            schedule = launch.go_on(run, state, schedule, rate, total, config, changes, argv)
         else:
-            run, state = start(config, corpus, device, argv, command)
+            run, state = launch.start(config, base, corpus, device, argv, command.preset, kernel_facts(config, device))
             stack.push(lambda kind, *_: runs.remove(run) if kind and not (run / "metrics.jsonl").exists() else None)  # it never began
             stack.enter_context(runs.owned(run))
             schedule = new_schedule(config.optim, total)
             by_rule = f" (rule for d {config.model.d_model})" if config.optim.lr == peak_rate(config.model) else ""
             print(f"rate       {config.optim.lr:.1e} peak{by_rule}, warm-up to step {schedule.warmup}")
-        return carry_out(run, state, schedule, total, corpus, order, config, device, evaluate_first=bool(command.init))
+        return carry_out(run, state, schedule, total, corpus, order, config, device, evaluate_first=base is not None)
 
 
 if __name__ == "__main__":

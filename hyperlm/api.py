@@ -69,7 +69,9 @@ def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
     }
 
 
-def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tokens: int = 256, seed: int | None = None, **how: Any) -> str:
+def generate(
+    model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tokens: int = 256, seed: int | None = None, **sampling: Any
+) -> str:
     """What the model writes after `prompt`, which is not part of it.
 
     Args:
@@ -77,11 +79,11 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
             in the forms that are trained on.
         max_tokens: at most; it ends before that where the model ends the text or its turn.
         seed: the same one gives the same text; by default it differs each time.
-        how: fields of `hyperlm.sample.Sampling`, such as temperature (0.8; 0 always takes the most probable token) and top_p.
+        sampling: fields of `hyperlm.sample.Sampling`, such as temperature (0.8; 0 always takes the most probable token) and top_p.
 
     Raises:
         NotFinite: of weights that diverged.
-        ConfigError: on a field of `how` that no distribution has.
+        ConfigError: on a field of `sampling` that no distribution has.
         ValueError: on turns that cannot be read, or for a model that continues text; and on a seed that is no number of 64 bits.
     """
     if isinstance(prompt, str):
@@ -90,8 +92,10 @@ def generate(model: Model, prompt: str | Sequence[Mapping[str, str]], *, max_tok
         if not model.chat:
             raise ValueError("this model's data had no conversations, and it continues text: give it a text")
         ids = conversation.token_ids(model, [Message(*turn) for turn in messages_of(list(prompt), "prompt")])
-    drawing = sample.checked(sample.Sampling(**how)), sample.generator(seed)
-    return sample.write(model.params, model.config.model, model.tokenizer, ids, *drawing, max_tokens, kernels=model.config.kernels)
+    checked, generator = sample.checked(sample.Sampling(**sampling)), sample.generator(seed)
+    return sample.write(
+        model.params, model.config.model, model.tokenizer, ids, checked, generator, max_tokens, kernels=model.config.kernels
+    )
 
 
 # -- training --------------------------------------------------------------------------------------------------------------------------

@@ -10,41 +10,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from hyperlm import env, model, sample
+from hyperlm import env, sample
 from hyperlm import tokenizer as tok
-from hyperlm.config import Config
 from hyperlm.data.rows import document_of
 from hyperlm.errors import HyperlmError
 from hyperlm.files import read_json
+from hyperlm.model import Cache
 from hyperlm.sample import Sampling
 from hyperlm.trained import Model
-from hyperlm.tree import Tree
 
 LARGEST_FILE = 64 << 20  # bytes of a saved conversation
 
 
 class ConversationError(HyperlmError, ValueError):
     """A conversation that cannot be had, read or written; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A trained model, and what it needs to speak."""
-
-    params: Tree
-    decode: sample.Decode
-    config: Config
-    tokenizer: Tokenizer
-    chat: bool  # its data had conversations
-    name: str  # run and step
 
 
 class Message(NamedTuple):
@@ -57,7 +42,7 @@ class State(NamedTuple):
 
     ids: list[int]
     logits: Tensor
-    cache: model.Cache
+    cache: Cache
 
 
 Ending = Literal["end", "stop", "length", "loop", "interrupt"]  # its own, a stop string, the longest reply, a loop, a person
@@ -81,29 +66,29 @@ def never() -> bool:
 # -- reading ---------------------------------------------------------------------------------------------------------------------------
 
 
-def nothing_read(loaded: LoadedModel) -> State:
-    return State([], torch.empty(0), sample.empty_cache(loaded.params, loaded.config.model))
+def nothing_read(model: Model) -> State:
+    return State([], torch.empty(0), sample.empty_cache(model.params, model.config.model))
 
 
-def token_ids(loaded: LoadedModel | Model, messages: Sequence[Message]) -> list[int]:
+def token_ids(model: Model, messages: Sequence[Message]) -> list[int]:
     """What a model reads before it answers: the end of the text before, the messages, and in a conversation the start of its turn."""
-    end = tok.end_of_text(loaded.tokenizer)
-    if not loaded.chat:
-        return [end, *tok.encode(loaded.tokenizer, ["".join(message.content for message in messages)])[0]]
-    turns = [token for message in messages for token in tok.turn(loaded.tokenizer, *message)]
-    return [end, *turns, *tok.opening(loaded.tokenizer, "assistant")]
+    end = tok.end_of_text(model.tokenizer)
+    if not model.chat:
+        return [end, *tok.encode(model.tokenizer, ["".join(message.content for message in messages)])[0]]
+    turns = [token for message in messages for token in tok.turn(model.tokenizer, *message)]
+    return [end, *turns, *tok.opening(model.tokenizer, "assistant")]
 
 
-def catch_up(loaded: LoadedModel, state: State, ids: list[int], interrupted: Callable[[], bool] = never) -> State:
+def catch_up(model: Model, state: State, ids: list[int], interrupted: Callable[[], bool] = never) -> State:
     """The state after `ids`: goes on from `state` if they begin with what it has read, else afresh. Interrupted, it has read fewer."""
     if ids[: len(state.ids)] != state.ids:
-        state = nothing_read(loaded)
+        state = nothing_read(model)
     with env.progress(total=len(ids), initial=len(state.ids), desc="reading", unit=" tokens") as bar:
         for start in range(len(state.ids), len(ids), sample.PREFILL):
             if interrupted():
                 break
             piece = ids[start : start + sample.PREFILL]
-            logits, cache = sample.prefill(loaded.params, piece, state.cache, loaded.config.model, kernels=loaded.config.kernels)
+            logits, cache = sample.prefill(model.params, piece, state.cache, model.config.model, kernels=model.config.kernels)
             state = State([*state.ids, *piece], logits, cache)
             bar.update(len(piece))
     return state
@@ -113,12 +98,13 @@ def catch_up(loaded: LoadedModel, state: State, ids: list[int], interrupted: Cal
 
 
 def answer(
-    loaded: LoadedModel,
+    model: Model,
     state: State,
     messages: Sequence[Message],
-    how: Sampling,
+    sampling: Sampling,
     generator: torch.Generator,
     *,
+    decode: sample.Decode,
     limit: int,
     stops: Sequence[str] = (),
     show: Callable[[str], None],
@@ -128,6 +114,7 @@ def answer(
 
     Args:
         state: of the same model, whatever it has read. It is consumed; the answer has the next.
+        decode: `sample.decoder` of the model.
         limit: the most tokens.
         stops: strings before which the text ends.
         show: is given each piece of the text as soon as it is certain.
@@ -137,8 +124,8 @@ def answer(
         sample.NotFinite: if there are no probabilities to draw from.
     """
     begun, first, count = time.monotonic(), 0.0, 0
-    ids = token_ids(loaded, messages)
-    state = catch_up(loaded, state, ids, interrupted)
+    ids = token_ids(model, messages)
+    state = catch_up(model, state, ids, interrupted)
     if state.ids != ids:
         return Answer("", "interrupt", state, 0, 0.0, 0.0)
     ending: Ending = "stop"  # unless the tokens end before one of the strings is there
@@ -148,11 +135,11 @@ def answer(
         drawn = sample.generate(
             state.logits,
             state.cache,
-            how,
+            sampling,
             generator,
-            stop=tok.stop_ids(loaded.tokenizer),
-            usable=tok.vocabulary_size(loaded.tokenizer),
-            decode=loaded.decode,
+            stop=tok.stop_ids(model.tokenizer),
+            usable=tok.vocabulary_size(model.tokenizer),
+            decode=decode,
             before=ids,
         )
         for count, (token, logits, cache) in enumerate(drawn, 1):
@@ -168,7 +155,7 @@ def answer(
         ending = "end"
 
     text = ""
-    for piece in sample.until(tok.stream(loaded.tokenizer, tokens()), stops):
+    for piece in sample.until(tok.stream(model.tokenizer, tokens()), stops):
         show(piece)
         text += piece
         if sample.repeats(text):
@@ -193,7 +180,7 @@ def save(messages: Sequence[Message], path: Path, *, over: bool = False) -> None
         raise ConversationError(f"{path} exists, and is not from this conversation: choose another name")
     values = {"messages": [message._asdict() for message in messages]}
     # Control characters, which are within strings alone, as escapes: the file may be shown in a terminal.
-    text = sample.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(values, ensure_ascii=False))
+    text = sample.CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(values, ensure_ascii=False))
     part = ""
     try:
         with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
@@ -213,10 +200,10 @@ def load(path: Path) -> tuple[Message, ...]:
         ConversationError: if it is missing or no conversation.
     """
     try:
-        found = document_of(read_json(path, LARGEST_FILE)).messages
-        if not found:
+        messages = document_of(read_json(path, LARGEST_FILE)).messages
+        if not messages:
             raise ValueError("it has no messages")
-        return tuple(Message(*turn) for turn in found)
+        return tuple(Message(*turn) for turn in messages)
     except OSError as e:
         raise ConversationError(f"{path} cannot be read ({e.strerror})") from e
     except ValueError as e:

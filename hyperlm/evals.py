@@ -1,4 +1,4 @@
-"""Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; radii of each layer."""
+"""Evaluation: nats of each token; validation loss, perplexity and bits per byte, whole, per source and by position; radii; a sample."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyperlm import model, passkey
+from hyperlm import model, passkey, sample
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.config import Config
@@ -21,6 +21,7 @@ from hyperlm.loss import token_nats as nats_of_features
 from hyperlm.tree import Tree
 
 BINS = 80  # of radii
+PROMPT = 24  # tokens of a held-out document that a sample begins with
 NatsAt = Callable[[Tensor, Tensor], Tensor]  # tokens and targets, (B, N) int64 -> nats of the targets (B, N), at least fp32, 0 where IGNORE
 
 
@@ -167,3 +168,31 @@ def radius_gauges(params: Tree, tokens: Tensor, config: Config) -> dict[str, Any
     for name in layers[0] if layers else ():
         gauges[f"radius/{name}_counts"] = sum(torch.histc(radii[name].float(), BINS, 0, R_MAX) for radii in layers).int().tolist()
     return gauges
+
+
+# -- a sample --------------------------------------------------------------------------------------------------------------------------
+
+
+def sample_prompt(corpus: Corpus, config: Config) -> list[int]:
+    """Ids that a sample begins with: of `eval.prompt`, or of the beginning of a held-out document.
+
+    Of a conversation they are all that comes before a reply.
+    """
+    if config.eval.prompt:
+        return tok.encode(corpus.tokenizer, [tok.clean(config.eval.prompt)])[0]
+    shard = next(s for s in corpus.shards if len(s.val_documents))
+    document = shard.val[1 : 1 + int(shard.val_documents[0, 0])].tolist()  # it begins with the end of the text before
+    (reply,) = tok.opening(corpus.tokenizer, "assistant")
+    if reply in document:
+        return document[: document.index(reply) + 1]
+    return document[: min(PROMPT, len(document) // 2)]
+
+
+def write_sample(params: Tree, seed: int, corpus: Corpus, config: Config) -> str:
+    """A text that begins with the prompt; its special tokens are shown by name, those of the reply left out."""
+    tokenizer, prompt = corpus.tokenizer, sample_prompt(corpus, config)
+    ids, generator = [tok.end_of_text(tokenizer), *prompt], sample.generator(seed)
+    text = sample.write(
+        params, config.model, tokenizer, ids, sample.Sampling(), generator, config.eval.sample_tokens, kernels=config.kernels
+    )
+    return tokenizer.decode(prompt, skip_special_tokens=False) + text

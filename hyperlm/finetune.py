@@ -1,12 +1,12 @@
 """A run that starts from another one's weights (`--init`): its settings, its first state, and what is remembered of where it came from."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hyperlm import checkpoint, runs, trained, tree
+from hyperlm import checkpoint, trained, tree
 from hyperlm.config import Config, ConfigError, DataConfig, differences, flag_of
 from hyperlm.optim import new_schedule, optimizer
 from hyperlm.state import State
@@ -16,13 +16,23 @@ from hyperlm.tree import Tree
 EPOCHS = 3.0  # of new text, unless told otherwise
 
 
-def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
-    """What a run from `base` starts with, before the command line: its shape and tokenizer, and the rest of `preset`, or of the base itself.
+@dataclass(frozen=True)
+class Base:
+    """The run whose weights another one starts from."""
+
+    run: Path
+    config: Config
+    which: checkpoint.Which  # of its checkpoints
+
+
+def settings(run: Path, config: Config, preset: Config | None, *, new_text: bool) -> Config:
+    """What a run from the weights of `run`, whose settings are `config`, starts with, before the command line.
+
+    That is its shape and tokenizer, and the rest of `preset`, or where there is none of the base itself.
 
     Args:
         new_text: the command line names sources: nothing that was said of the base's text is kept.
     """
-    config = runs.read_config(base)
     data = DataConfig(seq_len=config.data.seq_len, cache=config.data.cache) if new_text else config.data
     if preset is None:
         rest = replace(config, data=data, name="")
@@ -33,28 +43,28 @@ def settings(base: Path, preset: Config | None, *, new_text: bool) -> Config:
         )
     else:
         rest = replace(preset, data=preset.data if new_text else replace(data, seq_len=preset.data.seq_len))
-    return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(base / "tokenizer.json")))
+    return replace(rest, model=config.model, data=replace(rest.data, tokenizer=str(run / "tokenizer.json")))
 
 
-def require_base(base: Path, which: checkpoint.Which, config: Config) -> None:
-    """Check, before anything that takes long, that a run with `config` can start from a checkpoint of `base`.
+def require_base(base: Base, config: Config) -> None:
+    """Check, before anything that takes long, that a run with `config` can start from `base`.
 
     Raises:
         ConfigError: if `config` asks for a model or tokenizer that its weights do not fit.
         CheckpointError, RunError, TokenizerError: if it, or the tokenizer that it was trained with, is missing or damaged.
     """
     wanted = replace(config, model=replace(config.model, dropout=0.0))
-    stored = runs.read_config(base)
-    have = replace(wanted, model=replace(stored.model, dropout=0.0), data=replace(wanted.data, tokenizer=str(base / "tokenizer.json")))
+    tokenizer = str(base.run / "tokenizer.json")
+    have = replace(wanted, model=replace(base.config.model, dropout=0.0), data=replace(wanted.data, tokenizer=tokenizer))
     for name, (old, new) in differences(have, wanted).items():
         raise ConfigError(
-            f"--{flag_of(name)} {new}: {base} has {old}, and its weights fit nothing else; leave it out, or train without --init"
+            f"--{flag_of(name)} {new}: {base.run} has {old}, and its weights fit nothing else; leave it out, or train without --init"
         )
-    trained.load_tokenizer(base, checkpoint.chosen(base, which), stored)
+    trained.load_tokenizer(base.run, checkpoint.chosen(base.run, base.which), base.config)
 
 
-def first_state(base: Path, step: int, config: Config, device: torch.device) -> State:
-    """The state before the first step, with the weights of a checkpoint of `base`, as the optimizer keeps them and where the residence has them.
+def first_state(base: Base, step: int, config: Config, device: torch.device) -> State:
+    """The state before the first step: weights of the checkpoint `step` of `base`, as the optimizer keeps them and where the residence has them.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -64,11 +74,11 @@ def first_state(base: Path, step: int, config: Config, device: torch.device) -> 
     def kept(stage: Tree) -> Tree:
         return put(tree.map(lambda p: keep(p.float()), stage))
 
-    found, _ = checkpoint.restore(base, step, runs.read_config(base), kept, with_opt=False)
-    return init_state(config, device, found.params)
+    restored, _ = checkpoint.restore(base.run, step, base.config, kept, with_opt=False)
+    return init_state(config, device, restored.params)
 
 
-def origin(base: Path, step: int) -> dict[str, Any]:
+def origin(base: Base, step: int) -> dict[str, Any]:
     """What a run remembers of the one it began with."""
-    meta = checkpoint.read_meta(base, step)
-    return {"run": str(base), "step": step, "tokens": meta["tokens"], "val_loss": meta["val_loss"], "text": meta["fingerprint"]}
+    meta = checkpoint.read_meta(base.run, step)
+    return {"run": str(base.run), "step": step, "tokens": meta["tokens"], "val_loss": meta["val_loss"], "text": meta["fingerprint"]}

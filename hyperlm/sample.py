@@ -51,16 +51,16 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def checked(how: Sampling) -> Sampling:
-    """`how` itself.
+def checked(sampling: Sampling) -> Sampling:
+    """`sampling` itself.
 
     Raises:
         ConfigError: on a value that no distribution has.
     """
     for name, (fits, words) in BOUNDS.items():
-        if not fits(value := getattr(how, name)):
+        if not fits(value := getattr(sampling, name)):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be a number {words}")
-    return how
+    return sampling
 
 
 class NotFinite(ArithmeticError):
@@ -93,7 +93,7 @@ def penalised(logits: Tensor, recent: Sequence[int], penalty: float) -> Tensor:
     return logits.scatter(0, ids, torch.where(x > 0, x / penalty, x * penalty))
 
 
-def probabilities(logits: Tensor, how: Sampling, recent: Sequence[int] = ()) -> Tensor:
+def probabilities(logits: Tensor, sampling: Sampling, recent: Sequence[int] = ()) -> Tensor:
     """Distribution that the next token is drawn from: logits (V,) -> (V,), fp64, for every temperature of at least 0.
 
     Args:
@@ -105,18 +105,18 @@ def probabilities(logits: Tensor, how: Sampling, recent: Sequence[int] = ()) -> 
     x = logits.double()
     if not bool(torch.isfinite(x).all()):
         raise NotFinite("logits that are not finite")
-    if how.repetition_penalty != 1 and recent:
-        x = penalised(x, recent, how.repetition_penalty)
-    if how.temperature == 0:
+    if sampling.repetition_penalty != 1 and recent:
+        x = penalised(x, recent, sampling.repetition_penalty)
+    if sampling.temperature == 0:
         return torch.nn.functional.one_hot(x.argmax(), len(x)).double()
     # The largest becomes 0, so that nothing overflows. A temperature below 1e-300 has no reciprocal; and no two logits are as near as that.
-    p = torch.softmax((x - x.max()) / max(how.temperature, 1e-300), -1)
+    p = torch.softmax((x - x.max()) / max(sampling.temperature, 1e-300), -1)
     p, order = p.sort(descending=True, stable=True)
-    if how.top_k:
-        p[min(how.top_k, len(p)) :] = 0
+    if sampling.top_k:
+        p[min(sampling.top_k, len(p)) :] = 0
     before = p.cumsum(-1) - p
     # Each keeps a beginning of this order, so that min-p (Nguyen et al. 2024) is the same before or after the others.
-    p[(before >= how.top_p * p.sum()) | (p < how.min_p * p[0])] = 0
+    p[(before >= sampling.top_p * p.sum()) | (p < sampling.min_p * p[0])] = 0
     return torch.zeros_like(p).scatter_(0, order, p / p.sum())
 
 
@@ -178,7 +178,7 @@ def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "a
 def generate(
     logits: Tensor,
     cache: model.Cache,
-    how: Sampling,
+    sampling: Sampling,
     generator: torch.Generator,
     *,
     stop: set[int],
@@ -203,7 +203,7 @@ def generate(
     """
     recent = deque((token for token in before if token not in stop), PENALISED)
     while True:
-        token = int(torch.multinomial(probabilities(logits[:usable], how, recent).cpu(), 1, generator=generator))
+        token = int(torch.multinomial(probabilities(logits[:usable], sampling, recent).cpu(), 1, generator=generator))
         if token in stop:
             return
         recent.append(token)
@@ -238,7 +238,7 @@ def write(
     cfg: ModelConfig,
     tokenizer: Tokenizer,
     ids: list[int],
-    how: Sampling,
+    sampling: Sampling,
     generator: torch.Generator,
     limit: int,
     *,
@@ -251,7 +251,7 @@ def write(
     """
     tokens = generate(
         *prefill(params, ids, empty_cache(params, cfg), cfg, kernels=kernels),
-        how,
+        sampling,
         generator,
         stop=tok.stop_ids(tokenizer),
         usable=tok.vocabulary_size(tokenizer),

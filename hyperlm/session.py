@@ -9,18 +9,20 @@ from typing import NamedTuple
 
 from hyperlm import conversation, sample, terminal
 from hyperlm.config import ConfigError
-from hyperlm.conversation import Answer, ConversationError, LoadedModel, Message
-from hyperlm.sample import Sampling
+from hyperlm.conversation import Answer, ConversationError, Message
+from hyperlm.sample import Decode, Sampling
 from hyperlm.terminal import note
+from hyperlm.trained import Model
 
 
 @dataclass(frozen=True)
 class Session:
     """A conversation and how it goes on."""
 
-    loaded: LoadedModel
+    model: Model
+    decode: Decode
     state: conversation.State
-    how: Sampling
+    sampling: Sampling
     seed: int | None
     stops: tuple[str, ...]
     max_tokens: int
@@ -48,11 +50,12 @@ def respond(now: Session, messages: tuple[Message, ...]) -> Session:
     """Print the answer to `messages` as it comes. Ctrl-C ends it: what was said till then stays; if that is nothing, `messages` do not."""
     with terminal.interruptions() as interrupted:
         answer = conversation.answer(
-            now.loaded,
+            now.model,
             now.state,
             messages,
-            now.how,
+            now.sampling,
             sample.generator(now.seed),
+            decode=now.decode,
             limit=now.max_tokens,
             stops=now.stops,
             show=show,
@@ -92,7 +95,7 @@ def explain(now: Session, value: str) -> Session:
 
 
 def set_system(now: Session, value: str) -> Session:
-    if not now.loaded.chat:
+    if not now.model.chat:
         raise ConversationError("this model continues text: it knows no system turn")
     note(f"[{'system turn set' if value else 'no system turn'}; the conversation starts afresh]")
     return replace(now, messages=(Message("system", value),) if value else (), file=None)
@@ -112,7 +115,7 @@ def load_messages(now: Session, value: str) -> Session:
         raise ConversationError("/load needs a file, such as /load talk.jsonl")
     path = Path(value).expanduser()
     messages = conversation.load(path)
-    if system_turn(messages) and not now.loaded.chat:
+    if system_turn(messages) and not now.model.chat:
         raise ConversationError(f"{path} has a system turn, and this model continues text: it knows none")
     note(f"[{len(messages)} messages loaded from {path}]")
     return replace(now, messages=messages, file=path)
@@ -155,14 +158,14 @@ def setting(name: str, attribute: str, example: str, help: str) -> Order:
     """The command that sets one value of `Sampling`, or tells it."""
 
     def run(now: Session, value: str) -> Session:
-        how = now.how
+        sampling = now.sampling
         try:
             if value:
-                how = sample.checked(replace(how, **{attribute: type(getattr(how, attribute))(value)}))
+                sampling = sample.checked(replace(sampling, **{attribute: type(getattr(sampling, attribute))(value)}))
         except ValueError as e:  # ConfigError is one
             raise ConversationError(f"/{name} needs a number {sample.BOUNDS[attribute][1]}, such as /{name} {example}") from e
-        note(f"[{attribute.replace('_', ' ')} {getattr(how, attribute)}]")
-        return replace(now, how=how)
+        note(f"[{attribute.replace('_', ' ')} {getattr(sampling, attribute)}]")
+        return replace(now, sampling=sampling)
 
     return Order("X", help, run)
 

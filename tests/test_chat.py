@@ -28,9 +28,10 @@ import chat
 from hyperlm import cli, conversation, model, sample, session, terminal
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config, ModelConfig
-from hyperlm.conversation import ConversationError, LoadedModel, Message, State
+from hyperlm.conversation import ConversationError, Message, State
 from hyperlm.data.rows import document_of
-from hyperlm.sample import Sampling
+from hyperlm.sample import Decode, Sampling
+from hyperlm.trained import Model, load_model
 
 REPOSITORY = Path(chat.__file__).parent
 
@@ -220,19 +221,18 @@ def test_a_file_that_is_no_conversation_is_refused(text, tmp_path):
 
 
 def opened(run: str, **settings) -> session.Session:
-    loaded = chat.load(chat.Command(run))
-    return session.Session(
-        loaded, conversation.nothing_read(loaded), Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40)
-    )
+    loaded = load_model(Path(run), "latest", "auto")
+    decode, state = sample.decoder(loaded.params, loaded.config.model), conversation.nothing_read(loaded)
+    return session.Session(loaded, decode, state, Sampling(2.0, 0, 1.0), 1, settings.pop("stops", ()), settings.pop("max_tokens", 40))
 
 
 def require_fresh(now: session.Session) -> None:
     """What the model expects next is what it expects after reading the same messages from nothing."""
-    ids = conversation.token_ids(now.loaded, now.messages)
-    state = conversation.catch_up(now.loaded, now.state, ids)
-    cfg = now.loaded.config.model
+    ids = conversation.token_ids(now.model, now.messages)
+    state = conversation.catch_up(now.model, now.state, ids)
+    cfg = now.model.config.model
     assert state.cache.position == len(ids) == len(state.ids)
-    torch.testing.assert_close(state.logits, model.apply(now.loaded.params, torch.tensor([ids]), cfg)[0, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.logits, model.apply(now.model.params, torch.tensor([ids]), cfg)[0, -1], rtol=1e-4, atol=1e-4)
 
 
 def said(now: session.Session, *texts: str) -> session.Session:
@@ -320,8 +320,8 @@ def test_a_conversation_is_remembered(run):
     now = opened(run)
     for _ in range(2):
         text = "".join(message.content for message in now.messages) + "hello"
-        words = len(now.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
-        now = said(replace(now, how=Sampling(0.0), max_tokens=3), "hello")
+        words = len(now.model.tokenizer.encode(text, add_special_tokens=False).ids)
+        now = said(replace(now, sampling=Sampling(0.0), max_tokens=3), "hello")
         assert 1 + words <= now.state.cache.position <= 1 + words + 3
     assert [m.content for m in now.messages[::2]] == ["hello", "hello"]
     require_fresh(now)
@@ -336,7 +336,7 @@ def test_conversations_are_answered_in_turns(chat_run, capsys):
 # -- what a model says -----------------------------------------------------------------------------------------------------------------
 
 
-def scripted(text: str, then: str = tok.END_OF_TEXT) -> tuple[LoadedModel, State]:
+def scripted(text: str, then: str = tok.END_OF_TEXT) -> tuple[Model, Decode, State]:
     """A model that says `text`, a token a byte, and the special token `then`; and its state before."""
     tokenizer = tok.byte_tokenizer()
     cfg = ModelConfig(vocab_size=320)
@@ -348,14 +348,15 @@ def scripted(text: str, then: str = tok.END_OF_TEXT) -> tuple[LoadedModel, State
     def decode(token: torch.Tensor, cache: model.Cache) -> tuple[torch.Tensor, model.Cache]:
         return logits()[None], cache
 
-    loaded = LoadedModel({}, decode, Config(model=cfg), tokenizer, False, "runs/x, step 1")
-    return loaded, State(conversation.token_ids(loaded, ()), logits(), model.Cache(1, []))
+    loaded = Model(Config(model=cfg), {}, tokenizer, torch.device("cpu"), step=1, chat=False)
+    return loaded, decode, State(conversation.token_ids(loaded, ()), logits(), model.Cache(1, []))
 
 
 def heard(text: str, *, then: str = tok.END_OF_TEXT, limit: int = 2000, stops: tuple[str, ...] = ()) -> tuple[str, str, int]:
     """What is shown of such a text, how it ended, and after how many tokens."""
     shown: list[str] = []
-    answer = conversation.answer(*scripted(text, then), (), Sampling(0.0), generator(), limit=limit, stops=stops, show=shown.append)
+    loaded, decode, state = scripted(text, then)
+    answer = conversation.answer(loaded, state, (), Sampling(0.0), generator(), decode=decode, limit=limit, stops=stops, show=shown.append)
     assert answer.text == "".join(shown) and len(answer.state.ids) == 1 + answer.tokens
     return answer.text, answer.ending, answer.tokens
 
@@ -394,8 +395,8 @@ def test_what_an_answer_took_is_one_line_and_why_it_ended_another(ending, words)
 
 
 def test_what_a_model_says_cannot_command_a_terminal(capsys):
-    loaded, state = scripted("ok\n\x1b[2J\x9b\u202e")
-    session.respond(session.Session(loaded, state, Sampling(0.0), 1, (), 50), ())
+    loaded, decode, state = scripted("ok\n\x1b[2J\x9b\u202e")
+    session.respond(session.Session(loaded, decode, state, Sampling(0.0), 1, (), 50), ())
     assert capsys.readouterr().out == "ok\n\\x1b[2J\\x9b\\u202e\n"
 
 

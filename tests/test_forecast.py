@@ -92,7 +92,7 @@ DECISIONS = [
 @pytest.mark.parametrize(("flags", "card", "host", "residence", "state"), DECISIONS)
 def test_auto_takes_fp32_where_memory_suffices_and_else_int8(flags, card, host, residence, state, monkeypatch, capsys):
     device = machine(monkeypatch, card, host)
-    _, config, _ = train.parse(flags)
+    config = train.parse(flags).config
     config = train.choose_residence(config, device)
     assert (config.train.residence, config.optim.state) == (residence, state)
     said = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_auto_takes_fp32_where_memory_suffices_and_else_int8(flags, card, host, 
 )
 def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypatch):
     device = machine(monkeypatch, card, host)
-    _, config, _ = train.parse(BILLIONS)
+    config = train.parse(BILLIONS).config
     with pytest.raises(cli.TrainingError, match=message) as error:
         train.choose_residence(config, device)
     assert "lower --model.d-model" in str(error.value)

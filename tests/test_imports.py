@@ -21,7 +21,7 @@ ROOMS = [
     "plan residence step flops",  # a step, and where it happens
     "checkpoint trained sample",  # what is kept, and what it writes
     "evals log passkey health",  # what is told of a run
-    "cli conversation terminal session finetune doctor forecast api hyperlm command __main__",  # what people use
+    "cli launch conversation terminal session finetune doctor forecast api hyperlm command __main__",  # what people use
     "bench",
 ]
 SCRIPTS = ("train", "bench", "chat", "configs")

@@ -193,7 +193,7 @@ def test_a_run_goes_on_in_another_residence(prose):
 
 def test_the_state_that_auto_took_is_stored_and_kept(prose, monkeypatch, capsys):
     """Where there is room for 8 bits alone; more of it later changes nothing."""
-    _, config, _ = train.parse([*SMALLEST, "--optim.state", "int8"])
+    config = train.parse([*SMALLEST, "--optim.state", "int8"]).config
     room = plan.everything(config, torch.float32).device
     with monkeypatch.context() as during:
         during.setattr("hyperlm.env.allowed_memory", lambda device, budget: room)
@@ -282,7 +282,7 @@ def test_a_closed_pipe_stops_a_run_as_a_closed_terminal_does(prose, made):
 
 PLACES = {
     "reading": "data.prepare",
-    "initialising": "init_state",
+    "initialising": "launch.init_state",
     "storing what was initialised": "env.describe",
     "beginning": "flops.seconds_a_token",
 }
@@ -422,10 +422,10 @@ def test_records_of_lost_steps_are_made_again_and_not_twice(prose):
 
 def test_the_command_line_beats_the_preset():
     for argv in (["--preset", "small", "--model.n-layers", "3"], ["--model.n-layers", "3", "--preset=small"]):
-        _, config, _ = train.parse(argv)
+        config = train.parse(argv).config
         assert (config.model.n_layers, config.model.d_model) == (3, 256)
-    assert train.parse([])[1].model.d_model == 512
-    assert train.parse(["--data.tokenizer", "bytes"])[1].model.vocab_size == 320
+    assert train.parse([]).config.model.d_model == 512
+    assert train.parse(["--data.tokenizer", "bytes"]).config.model.vocab_size == 320
 
 
 def test_the_plan_of_the_flags_and_of_the_preset_name_the_same_model(capsys):

@@ -16,7 +16,7 @@ WRITERS = {
     1: "a version before 0.1",
     2: "version 0.1",
     3: "version 0.2 or 0.3",
-}  # of earlier formats. Weights of 2 and 3 are read as well; see `train.resume`
+}  # of earlier formats. Weights of 2 and 3 are read as well; see `launch.resume`
 NOTHING = {"config": None, "schedule": None, "tokenizer": None, "loss": None}  # what format 2 does not say
 WORST = 1e30  # validation loss in format 2 where there was none
 META = 1 << 28  # bytes that no meta has
