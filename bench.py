@@ -97,15 +97,20 @@ def chosen(command: Command, bench: Bench) -> list[str]:
         UsageError: if one has nothing to measure, or what is named has none.
     """
     available = {
-        "kinds": bench.kinds, "peers": bench.kinds + bench.peers, "models": bench.kinds + bench.runs, "nothing": ["all"], "reports": bench.runs,
-    }  # fmt: skip
+        "kinds": bench.kinds,
+        "peers": bench.kinds + bench.peers,
+        "models": bench.kinds + bench.runs,
+        "nothing": ["all"],
+        "reports": bench.runs,
+    }
     asked = list(dict.fromkeys(command.suite))
     if "all" in asked:
         if not bench.kinds + bench.runs:
             raise cli.UsageError("--suite all needs kinds or runs, and none was named")
         kernels = ("linear", "hyperbolic") if bench.gpu and HAVE_TRITON else ()
-        asked = [name for name in ("speed", "memory", "decode", *kernels, "quality", "perplexity", "long-context", "geometry", "recall", "nulls")
-                 if available[SUITES[name].measured] and (bench.kinds or SUITES[name].measured == "models")]  # fmt: skip
+        suites = ("speed", "memory", "decode", *kernels, "quality", "perplexity", "long-context", "geometry", "recall", "nulls")
+        of_runs = {name: SUITES[name].measured == "models" for name in suites}
+        asked = [name for name in suites if available[SUITES[name].measured] and (bench.kinds or of_runs[name])]
     if not asked:
         if not bench.kinds + bench.runs:
             what = "has suite quality alone: add --suite quality" if bench.peers else ""
@@ -198,9 +203,8 @@ def main(argv: list[str]) -> int:
     finally:  # whatever ended it: what was measured is not lost
         if results:
             write()
-            print(
-                f"written to {bench.folder}: report.md, report.tex, results.json{', figures' if any(r.figures for r in results.values()) else ''}"
-            )
+            with_figures = ", figures" if any(r.figures for r in results.values()) else ""
+            print(f"written to {bench.folder}: report.md, report.tex, results.json{with_figures}")
     rows = ((name, row) for name, result in results.items() for table in result.tables for row in table.rows)
     failed = dict.fromkeys(f"{row.get('model', 'one')} ({name})" for name, row in rows if "failed" in row)
     if failed:

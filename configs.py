@@ -12,8 +12,8 @@ from hyperlm.config import CkptConfig, Config, DataConfig, EvalConfig, ModelConf
 def small() -> Config:
     """A first look: 2.9 M parameters, one epoch of 1.5 MiB of the standard library.
 
-    `python train.py --preset small`: 193 steps, 0.40 M tokens of Python 3.11's, in 1:46 minutes and 1.3 GiB on two cores of an AMD EPYC server;
-    validation loss 4.735, 2.038 bits per byte.
+    `python train.py --preset small`: 193 steps, 0.40 M tokens of Python 3.11's, in 1:46 minutes and 1.3 GiB on two cores of an AMD EPYC
+    server; validation loss 4.735, 2.038 bits per byte.
     """
     return Config(
         model=ModelConfig(d_model=256, n_layers=4, vocab_size=4096),
@@ -27,18 +27,18 @@ def small() -> Config:
 def standard() -> Config:
     """A real first model: d 512, 12 layers, 50.6 M parameters, 8 x 4 x 512 tokens a step.
 
-    `python train.py`: 342 steps, four epochs (5.6 M tokens) of Python 3.12's standard library, in 55 s and 2.1 GiB on an H200; 370,000 tokens/s;
-    validation loss 4.256, 1.506 bits per byte.
+    `python train.py`: 342 steps, four epochs (5.6 M tokens) of Python 3.12's standard library, in 55 s and 2.1 GiB on an H200;
+    370,000 tokens/s; validation loss 4.256, 1.506 bits per byte.
     """
     return Config()
 
 
-def max() -> Config:
+def max_3b() -> Config:
     """The model for an 8 GB card: 3.1 billion parameters, d 4096, 32 layers, 16 x 512 tokens a step.
 
     `python train.py --preset max` trains it from 45 GiB of host memory, or with 8-bit state from 18. With `--optim.state int8
-    --train.device-memory 5.81 --train.steps 200` and 23.6 MB of prose it makes 13,800 tokens/s on an H200, and ends at 4.725 nats a token of
-    validation; AdamW in fp32, on the device, at 4.734.
+    --train.device-memory 5.81 --train.steps 200` and 23.6 MB of prose it makes 13,800 tokens/s on an H200, and ends at 4.725 nats a token
+    of validation; AdamW in fp32, on the device, at 4.734.
     """
     return replace(
         standard(),
@@ -49,7 +49,7 @@ def max() -> Config:
 
 def max_ssm() -> Config:
     """`max` with the tangent-space recurrence as an extra branch (experimental)."""
-    config = max()
+    config = max_3b()
     return replace(config, model=replace(config.model, ssm=True))
 
 
@@ -70,7 +70,8 @@ def study() -> Config:
 
 
 def glance() -> Config:
-    """What suites of bench.py that train do on a CPU: a look at whether all works, at a size at which nothing is learnt that matters. 0.7 M parameters."""
+    """What suites of bench.py that train do on a CPU: a look at whether all works, at a size at which nothing is learnt
+    that matters. 0.7 M parameters."""
     return Config(
         model=ModelConfig(d_model=128, n_layers=4, vocab_size=2048),
         data=DataConfig(max_mib=0.5, seq_len=128),
@@ -82,7 +83,7 @@ def glance() -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     "small": small,
     "standard": standard,
-    "max": max,
+    "max": max_3b,
     "max-ssm": max_ssm,
     "study": study,
     "glance": glance,

@@ -1,6 +1,7 @@
-"""hyperlm from Python: a run as a model, its logits, texts and radii; and training as a loop of one's own. `import hyperlm` offers all of it.
+"""hyperlm from Python: a run as a model, its logits, texts and radii; and training as a loop of one's own.
 
-A thin layer: what these functions return goes on to work with hyperlm.model, hyperlm.sample, hyperlm.evals and hyperlm.step.
+`import hyperlm` offers all of it. A thin layer: what these functions return goes on to work with hyperlm.model, hyperlm.sample,
+hyperlm.evals and hyperlm.step.
 
 Axes: N tokens, V vocabulary, H heads, A micro-batches, B batch.
 """
@@ -35,7 +36,8 @@ def load(run: str | Path = "", *, checkpoint: Which = "latest", device: str = "a
     Args:
         run: its folder; the one under runs/ that saved last if not given.
         checkpoint: the newest, or the one with the lowest validation loss.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:n. A model that does not fit a GPU stays in host memory, and visits it layer by layer.
+        device: auto (a GPU where there is one), cpu, cuda or cuda:n. A model that does not fit a GPU stays in host memory, and visits it
+            layer by layer.
 
     Raises:
         RunError, CheckpointError, TokenizerError: on what is missing or damaged, named in one line.
@@ -52,7 +54,8 @@ def encode(model: Model, text: str) -> Tensor:
 
 @torch.no_grad()
 def logits(model: Model, text: str) -> Tensor:
-    """Logits (N, V) fp32 of a text: row n is what follows the first n tokens of `encode(model, text)[1:]`, so that the last row is about what comes next.
+    """Logits (N, V) fp32 of a text: row n is what follows the first n tokens of `encode(model, text)[1:]`, so that the last row is about
+    what comes next.
 
     The nats a token of the text are `F.cross_entropy(logits(model, text)[:-1], encode(model, text)[1:])`.
     """
@@ -61,7 +64,8 @@ def logits(model: Model, text: str) -> Tensor:
 
 @torch.no_grad()
 def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
-    """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each hyperbolic layer."""
+    """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each
+    hyperbolic layer."""
     cfg = model.config.model
     found = decoder.radii(model.params, encode(model, text)[None], cfg, kernels=model.config.kernels)
     return {
@@ -115,16 +119,17 @@ class Training:
 
 
 def prepare(config: Config) -> Training:
-    """Read the text of `config`, and make what trains on it: the data, initial weights and step of `train.py` with these settings. Nothing is written but
-    the cache of tokens.
+    """Read the text of `config`, and make what trains on it: the data, initial weights and step of `train.py` with these settings. Nothing
+    is written but the cache of tokens.
 
         training = hyperlm.prepare(config)
         state = training.state
         for i in range(10):
             state, metrics = training.step(state, training.batch(i))
 
-    A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token), grad_norm
-    and others. The learning rate follows config.train.steps or epochs, as in a run of that length. What is trained is on config.train.device, unless config.train.residence is "host".
+    A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token),
+    grad_norm and others. The learning rate follows config.train.steps or epochs, as in a run of that length. What is trained is on
+    config.train.device, unless config.train.residence is "host".
 
     Raises:
         ConfigError: on a setting that cannot work.

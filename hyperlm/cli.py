@@ -149,8 +149,10 @@ def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
             return 128 + e.signal
         except torch.OutOfMemoryError as e:
             reason = str(e).split(".")[0]
-            remedy = "lower --train.batch-size and raise --train.grad-accum, set --train.recompute or --train.residence host, or raise --train.device-memory"
-            return failed(f"out of GPU memory ({reason}): {remedy}")
+            return failed(
+                f"out of GPU memory ({reason}): lower --train.batch-size and raise --train.grad-accum, "
+                "set --train.recompute or --train.residence host, or raise --train.device-memory"
+            )
         except MemoryError:
             return failed("out of host memory: lower --model.d-model, --model.n-layers or --train.batch-size; --plan shows the parts")
 

@@ -29,8 +29,8 @@ train.py, chat.py and bench.py, with their presets in configs.py, from
 def main() -> NoReturn:
     """Run what the command line names. In sys.argv and in messages its name is then `hyperlm train`.
 
-    A script finds the modules beside it first, as if Python had been given its path: presets are those of the configs.py that belongs to it, whatever
-    the current folder and PYTHONPATH hold.
+    A script finds the modules beside it first, as if Python had been given its path: presets are those of the configs.py that belongs to
+    it, whatever the current folder and PYTHONPATH hold.
     """
     startup.quiet()
     word, *rest = sys.argv[1:] or ["--help"]

@@ -1,7 +1,8 @@
 """Every setting of hyperlm: frozen dataclasses, read by tyro.
 
-Each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help. `resolve` checks a configuration and fills in what
-follows from other settings; `another_run` says which changes make another run. Nothing here imports anything of hyperlm.
+Each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help, line by line. `resolve` checks a configuration and fills in
+what follows from other settings; `another_run` says which changes make another run. Nothing here imports anything of hyperlm but the
+class of its errors.
 """
 
 import dataclasses
@@ -209,9 +210,10 @@ LARGEST = {
     "eval.passkey": 1 << 10,
 }  # far above what anyone trains: a typing error, or damage
 PROSPECTIVE = (  # what concerns the future of a run only, and may change when it is resumed
-    "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip", "optim.clip_scope",
-    "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile", "train.recompute",
-    "kernels", "ckpt.every", "ckpt.keep", "eval.every", "eval.max_tokens", "eval.sample_tokens", "eval.prompt", "eval.passkey", "log.every", "data.cache",
+    "optim.lr", "optim.warmup_steps", "optim.lr_floor", "optim.beta1", "optim.beta2", "optim.weight_decay", "optim.clip",
+    "optim.clip_scope", "train.steps", "train.epochs", "train.device", "train.device_memory", "train.residence", "train.compile",
+    "train.recompute", "kernels", "ckpt.every", "ckpt.keep", "eval.every", "eval.max_tokens", "eval.sample_tokens", "eval.prompt",
+    "eval.passkey", "log.every", "data.cache",
 )  # fmt: skip
 SPLIT = ("train.batch_size", "train.grad_accum")  # may change while their product stays
 
@@ -292,9 +294,9 @@ def peak_rate(cfg: ModelConfig) -> float:
     et al. 2022, "Tensor Programs V", hidden matrices under Adam; most matrices here are low-rank factors, whose ranks grow with d). The
     constant was chosen by runs of 200 steps of 32 x 512 tokens at d 256, 512, 1024, 2048 and 4096 with 4, 12, 16, 24 and 32 layers, one
     seed. With a warm-up of 40 to 50 steps, training loss with twice this rate is lower by 0.06 to 0.08 up to d 2048, and higher by 0.15 at
-    d 4096; four epochs of preset `standard` end 0.05 higher with it. With a warm-up of 20, four times this rate is far worse up to d 2048, and
-    twice this rate at d 4096. The cap is a choice, not an optimum: at d 64, 1/64 ends lower than 1/128 (5.02 and 5.19), and gradients have
-    norms above 30 with either.
+    d 4096; four epochs of preset `standard` end 0.05 higher with it. With a warm-up of 20, four times this rate is far worse up to d 2048,
+    and twice this rate at d 4096. The cap is a choice, not an optimum: at d 64, 1/64 ends lower than 1/128 (5.02 and 5.19), and gradients
+    have norms above 30 with either.
     """
     return 1 / max(128, cfg.d_model)
 
@@ -308,7 +310,8 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-        ConfigError: on a setting that this version does not have, or of a type or value that it cannot have. Those that are absent take their defaults.
+        ConfigError: on a setting that this version does not have, or of a type or value that it cannot have. Those that are absent take
+            their defaults.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'it'} is not a group of settings")

@@ -223,7 +223,8 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Inside, signals that would end the process only take note: the function that this yields tells which came first. A second one acts at once.
+    """Inside, signals that would end the process only take note: the function that this yields tells which came first. A second one acts at
+    once.
 
     They are SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP, of which more change nothing.
     """
@@ -250,8 +251,8 @@ def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 
 
 def say(text: str) -> None:
-    """Print a line of a run that is worth more than its output. Where nobody reads that any more (a closed pipe or terminal) it is as if the
-    terminal had been closed; a full disk under redirected output is met where it matters."""
+    """Print a line of a run that is worth more than its output. Where nobody reads that any more (a closed pipe or terminal) it is as if
+    the terminal had been closed; a full disk under redirected output is met where it matters."""
     try:
         with tqdm.external_write_mode(file=sys.stdout):  # above bars, not into them
             print(text, flush=True)

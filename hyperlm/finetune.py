@@ -64,7 +64,7 @@ def require_base(base: Base, config: Config) -> None:
 
 
 def first_state(base: Base, step: int, config: Config, device: torch.device) -> State:
-    """The state before the first step: weights of the checkpoint `step` of `base`, as the optimizer keeps them and where the residence has them.
+    """The state before the first step: weights of `base` at `step`, as the optimizer keeps them and where the residence has them.
 
     Raises:
         CheckpointError: if it is missing or damaged.

@@ -57,7 +57,8 @@ def needs(config: Config) -> Iterator[str]:
     counts, t = plan.parameters(config), config.train
     yield labelled(
         "parameters",
-        f"{sum(counts.values()):,}: embedding {counts['embed']:,}, {config.model.n_layers} blocks {counts['blocks']:,}, head {counts['head']:,}",
+        f"{sum(counts.values()):,}: embedding {counts['embed']:,}, {config.model.n_layers} blocks {counts['blocks']:,}, "
+        f"head {counts['head']:,}",
     )
     a_token = flops.a_token(config.model, config.data.seq_len)
     yield labelled(

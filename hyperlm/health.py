@@ -1,7 +1,8 @@
 """Is what was trained worth keeping? A checkpoint takes the place of an older one, so weights that diverged must not become one.
 
-A step's loss is that of the weights before it; what the weights after it are worth is not known until they are used. So before a state is saved,
-its loss on a fixed sample of training text is measured, the same one each time: it rises where a run diverges, and not where it overfits.
+A step's loss is that of the weights before it; what the weights after it are worth is not known until they are used. So before a state is
+saved, its loss on a fixed sample of training text is measured, the same one each time: it rises where a run diverges, and not where it
+overfits.
 """
 
 import math

@@ -72,7 +72,8 @@ class Log(NamedTuple):
 
 
 def open_log(run: Path, step: int) -> Log:
-    """Append to a run's records from `step` on. Records of later steps, left by a run that was killed, are dropped: they will be made again.
+    """Append to a run's records from `step` on. Records of later steps, left by a run that was killed, are dropped: they will be made
+    again.
 
     Raises:
         RunError: if they cannot be written.
@@ -279,7 +280,8 @@ def summary_lines(run: Path, r: dict[str, Any]) -> str:
     points = evaluations(run)
     if points and (least := min(points, key=lambda point: point[1])) != points[-1]:
         found += f"; best {least[1]:.4f}, at step {least[0]}"
-    took = f"{r['steps']} steps, {count(r['tokens'])} tokens, {count(r['parameters'])} parameters, {r['peak_memory_gib']:.2f} GiB; {duration(r['seconds'])}"
+    took = f"{r['steps']} steps, {count(r['tokens'])} tokens, {count(r['parameters'])} parameters, "
+    took += f"{r['peak_memory_gib']:.2f} GiB; {duration(r['seconds'])}"
     drawn = curve(points) if encodable(BLOCKS, sys.stdout.encoding) else []
     return "\n".join([labelled("done", f"{run}: {took}"), labelled("", found), *drawn])
 

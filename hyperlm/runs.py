@@ -162,8 +162,8 @@ def write_config(run: Path, config: Config) -> None:
 
 
 def describe(run: Path, config: Config, tokenizer: Tokenizer, chat: bool, facts: dict[str, Any]) -> None:
-    """Write what a new run says of itself beside its checkpoints: settings, tokenizer (with what other libraries ask of it; `chat` if the text had
-    conversations), and facts of the machine."""
+    """Write what a new run says of itself beside its checkpoints: settings, tokenizer (with what other libraries ask of it; `chat` if the
+    text had conversations), and facts of the machine."""
     write_config(run, config)
     write_text(run / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(run / "tokenizer_config.json", tok.settings(tokenizer, chat=chat))

@@ -120,7 +120,7 @@ def probabilities(logits: Tensor, sampling: Sampling, recent: Sequence[int] = ()
     return torch.zeros_like(p).scatter_(0, order, p / p.sum())
 
 
-# What moves a terminal's cursor, changes its colours, or turns the direction of writing: C0 but for newline and tab, C1, marks of direction.
+# What moves a terminal's cursor, changes its colours, or turns the direction of writing: C0 but newline and tab, C1, marks of direction.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -149,7 +149,8 @@ def prefill(params: Tree, tokens: list[int], cache: model.Cache, cfg: ModelConfi
 def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "auto") -> Decode:
     """`model.decode` of these parameters: (token (B,), cache) -> (logits (B, V), next cache).
 
-    On a GPU, where no cache grows and every weight stays in place, it is replayed from a CUDA graph. The logits and the cache are then overwritten by the next call.
+    On a GPU, where no cache grows and every weight stays in place, it is replayed from a CUDA graph. The logits and the cache are then
+    overwritten by the next call.
     """
     head = params["head"]["weight"]
     if head.device.type != "cuda" or model.cache_grows(cfg) or not isinstance(params["blocks"], list):

@@ -1,4 +1,7 @@
-"""What a command does before its slow imports, so that a signal or a missing package during them is one line. Imports nothing that is slow itself."""
+"""What a command does before its slow imports, so that a signal or a missing package during them is one line.
+
+Imports nothing that is slow itself.
+"""
 
 import os
 import signal
@@ -17,12 +20,13 @@ SCRIPTS = PACKAGE / "scripts" if INSTALLED else PACKAGE.parent  # the folder of 
 
 
 def command(script: str) -> str:
-    """What a person here types to run a script, to be named in messages: `python train.py`, or `hyperlm train` where that was typed or no script is at hand."""
+    """What a person here types to run a script, to be named in messages: `python train.py`, or `hyperlm train` where that was typed or no
+    script is at hand."""
     return f"hyperlm {script}" if INSTALLED or sys.argv[0].startswith("hyperlm ") else f"python {script}.py"
 
 
 def quiet() -> None:
-    """Until `cli.run` takes over: a signal ends the process with one line, and a package that is missing is named with the command that installs it.
+    """Until `cli.run` takes over: a signal ends the process with one line, and a missing package is named with what installs it.
 
     Output that was closed by whoever started the process (`>&-`) goes nowhere.
     """

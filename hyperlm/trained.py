@@ -58,7 +58,8 @@ def load_model(run: Path, which: checkpoint.Which, device: str, kernels: Literal
 
 
 def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
-    """Read a checkpoint's parameters: to the device if they fit it, else to host memory, from where blocks come to the device as they are used.
+    """Read a checkpoint's parameters: to the device if they fit it, else to host memory, from where blocks come to the device as they are
+    used.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -91,6 +92,7 @@ def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:
     tokenizer = tok.load(path)
     if (largest := tok.vocabulary_size(tokenizer) - 1) >= config.model.vocab_size:
         raise runs.RunError(
-            f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: it is not this run's; restore its own"
+            f"{path} has ids up to {largest:,}, and the model a vocabulary of {config.model.vocab_size:,}: "
+            "it is not this run's; restore its own"
         )
     return tokenizer

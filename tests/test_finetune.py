@@ -57,8 +57,8 @@ def test_weights_come_over_from_every_state_into_every_other(base, prose, reside
     from train import parse
 
     argv = ["--init", str(base), "--data.sources", str(prose), "--train.residence", "device", *residence, "--optim.state", state]
-    _, config, _ = parse(argv)
-    began = finetune.first_state(base, 4, config, torch.device("cpu"))
+    launch = parse(argv)
+    began = finetune.first_state(launch.base, 4, launch.config, torch.device("cpu"))
     stored = final("base").params
     for own, theirs in zip(tree.leaves(began.params), tree.leaves(stored), strict=True):
         assert own.dtype == (torch.bfloat16 if state == "int8" and own.dim() > 1 else torch.float32)

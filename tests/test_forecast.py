@@ -113,7 +113,7 @@ def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypa
 
 def test_a_run_from_the_weights_of_another_decides_for_itself(made):
     base = made("--train.steps", "1") / "runs/r"
-    settings = finetune.settings(base, None, new_text=False)
+    settings = finetune.settings(base, runs.read_config(base), None, new_text=False)
     assert (settings.train.residence, settings.optim.state) == ("auto", "auto") and runs.read_config(base).optim.state == "fp32"
 
 

@@ -1,6 +1,7 @@
 """What a benchmark leaves: results.json with every number, and written from it report.md, report.tex and the figures.
 
-Suites declare tables and figures as data; nothing here knows what they measure. What is in results.json is enough to write all the rest again.
+Suites declare tables and figures as data; nothing here knows what they measure. What is in results.json is enough to write all the rest
+again.
 """
 
 import json
@@ -178,8 +179,8 @@ def relabelled(result: Result, names: dict[str, str]) -> Result:
 
 
 def join(folders: Sequence[Path]) -> list[Result]:
-    """The results of several benchmarks as one: those of a suite together, the rows of tables of one name one after another, and a note on each.
-    Models that several have are told apart by the names of their folders.
+    """The results of several benchmarks as one: those of a suite together, the rows of tables of one name one after another, and a note on
+    each. Models that several have are told apart by the names of their folders.
 
     Raises:
         RunError: where `load` does.

@@ -51,8 +51,8 @@ def is_complete(path: Path) -> bool:
 
 
 def clear_away(run: Path) -> None:
-    """Make room and order before a run goes on: what interrupted saves and removals left is deleted; a checkpoint of which a part is missing
-    is set aside, or the storage layer would not write that step again."""
+    """Make room and order before a run goes on: what interrupted saves and removals left is deleted; a checkpoint of which a part is
+    missing is set aside, or the storage layer would not write that step again."""
     delete_removed(run)
     for path in folder_of(run).glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -114,7 +114,8 @@ def require_same_run(run: Path, step: int, meta: dict[str, Any], config: Config)
     for name, (written, said) in changes.items():
         raise CheckpointError(
             f"{run / 'config.json'} says --{flag_of(name)} {said}, and {folder_of(run, step)} was written with {written}: "
-            "config.json is of another run; put the right one in its place, or remove it, and --resume takes the settings from the checkpoint"
+            "config.json is of another run; put the right one in its place, or remove it, "
+            "and --resume takes the settings from the checkpoint"
         )
 
 

@@ -14,11 +14,14 @@ WIDTH = 3.35  # inches: a column of a paper
 DPI = 200
 SMALL = 6.0  # points
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL,
+    "font.family": "DejaVu Sans", "font.size": 7, "axes.labelsize": 7, "xtick.labelsize": SMALL, "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4,
-    "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "lines.linewidth": 1.2, "lines.markersize": 3.5,
+    "xtick.major.size": 2.5, "ytick.major.size": 2.5, "xtick.minor.size": 1.5, "ytick.minor.size": 1.5,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.linewidth": 0.4, "grid.color": "#dddddd",
-    "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.2, "legend.labelspacing": 0.3, "legend.borderaxespad": 0.2,
+    "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.2, "legend.labelspacing": 0.3,
+    "legend.borderaxespad": 0.2,
     "figure.dpi": DPI, "savefig.dpi": DPI, "pdf.fonttype": 42, "ps.fonttype": 42, "text.parse_math": False, "axes.unicode_minus": True,
 }  # fmt: skip
 COLOURS = {  # by model; lightness in grey: 0, .29, .45, .68
