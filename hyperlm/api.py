@@ -67,9 +67,9 @@ def radii(model: Model, text: str) -> dict[int, dict[str, Tensor]]:
     """{layer: {"q": (H, N), "k": (H, N)}}: how far from the origin each head puts its queries and keys, in [0.05, 4], for each
     hyperbolic layer."""
     cfg = model.config.model
-    found = decoder.radii(model.params, encode(model, text)[None], cfg, kernels=model.config.kernels)
+    layers = decoder.radii(model.params, encode(model, text)[None], cfg, kernels=model.config.kernels)
     return {
-        layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(cfg.hyperbolic_layers, found, strict=True)
+        layer: {name: r[0].float() for name, r in of_layer.items()} for layer, of_layer in zip(cfg.hyperbolic_layers, layers, strict=True)
     }
 
 

@@ -64,14 +64,14 @@ def peek(flag: str, argv: list[str]) -> str | None:
     Raises:
         UsageError: if its value is missing or empty, as from a shell variable that is not set.
     """
-    found = None
+    value = None
     for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
+        name, equals, attached = argument.partition("=")
         if name == f"--{flag}":
-            found = value if equals else next(iter(argv[i + 1 :]), "")
-            if not found or (not equals and found.startswith("--")):
+            value = attached if equals else next(iter(argv[i + 1 :]), "")
+            if not value or (not equals and value.startswith("--")):
                 raise UsageError(f"--{flag} needs a value")
-    return found
+    return value
 
 
 def one_line(report: str, cls: type) -> str:
@@ -119,8 +119,8 @@ def nearest(flag: str, flags: list[str]) -> list[str]:
     last = wanted.rpartition(".")[2]
     begins = [name for name in by_name if name.startswith(last) and len(last) > 2]
     close = difflib.get_close_matches(wanted, by_name, 1) or difflib.get_close_matches(last, by_name, 1)
-    found = next((names for names in ([wanted], [last], begins, close) if any(name in by_name for name in names)), [])
-    return list(dict.fromkeys(known for name in found for known in by_name.get(name, [])))[:3]
+    meant = next((names for names in ([wanted], [last], begins, close) if any(name in by_name for name in names)), [])
+    return list(dict.fromkeys(known for name in meant for known in by_name.get(name, [])))[:3]
 
 
 def run(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:

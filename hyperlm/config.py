@@ -1,8 +1,8 @@
 """Every setting of hyperlm: frozen dataclasses, read by tyro.
 
-Each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help, line by line. `resolve` checks a configuration and fills in
-what follows from other settings; `another_run` says which changes make another run. Nothing here imports anything of hyperlm but the
-class of its errors.
+Each field is a flag (`model.d_model` is `--model.d-model`), its docstring the flag's help, line by line. `resolve` checks a configuration and
+fills in what follows from other settings; `another_run` says which changes make another run. Nothing here imports anything of hyperlm but
+the class of its errors.
 """
 
 import dataclasses

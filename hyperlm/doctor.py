@@ -43,8 +43,8 @@ def numerical_errors(device: torch.device, dtype: torch.dtype) -> dict[str, floa
             leaves = [x.to(at, as_).requires_grad_() for x in inputs]
             out = attention(*leaves, fn=fn)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-        truth, found = results
-        errors[name] = max(relative_error(x, y.detach()) for x, y in zip(found, truth, strict=True))
+        truth, output = results
+        errors[name] = max(relative_error(x, y.detach()) for x, y in zip(output, truth, strict=True))
     return errors
 
 

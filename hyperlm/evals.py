@@ -54,8 +54,8 @@ def validate(nats_at: NatsAt, corpus: Corpus, config: Config, device: torch.devi
     bits = {name: (source.sums.nats - source.sums.special) / math.log(2) for name, source in sources.items()}
     per_byte = {f"val_bpb/{name}": bits[name] / source.size for name, source in sources.items()} if len(sources) > 1 else {}
     documents = sum(validation_documents(shard, config.eval.max_tokens) for shard in corpus.shards if len(shard.val))
-    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": sum(bits.values()) / sum(x.size for x in sources.values())}
-    return found | per_byte | {"val_documents": documents} | position_losses(sum(sums.by_position for sums in each))
+    overall = {"val_loss": loss, "val_ppl": math.exp(min(loss, 80)), "val_bpb": sum(bits.values()) / sum(x.size for x in sources.values())}
+    return overall | per_byte | {"val_documents": documents} | position_losses(sum(sums.by_position for sums in each))
 
 
 def position_losses(sums: Tensor) -> dict[str, float]:
@@ -76,8 +76,8 @@ def passkeys(params: Tree, corpus: Corpus, config: Config, device: torch.device,
         return {}
     depths = torch.linspace(0, 1, config.eval.passkey).tolist()
     texts = passkey.trials(passkey.words_of(corpus.tokenizer), passkey.hay_of(corpus), config.data.seq_len, depths)
-    found = passkey.graded(passkey.reader(params, config, device), texts, batch)
-    return {"val_passkey": float(found.said.mean()), "val_passkey_choice": float(found.chosen.mean())}
+    grade = passkey.graded(passkey.reader(params, config, device), texts, batch)
+    return {"val_passkey": float(grade.said.mean()), "val_passkey_choice": float(grade.chosen.mean())}
 
 
 @torch.no_grad()
@@ -123,11 +123,11 @@ def sums_of(
     by_position = torch.zeros(2, sequences.tokens.shape[1], dtype=torch.float64, device=device)
     for read, targets in zip(sequences.tokens.split(batch), sequences.targets.split(batch), strict=True):
         targets = targets.to(device)
-        found, counted = nats_at(read.to(device), targets), targets != IGNORE
-        apart = found.new_zeros(()) if special is None else torch.where(torch.isin(targets, special), found, 0)
-        sums = torch.stack([found.sum(dtype=torch.float64), counted.sum(), apart.sum(dtype=torch.float64)]).tolist()
+        each, counted = nats_at(read.to(device), targets), targets != IGNORE  # (B, N)
+        of_special = each.new_zeros(()) if special is None else torch.where(torch.isin(targets, special), each, 0)
+        sums = torch.stack([each.sum(dtype=torch.float64), counted.sum(), of_special.sum(dtype=torch.float64)]).tolist()
         nats, tokens, special_nats = nats + sums[0], tokens + int(sums[1]), special_nats + sums[2]
-        by_position += torch.stack([found.sum(0, dtype=torch.float64), counted.sum(0)])
+        by_position += torch.stack([each.sum(0, dtype=torch.float64), counted.sum(0)])
         done(len(read))
     return Sums(nats, tokens, special_nats, by_position.cpu())
 

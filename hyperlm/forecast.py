@@ -32,8 +32,8 @@ def here(config: Config, device: torch.device) -> Iterator[str]:
     yield labelled("disk", disk(config))
     steps, basis = steps_of(config)
     yield labelled("steps", f"{steps:,}, {basis}" if steps else basis)
-    seconds, how = step_seconds(config, device)
-    each = f"{count(seconds)} s a step, {count(tokens_of(config) / seconds)} tokens a second; {how}"
+    seconds, source = step_seconds(config, device)
+    each = f"{count(seconds)} s a step, {count(tokens_of(config) / seconds)} tokens a second; {source}"
     yield labelled("time", f"about {duration(steps * seconds)}, evaluations and saves aside: {each}" if steps else each)
 
 
@@ -66,9 +66,9 @@ def needs(config: Config) -> Iterator[str]:
     )
     yield f"{'GiB':<17}" + "".join(f"{name:>{len(name) + 2}}" for name in COLUMNS) + f"{'device':>9}{'host':>8}"
     for state in ("fp32", "int8") if config.optim.state == "auto" else (config.optim.state,):
-        own = replace(config, optim=replace(config.optim, state=state))
+        variant = replace(config, optim=replace(config.optim, state=state))
         for dtype, where, residences in ((torch.bfloat16, "gpu", 2), (torch.float32, "cpu", 1)):
-            for p in plan.plans(own, dtype)[:residences]:
+            for p in plan.plans(variant, dtype)[:residences]:
                 parts = "".join(f"{getattr(p, name) / env.GIB:>{len(name) + 2}.2f}" for name in COLUMNS)
                 yield f"{p.residence:<7}{where:<5}{state:<5}{parts}{p.device / env.GIB:>9.2f}{p.host / env.GIB:>8.2f}"
     p, budget = plan.plans(config, torch.bfloat16)[1], t.device_memory or plan.EXAMPLE
@@ -85,7 +85,8 @@ def placed(config: Config, device: torch.device) -> str:
     dtype, allowed = env.compute_dtype(device), env.allowed_memory(device, config.train.device_memory)
     p = plan.visits(config, dtype, allowed) if config.train.residence == "host" else plan.everything(config, dtype)
     there = f", {p.host / env.GIB:.1f} GiB of host memory" if p.host else ""
-    return f"in residence {config.train.residence} with {config.optim.state} state: {p.device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB on {device}{there}"
+    on_device = f"{p.device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB on {device}"
+    return f"in residence {config.train.residence} with {config.optim.state} state: {on_device}{there}"
 
 
 def disk(config: Config) -> str:
@@ -121,19 +122,20 @@ def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
     left = PATIENCE - sum(plan.parameters(config).values()) / INITIAL
     if whole * (REPEATS + 1) <= left:
         return measured(config, device), f"measured: {REPEATS} steps on random tokens"
-    few = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
-    if few and config.train.residence == "device":
-        part = replace(config, train=replace(config.train, batch_size=few, grad_accum=1))
-        return measured(
-            part, device
-        ) * sequences / few, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
-    how = f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
+    affordable = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
+    if affordable and config.train.residence == "device":
+        part = replace(config, train=replace(config.train, batch_size=affordable, grad_accum=1))
+        seconds = measured(part, device) * sequences / affordable
+        return seconds, f"measured: {REPEATS} steps on random tokens, with {affordable} of their {sequences} sequences"
+    source = (
+        f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
+    )
     if config.train.residence == "host" and device.type == "cuda":
         dtype = env.compute_dtype(device)
         planned = plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory))
         whole = max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS)
-        how += f", and {BUS / 1e9:.0f} GB/s each way on the bus"
-    return whole, how
+        source += f", and {BUS / 1e9:.0f} GB/s each way on the bus"
+    return whole, source
 
 
 def measured(config: Config, device: torch.device) -> float:

@@ -267,23 +267,23 @@ def eval_line(step: int, total: int, r: dict[str, Any], tokens: int) -> str:
         f"  bits per byte {r['val_bpb']:.3f}  {count(tokens)} tokens"
     )
     sources = ", ".join(f"{name.removeprefix('val_bpb/')} {value:.3f}" for name, value in r.items() if name.startswith("val_bpb/"))
-    found = ""
+    trials = ""
     if "val_passkey" in r:
         said, chosen = f"{r['val_passkey']:.0%} of trials", f"{r['val_passkey_choice']:.0%} (chance {1 / CHOICES:.0%})"
-        found = f"passkey said in {said}, chosen among {CHOICES} in {chosen}"
-    return "\n".join([line, *(labelled("", text) for text in (sources, found) if text)])
+        trials = f"passkey said in {said}, chosen among {CHOICES} in {chosen}"
+    return "\n".join([line, *(labelled("", text) for text in (sources, trials) if text)])
 
 
 def summary_lines(run: Path, r: dict[str, Any]) -> str:
     """How a run ended: what it took and reached, and the way of its validation loss."""
-    found = f"validation loss {r['val_loss']:.4f}, perplexity {r['val_ppl']:.1f}, {r['val_bpb']:.3f} bits per byte"
+    validation = f"validation loss {r['val_loss']:.4f}, perplexity {r['val_ppl']:.1f}, {r['val_bpb']:.3f} bits per byte"
     points = evaluations(run)
     if points and (least := min(points, key=lambda point: point[1])) != points[-1]:
-        found += f"; best {least[1]:.4f}, at step {least[0]}"
+        validation += f"; best {least[1]:.4f}, at step {least[0]}"
     took = f"{r['steps']} steps, {count(r['tokens'])} tokens, {count(r['parameters'])} parameters, "
     took += f"{r['peak_memory_gib']:.2f} GiB; {duration(r['seconds'])}"
     drawn = curve(points) if encodable(BLOCKS, sys.stdout.encoding) else []
-    return "\n".join([labelled("done", f"{run}: {took}"), labelled("", found), *drawn])
+    return "\n".join([labelled("done", f"{run}: {took}"), labelled("", validation), *drawn])
 
 
 def encodable(text: str, encoding: str | None) -> bool:

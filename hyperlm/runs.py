@@ -97,10 +97,10 @@ def newest() -> Path:
     Raises:
         RunError: if no run has a checkpoint yet.
     """
-    found = [p for p in ROOT.glob("*/checkpoints/step_*") if p.name.removeprefix("step_").isdigit()]
-    if not found:
+    checkpoints = [p for p in ROOT.glob("*/checkpoints/step_*") if p.name.removeprefix("step_").isdigit()]
+    if not checkpoints:
         raise RunError(f"no run with a checkpoint under {ROOT}/; train one with: {command('train')} --preset small")
-    return max(found, key=lambda p: p.stat().st_mtime).parent.parent
+    return max(checkpoints, key=lambda p: p.stat().st_mtime).parent.parent
 
 
 # -- one run, one writer ---------------------------------------------------------------------------------------------------------------

@@ -155,22 +155,22 @@ def decoder(params: Tree, cfg: ModelConfig, *, batch: int = 1, kernels: str = "a
     head = params["head"]["weight"]
     if head.device.type != "cuda" or model.cache_grows(cfg) or not isinstance(params["blocks"], list):
         return lambda token, cache: model.decode(params, token, cache, cfg, kernels=kernels)
-    own = model.init_cache(cfg, batch, device=head.device, dtype=head.dtype).layers
+    static = model.init_cache(cfg, batch, device=head.device, dtype=head.dtype).layers
 
     def advance(token: Tensor) -> Tensor:
-        logits, after = model.decode(params, token, model.Cache(0, own), cfg, kernels=kernels)
-        for x, y in zip(tree.leaves(own), tree.leaves(after.layers), strict=True):
+        logits, after = model.decode(params, token, model.Cache(0, static), cfg, kernels=kernels)
+        for x, y in zip(tree.leaves(static), tree.leaves(after.layers), strict=True):
             x.copy_(y)
         return logits
 
     run = cuda_graphed(advance)
-    run(torch.zeros(batch, dtype=torch.int64, device=head.device))  # recorded now: what this leaves in `own` does not matter yet
+    run(torch.zeros(batch, dtype=torch.int64, device=head.device))  # recorded now: what this leaves in `static` does not matter yet
 
     @torch.no_grad()
     def decode(token: Tensor, cache: model.Cache) -> tuple[Tensor, model.Cache]:
-        if cache.layers is not own:
-            torch._foreach_copy_(tree.leaves(own), tree.leaves(cache.layers))
-        return run(token), model.Cache(cache.position + 1, own)
+        if cache.layers is not static:
+            torch._foreach_copy_(tree.leaves(static), tree.leaves(cache.layers))
+        return run(token), model.Cache(cache.position + 1, static)
 
     return decode
 
@@ -221,8 +221,8 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-            if before := held[: min(found)[1]]:
+        if ends := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
+            if before := held[: min(ends)[1]]:
                 yield before
             return
         begun = (n for stop in stops for n in range(min(len(stop) - 1, len(held)), 0, -1) if held.endswith(stop[:n]))

@@ -122,10 +122,10 @@ def load_messages(now: Session, value: str) -> Session:
 
 
 def again(now: Session, value: str) -> Session:
-    asked = without_last(now.messages, "assistant")
-    if not asked or asked[-1].role != "user":
+    question = without_last(now.messages, "assistant")
+    if not question or question[-1].role != "user":
         raise ConversationError("there is no answer to draw again")
-    return respond(now, asked)
+    return respond(now, question)
 
 
 def undo(now: Session, value: str) -> Session:

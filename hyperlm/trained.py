@@ -53,8 +53,8 @@ def load_model(run: Path, which: checkpoint.Which, device: str, kernels: Literal
     env.prepare(where)
     step = checkpoint.chosen(run, which)
     tokenizer = load_tokenizer(run, step, config)  # before the weights, which may take long
-    found = load(run, step, config, where)
-    return Model(config, found.weights, tokenizer, where, step, found.chat)
+    trained = load(run, step, config, where)
+    return Model(config, trained.weights, tokenizer, where, step, trained.chat)
 
 
 def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:

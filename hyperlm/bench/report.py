@@ -48,14 +48,14 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    found = []
+    outputs = []
     for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain")):
         try:
-            asked = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True)
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True)
         except (OSError, subprocess.SubprocessError):  # no git, or not ours
             return ""
-        found.append(asked.stdout.strip())
-    return found[0] + ("+changes" if found[1] else "")
+        outputs.append(done.stdout.strip())
+    return outputs[0] + ("+changes" if outputs[1] else "")
 
 
 def plain(value: Any) -> Any:
@@ -90,7 +90,7 @@ def write_all(folder: Path, results: Sequence[Result], machine: dict[str, Any], 
         part.mkdir()
         content = json.dumps(finite({**record, "results": stored}), indent=2, allow_nan=False, default=plain)
         (part / "results.json").write_text(content + "\n", encoding="utf-8")
-        drawn, told = set(), []
+        drawn, annotated = set(), []
         for result in results:
             notes = list(result.notes)
             for figure in result.figures:
@@ -100,9 +100,9 @@ def write_all(folder: Path, results: Sequence[Result], machine: dict[str, Any], 
                 except (ValueError, TypeError, KeyError, RuntimeError) as e:
                     notes.append(f"{figure.file} is not drawn: {type(e).__name__}: {e}")
                     env.say(notes[-1])
-            told.append(replace(result, notes=notes))
-        (part / "report.md").write_text(markdown(record, told, drawn), encoding="utf-8", errors="backslashreplace")
-        (part / "report.tex").write_text(document(record, told, drawn), encoding="utf-8", errors="backslashreplace")
+            annotated.append(replace(result, notes=notes))
+        (part / "report.md").write_text(markdown(record, annotated, drawn), encoding="utf-8", errors="backslashreplace")
+        (part / "report.tex").write_text(document(record, annotated, drawn), encoding="utf-8", errors="backslashreplace")
         if not folder.exists():
             os.replace(part, folder)
             return
@@ -148,12 +148,12 @@ def load(folder: Path) -> list[Result]:
     """
     results = []
     try:
-        for found in read(folder)["results"]:
+        for stored in read(folder)["results"]:
             tables = [
                 Table(**t | {"rows": [{k: math.nan if x is None else x for k, x in row.items()} for row in t["rows"]]})
-                for t in found["tables"]
+                for t in stored["tables"]
             ]
-            results.append(Result(found["suite"], tables, found["notes"], [restored(f) for f in found["figures"]]))
+            results.append(Result(stored["suite"], tables, stored["notes"], [restored(f) for f in stored["figures"]]))
     except (KeyError, TypeError, AttributeError) as e:
         raise RunError(f"{folder / 'results.json'} is damaged, or of another version of hyperlm: measure again") from e
     return results

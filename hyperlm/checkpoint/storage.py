@@ -224,13 +224,13 @@ def restore(run: Path, step: int, config: Config, place: Callable[[Tree], Tree],
 
                 def stage(prefix: str, like: Tree) -> Tree:
                     item = tree.map_with_path(lambda p, _: 0 if p.startswith(prefix) else ocp.PLACEHOLDER, expected[name])
-                    found = reader.restore(path.absolute(), args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(item=item)}))
-                    arrays, sums = tree.by_path(found[name]), meta["checksums"][name]
+                    restored = reader.restore(path.absolute(), args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(item=item)}))
+                    arrays, sums = tree.by_path(restored[name]), meta["checksums"][name]
                     return place(
                         tree.map_with_path(lambda p, x: verified(f"{name}/{prefix}{p}", arrays[prefix + p], x, sums[prefix + p]), like)
                     )
 
-                return from_stages([stage(f"{above}{own}/", part) for own, part in zip(names(like), stages(like), strict=True)])
+                return from_stages([stage(f"{above}{top}/", part) for top, part in zip(names(like), stages(like), strict=True)])
 
             params = read("params", expected["params"], "")
             opt_state = {part: read("opt", like, f"{part}/") for part, like in expected["opt"].items()} if with_opt else None
@@ -239,10 +239,10 @@ def restore(run: Path, step: int, config: Config, place: Callable[[Tree], Tree],
     return State(params, opt_state, **{name: meta[name] for name in COUNTERS}), meta
 
 
-def require_same_leaves(path: Path, name: str, expected: set[str], found: set[str]) -> None:
+def require_same_leaves(path: Path, name: str, expected: set[str], written: set[str]) -> None:
     """Raises CheckpointError where a checkpoint lacks a leaf or has one too many: the settings agree, so it is of another version."""
-    if expected != found:
-        (leaf, *_) = sorted(expected ^ found)
+    if expected != written:
+        (leaf, *_) = sorted(expected ^ written)
         what = "lacks" if leaf in expected else "has"
         raise CheckpointError(f"{path} {what} {name}/{leaf}: another version of hyperlm wrote it, whose models have other parameters")
 

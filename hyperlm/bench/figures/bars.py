@@ -17,26 +17,26 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
         return None
     names = list(dict.fromkeys(row[figure.x] for row in rows))
     each = [[float(row[figure.y]) for row in rows if row[figure.x] == name] for name in names]
-    values, models = [value for own in each for value in own], {row[figure.x]: row.get("model") for row in rows}
+    values, models = [value for repeats in each for value in repeats], {row[figure.x]: row.get("model") for row in rows}
     nulls = [[row[figure.null] for row in rows if row[figure.x] == name and figure.null and number(row.get(figure.null))] for name in names]
-    own_colours = colours(list(dict.fromkeys(models.values())))
-    colour = {name: own_colours[models[name]] if models[name] is not None else NEUTRAL for name in names}
+    colour_of_model = colours(list(dict.fromkeys(models.values())))
+    colour = {name: colour_of_model[models[name]] if models[name] is not None else NEUTRAL for name in names}
     marks = min(values) > 0.5 * max(values) > 0
     canvas = Canvas(figsize=(WIDTH, 0.55 + 0.2 * len(names) + 0.15 * any(map(bool, nulls))), layout="constrained")
     axes = canvas.add_subplot()
-    several, many = (any(len(own) > count for own in each) for count in (1, FEW))
-    for i, own in enumerate(each):
-        mean = float(np.mean(own))
+    several, many = (any(len(repeats) > count for repeats in each) for count in (1, FEW))
+    for i, repeats in enumerate(each):
+        mean = float(np.mean(repeats))
         if marks:
             axes.plot([mean, mean], [i - 0.3, i + 0.3], color=colour[names[i]], linewidth=2)
         else:
             axes.barh(i, mean, height=0.62, color=colour[names[i]])
         if many:
-            axes.plot(own, [i] * len(own), "|", markersize=5, markeredgecolor="#444444", markeredgewidth=0.4)
+            axes.plot(repeats, [i] * len(repeats), "|", markersize=5, markeredgecolor="#444444", markeredgewidth=0.4)
         elif marks or several:
             axes.plot(
-                own,
-                [i] * len(own),
+                repeats,
+                [i] * len(repeats),
                 "o",
                 markersize=3,
                 markerfacecolor="white",
@@ -48,7 +48,7 @@ def draw_bars(figure: Bars, rows: list[Row]) -> Canvas | None:
     if any(nulls):
         shape = {"marker": "D", "markersize": 3.5, "markerfacecolor": "white", "markeredgecolor": "black"}
         legend(canvas, [Line2D([], [], linestyle="", label=printable(figure.null), **shape)])
-    values += [value for own in nulls for value in own]
+    values += [value for repeats in nulls for value in repeats]
     bounds = values if marks else [0.0, *values]
     value_axis(axes, bounds, figure.y_label or figure.y, log=False, along="x")
     if not marks:

@@ -56,9 +56,9 @@ def draw_disk(figure: Disk, rows: list[Row]) -> Canvas | None:
         axes.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), aspect="equal")
         if panels[i] != "":
             axes.set_title(printable(panels[i]), fontsize=7, pad=2)
-        own = [row for row in rows if row.get(figure.panels, "") == panels[i]]
+        in_panel = [row for row in rows if row.get(figure.panels, "") == panels[i]]
         for j, group in enumerate(groups):
-            points = [(row["x"], row["y"]) for row in own if row.get(figure.group, "") == group]
+            points = [(row["x"], row["y"]) for row in in_panel if row.get(figure.group, "") == group]
             axes.plot(
                 *np.reshape(points, (-1, 2)).T,
                 MARKERS[j % len(MARKERS)],

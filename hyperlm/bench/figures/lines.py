@@ -18,19 +18,19 @@ def curve(rows: list[Row], figure: Lines) -> tuple[list[Any], np.ndarray]:
     each: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         each.setdefault(row.get(figure.over), {}).setdefault(row[figure.x], []).append(float(row[figure.y]))
-    xs = {tuple(in_order(list(own))) for own in each.values()}
-    if len(xs) > 1 and all(number(x) for own in each.values() for x in own):
-        first, last = max(min(own) for own in each.values()), min(max(own) for own in each.values())
-        grid = sorted({x for own in each.values() for x in own if first <= x <= last})
+    xs = {tuple(in_order(list(line))) for line in each.values()}
+    if len(xs) > 1 and all(number(x) for line in each.values() for x in line):
+        first, last = max(min(line) for line in each.values()), min(max(line) for line in each.values())
+        grid = sorted({x for line in each.values() for x in line if first <= x <= last})
     else:
         grid = []
     if grid:
-        lines = [(sorted(own), [np.mean(own[x]) for x in sorted(own)]) for own in each.values()]
+        lines = [(sorted(line), [np.mean(line[x]) for x in sorted(line)]) for line in each.values()]
         between = np.array([np.interp(grid, x, y) for x, y in lines])
         return grid, np.stack([between.mean(0), between.min(0), between.max(0)])
     points: dict[Any, list[float]] = {}
-    for own in each.values():
-        for x, ys in own.items():
+    for line in each.values():
+        for x, ys in line.items():
             points.setdefault(x, []).extend(ys)
     order = in_order(list(points))
     return order, np.array([[f(points[x]) for x in order] for f in (np.mean, np.min, np.max)])
@@ -56,10 +56,10 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
     lowest: dict[Any, float] = dict.fromkeys(models, math.inf)
     for model in models:
         for j, key in enumerate(keys):
-            own = [row for row, k in zip(rows, kept, strict=True) if row[main] == model and k == key]
-            if not own:
+            selected = [row for row, k in zip(rows, kept, strict=True) if row[main] == model and k == key]
+            if not selected:
                 continue
-            x, (mean, least, most) = curve(own, figure)
+            x, (mean, least, most) = curve(selected, figure)
             at = [order.index(value) for value in x] if words else x
             look = appearance(j if several else place[model], few=len(x) <= FEW, setting=several)
             axes.plot(at, mean, color=colour[model], markeredgecolor="white", markeredgewidth=0.4, **look)

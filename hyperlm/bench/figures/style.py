@@ -42,32 +42,32 @@ def number(value: Any) -> bool:
 
 def known(models: Sequence[Any]) -> dict[Any, str]:
     """Models that have a colour of their own, and by what: their name, or the kind that a run's folder speaks of, the first that does."""
-    found = {model: model for model in models if model in COLOURS}
+    names = {model: model for model in models if model in COLOURS}
     for model in models:
         spoken = set(re.split("[^a-z0-9]+", str(model).rsplit("/", 1)[-1].lower())) & set(COLOURS)
-        if model not in found and len(spoken) == 1 and not spoken & set(found.values()):
-            found[model] = spoken.pop()
-    return found
+        if model not in names and len(spoken) == 1 and not spoken & set(names.values()):
+            names[model] = spoken.pop()
+    return names
 
 
 def places(models: Sequence[Any]) -> dict[Any, int]:
     """Of each model, which marker and dash it has where they tell models apart: the same in every figure, as its colour."""
-    free, own = (i for i in range(len(COLOURS), 1000)), known(models)
-    return {model: list(COLOURS).index(own[model]) if model in own else next(free) for model in models}
+    free, kinds = (i for i in range(len(COLOURS), 1000)), known(models)
+    return {model: list(COLOURS).index(kinds[model]) if model in kinds else next(free) for model in models}
 
 
 def in_order(values: Sequence[Any]) -> list[Any]:
     """Those that differ: numbers by size, anything else as it comes."""
-    found = list(dict.fromkeys(values))
-    return sorted(found) if all(map(number, found)) else found
+    distinct = list(dict.fromkeys(values))
+    return sorted(distinct) if all(map(number, distinct)) else distinct
 
 
 def colours(models: Sequence[Any]) -> dict[Any, str]:
     """Of each model, the one that it has everywhere; others share the rest in order."""
-    own = known(models)
-    taken = [COLOURS[name] for name in own.values()]
+    kinds = known(models)
+    taken = [COLOURS[name] for name in kinds.values()]
     free = cycle([colour for colour in OTHERS if colour not in taken] or OTHERS)
-    return {model: COLOURS[own[model]] if model in own else next(free) for model in models}
+    return {model: COLOURS[kinds[model]] if model in kinds else next(free) for model in models}
 
 
 @cache
