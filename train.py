@@ -325,6 +325,7 @@ def summarise(run: Path, state: State, device: torch.device, seconds: float | No
 
 
 def parse(argv: list[str]) -> launch.Launch:
+    """`launch.parse` with the presets of configs.py."""
     return launch.parse(argv, PRESETS, __doc__)
 
 

@@ -1,4 +1,4 @@
-"""What suites measure, as data: tables, and figures that are drawn from them. What writes and draws them is in report.py and figures.py."""
+"""What suites measure, as data: tables, and figures that are drawn from them. What writes and draws them is in report.py and figures/."""
 
 from dataclasses import dataclass, field
 from typing import Any
