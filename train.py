@@ -365,7 +365,7 @@ def main(argv: list[str]) -> int:
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
                 return 0
-            schedule = launch.go_on(run, state, schedule, rate, total, config, changes, argv)
+            schedule = launch.resumed_schedule(run, state, schedule, rate, total, config, changes, argv)
         else:
             run, state = launch.start(config, base, corpus, device, argv, command.preset, kernel_facts(config, device))
             stack.push(lambda kind, *_: runs.remove(run) if kind and not (run / "metrics.jsonl").exists() else None)  # it never began

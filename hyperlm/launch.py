@@ -184,7 +184,7 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
     return state, schedule, learning_rate(schedule, from_dict(meta["config"]).optim)(max(0, state.updates - 1))
 
 
-def go_on(
+def resumed_schedule(
     run: Path,
     state: State,
     schedule: Schedule,

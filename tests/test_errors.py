@@ -47,6 +47,13 @@ def test_the_storage_layer_is_imported_when_a_checkpoint_is_read_or_written_and_
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
 
 
+@pytest.mark.parametrize("script", ["train", "bench", "chat"])
+def test_a_storage_layer_that_is_missing_is_told_when_a_command_starts(script):
+    code = f"import sys; from hyperlm import startup; startup.quiet(); sys.modules['orbax'] = None; import {script}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: the package orbax-checkpoint is missing: pip install orbax-checkpoint")
+
+
 def test_a_signal_during_a_late_import_acts_after_it(capsys):
     """An exception in the middle of an import would end up anywhere."""
     reached = []

@@ -13,8 +13,10 @@ from hyperlm.bench.result import Lines, Row
 
 
 def curve(rows: list[Row], figure: Lines) -> tuple[list[Any], np.ndarray]:
-    """x, and the mean, least and largest y at each (3, points): of lines interpolated where their x differ and overlap, else of what each x
-    has."""
+    """x, and the mean, least and largest y at each (3, points).
+
+    They are those of lines interpolated where their x differ and overlap, else of what each x has.
+    """
     each: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         each.setdefault(row.get(figure.over), {}).setdefault(row[figure.x], []).append(float(row[figure.y]))
@@ -95,6 +97,5 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
 
 
 def appearance(i: int, few: bool, setting: bool) -> dict[str, Any]:
-    """Marker and dash of the i-th model or setting: both for a setting; for a model the marker, or the dash where points are too many for
-    markers."""
+    """Marker and dash of the i-th model or setting: both for a setting; for a model one, the dash where points are too many for markers."""
     return {"marker": MARKERS[i % len(MARKERS)] if few else "", "linestyle": DASHES[i % len(DASHES)] if setting or not few else "-"}
