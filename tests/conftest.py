@@ -1,5 +1,6 @@
 """Shared by all suites: small models of every kind, a small corpus, and a private cache and working folder."""
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -15,6 +16,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton kernels then run on a CPU, slowly
 
 from hyperlm.config import ModelConfig
+from hyperlm.kernels import INTERPRETED
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.hasten()
 
 TINY = ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=64)
 CASES = {
@@ -34,6 +41,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """Modules and tests are not looked through for garbage: runs look at each start, which takes a third of a second with all that is here."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
