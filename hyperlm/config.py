@@ -306,7 +306,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
+def from_dict(values: Any, cls: Any = Config, prefix: str = "") -> Any:
     """The inverse of `to_dict`.
 
     Raises:
@@ -335,7 +335,7 @@ def checked(value: Any, hint: Any, name: str) -> Any:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one: {"model.d_model": 512, ...}."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in values.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

@@ -47,7 +47,7 @@ def constant(values: float | Sequence[float]) -> Init:
 def declare(shape: tuple[int, ...], init: Init, *, decay: bool = False) -> nn.Parameter:
     """A parameter without memory. `decay`: whether AdamW's weight decay acts on it."""
     parameter = nn.Parameter(torch.empty(shape, device="meta"))
-    parameter.spec = Spec(tuple(shape), init, decay)
+    parameter.spec = Spec(tuple(shape), init, decay)  # type: ignore[attr-defined]  # carried along by the skeleton
     return parameter
 
 
@@ -62,7 +62,7 @@ def matrix(out: int, into: int, std: float = 0.01) -> nn.Parameter:
 
 def specs(skeleton: nn.Module) -> dict[str, Spec]:
     """{name: Spec} of every parameter, in order of declaration."""
-    return {name: parameter.spec for name, parameter in skeleton.named_parameters()}
+    return {name: parameter.spec for name, parameter in skeleton.named_parameters()}  # type: ignore[attr-defined]
 
 
 def realise(path: str, spec: Spec, seed: int) -> Tensor:

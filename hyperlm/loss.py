@@ -6,6 +6,7 @@ Axes: T tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class HeadNats(Function):
         return nats, d_features, d_weight
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, d_features, d_weight = output
         if d_weight is not None:
             ctx.mark_non_differentiable(d_features, d_weight)
@@ -93,7 +94,7 @@ class HeadNats(Function):
             ctx.save_for_backward(d_features, d_weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_features, d_weight = ctx.saved_tensors
         # in place: there is no second time
         return d_features.mul_(grad.to(d_features.dtype)), d_weight.mul_(grad.to(d_weight.dtype)), None, None, None, None

@@ -8,7 +8,7 @@ Axes: B batch, N sequence, D model width, V vocabulary, L layers.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +202,7 @@ def init(
 
     with bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:  # random numbers of one generator are made by one thread
         try:
-            return tree.map(filled, tree.map_with_path(partial(pool.submit, fill), declared))
+            return tree.map(filled, tree.map_with_path(lambda path, spec: pool.submit(fill, path, spec), declared))
         finally:
             pool.shutdown(cancel_futures=True)  # at once, when interrupted
 

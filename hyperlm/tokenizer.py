@@ -215,7 +215,7 @@ def turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
 
 def turn_of(tokenizer: Tokenizer, role: str, ids: list[int]) -> list[int]:
     """The turn of a text that is encoded."""
-    return [*opening(tokenizer, role), *ids, tokenizer.token_to_id(END_OF_TURN)]
+    return [*opening(tokenizer, role), *ids, tokenizer.token_to_id(END_OF_TURN)]  # type: ignore[list-item]  # every tokenizer here has it
 
 
 def opening(tokenizer: Tokenizer, role: str) -> list[int]:

@@ -64,7 +64,7 @@ class Phase7(Mixer):
         return "radii", "hyperbolic_points", "hyperbolic_attention" if cfg.score in OF_DISTANCE else "softmax_attention", "readout"
 
     @staticmethod
-    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         shape = (batch, cfg.n_heads, CAPACITY)
         return {
             "t_k": torch.zeros(shape, device=device, dtype=wide(dtype)),

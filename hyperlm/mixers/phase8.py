@@ -51,5 +51,5 @@ class Phase8(Mixer):
         return "radii", "tangent_features", "linear_attention", "readout", "tangent_step"
 
     @staticmethod
-    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         return {"state": torch.zeros(batch, cfg.n_heads, cfg.head_dim, cfg.head_dim, device=device, dtype=wide(dtype))}

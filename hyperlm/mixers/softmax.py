@@ -28,6 +28,6 @@ class Softmax(Mixer):
         return "causal_conv", "softmax_attention", "readout"
 
     @staticmethod
-    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         shape = (batch, cfg.n_heads, CAPACITY, cfg.head_dim)
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}

@@ -44,5 +44,5 @@ class SSM(nn.Module):
         return ("scan",)
 
     @staticmethod
-    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> LayerCache:
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         return {"ssm": torch.zeros(batch, cfg.ssm_dim, device=device, dtype=wide(dtype))}
