@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 from hyperlm.errors import HyperlmError
 
 Kind = Literal["phase7", "phase8", "softmax"]
+EUCLIDEAN: tuple[Kind, ...] = ("softmax",)  # kinds whose mixers have no radii
 
 
 class ConfigError(HyperlmError, ValueError):
@@ -71,7 +72,7 @@ class ModelConfig:
     @property
     def hyperbolic_layers(self) -> list[int]:
         """Those whose mixers have radii."""
-        return [layer for layer in range(self.n_layers) if self.layer_kind(layer) != "softmax"]
+        return [layer for layer in range(self.n_layers) if self.layer_kind(layer) not in EUCLIDEAN]
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: Triton kernels then run on a CPU, slowly
 
 from hyperlm.config import ModelConfig
-from hyperlm.kernels import INTERPRETED
+from hyperlm.kernels import HAVE_TRITON, INTERPRETED
 
-if INTERPRETED:
-    import interpreter
+if HAVE_TRITON:
+    import fast_triton
 
-    interpreter.hasten()
+    (fast_triton.hasten_interpreter if INTERPRETED else fast_triton.compile_once)()
 
 TINY = ModelConfig(d_model=32, n_layers=2, head_dim=8, vocab_size=64)
 CASES = {

@@ -3,6 +3,7 @@
 No GPU is needed. As a script (in a process where Triton does not interpret) this file compiles them and prints what they use, as JSON.
 """
 
+import ast
 import json
 import os
 import re
@@ -205,6 +206,16 @@ def build(name, kernel, arguments, warps, stages, capability, registers=None):
         stack = int(re.search(r"STACK:(\d+)", ask("-res-usage"))[1])
         spills = spills_in_loops(ask("-sass")) if stack else 0
     return {"name": name, "capability": capability, "stack": stack, "spills_in_loops": spills, "shared": built.metadata.shared}
+
+
+@pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
+def test_every_kernel_that_is_launched_is_built():
+    """Launches name their kernel, or a variable that is one of several."""
+    launched = set()
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and node.args]
+        launched |= {call.args[0].id for call in calls if getattr(call.func, "id", "") == "launch" and isinstance(call.args[0], ast.Name)}
+    assert launched - {"kernel"} <= {kernel.__name__ for _, kernel, *_ in builds()}
 
 
 @pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")

@@ -15,6 +15,7 @@ from configs import PRESETS
 from hyperlm import cli, env, finetune, flops, forecast, log, model, plan, runs
 from hyperlm.config import Config, DataConfig, TrainConfig, resolve
 from hyperlm.env import GIB
+from hyperlm.mixers import MIXERS
 
 N = 48
 
@@ -28,8 +29,9 @@ def test_operations_of_a_token_are_six_for_each_number_that_multiplies_it_and_th
     of_matrices = 2 * sum(rows * columns for rows, columns in matrices)
     of_cores = 0
     for layer in range(cfg.n_layers):
-        scores_or_state = cfg.head_dim if cfg.layer_kind(layer) == "phase8" else N
-        of_cores += 2 * 2 * cfg.n_heads * cfg.head_dim * scores_or_state
+        for op in MIXERS[cfg.layer_kind(layer)].ops(cfg):
+            scores_or_state = {"hyperbolic_attention": N, "softmax_attention": N, "linear_attention": cfg.head_dim}.get(op, 0)
+            of_cores += 2 * 2 * cfg.n_heads * cfg.head_dim * scores_or_state
     assert flops.a_token(cfg, N) == 3 * (of_matrices + of_cores)
 
 

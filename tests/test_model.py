@@ -179,8 +179,8 @@ def test_branches_and_gates_of_all_layers_drop_by_keys_of_their_own(monkeypatch)
 
 def test_radii_are_within_their_limits(cfg):
     layers = model.radii(model.init(cfg, 0), tokens_of(cfg, 2, 9), cfg)
-    hyperbolic = [i for i in range(cfg.n_layers) if cfg.layer_kind(i) != "softmax"]
-    assert len(layers) == len(hyperbolic)
+    hyperbolic = [i for i, block in enumerate(model.skeleton(cfg).blocks) if hasattr(block.mixer, "radius")]
+    assert cfg.hyperbolic_layers == hyperbolic and len(layers) == len(hyperbolic)
     for layer in layers:
         for r in layer.values():
             assert r.shape == (2, cfg.n_heads, 9) and r.min() >= 0.05 and r.max() <= 4.0

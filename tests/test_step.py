@@ -186,14 +186,13 @@ def test_on_random_tokens_the_loss_stays_at_chance(cfg):
 
 
 def test_what_can_be_learned_is_learned(cfg):
-    """Every second token repeats the one two before it: half of the tokens cost nothing, half cost ln V."""
+    """Each token is three more than the last: what comes first is the same for all, and what follows costs nothing."""
     cfg = config(cfg, lr=5e-3)
     state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 120), CPU)
-    for i in range(120):
+    for i in range(60):
         start = tokens_of(1, 8, 1, seed=i)
-        batch = next_tokens((start + 3 * torch.arange(25)) % 64)  # each token is three more than the last
-        state, metrics = step(state, batch)
-    assert metrics["loss"].item() < 0.5 * math.log(64)
+        state, metrics = step(state, next_tokens((start + 3 * torch.arange(25)) % 64))
+    assert metrics["loss"].item() < 0.05 * math.log(64)  # 0.09 to 0.12
 
 
 def test_steps_with_dropout_repeat_exactly():

@@ -184,11 +184,14 @@ def test_a_run_on_conversations_resumes_bit_for_bit_in_the_middle_of_an_epoch_an
 
 
 def test_a_run_goes_on_in_another_residence(prose):
-    assert start(prose, "whole", "--train.steps", "4") == 0
-    assert start(prose, "parts", "--train.steps", "2") == 0
-    assert call("--resume", "runs/parts", "--train.steps", "4", *HOST[:2]) == 0
+    """And ends as it would have ended where it was, to the bit."""
+    assert start(prose, "whole", "--train.steps", "4", "--ckpt.every", "2", "--ckpt.keep", "9") == 0
+    shutil.copytree("runs/whole", "runs/parts")
+    shutil.rmtree("runs/parts/checkpoints/step_00000004")
+    assert call("--resume", "runs/parts", *HOST[:2]) == 0
     a, b = final("whole"), final("parts")
     assert (a.step, a.tokens) == (b.step, b.tokens) and runs.read_config(Path("runs/parts")).train.residence == "host"
+    assert losses("whole") == losses("parts") and same(a, b)
 
 
 def test_the_state_that_auto_took_is_stored_and_kept(prose, monkeypatch, capsys):

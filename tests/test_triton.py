@@ -1,6 +1,8 @@
 """Triton kernels against their float64 references: outputs and every gradient. In Triton's interpreter in fp32 where there is no GPU."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,6 +498,12 @@ def test_kernels_work_under_torch_func():
         strict=True,
     ):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_every_kernel_is_compared_with_its_reference():
+    """By name, here: who adds an operation adds a test of it."""
+    kernels_of = {op for op in OPS if not kernels.unusable(op, "triton", DEVICE)}
+    assert kernels_of <= {node.value for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Constant)}
 
 
 MODELS = {

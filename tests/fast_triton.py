@@ -1,14 +1,34 @@
-"""Triton's interpreter in less than half of the time, with the same values.
+"""Triton in tests, with the same results in less time: interpreted where there is no GPU, compiled where there is one.
 
-At each launch, and at each call of one kernel's function by another, it replaces Triton's language by its own; it makes a table to look up
-a single dtype; and it scans element by element. Here the language is replaced once, dtypes are remembered, and a scan goes slice by slice.
+At each launch, and at each call of one kernel's function by another, the interpreter replaces Triton's language by its own; it makes a
+table to look up a single dtype; and it scans element by element. Here the language is replaced once, dtypes are remembered, and a scan goes
+slice by slice. Of processes that want the same kernel compiled, one compiles it.
 """
 
+from functools import wraps
+from pathlib import Path
+
 import numpy as np
+import triton.compiler
+from filelock import FileLock
 from triton.runtime import interpreter
 
 
-def hasten() -> None:
+def compile_once() -> None:
+    """From now on this process waits for others that compile the same kernel, and then finds it in the cache of Triton, which all share."""
+    compile_alone = triton.compiler.compile
+
+    @wraps(compile_alone)
+    def compile(source, *arguments, **options):
+        folder = Path(triton.knobs.cache.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{source.hash()}.lock"):
+            return compile_alone(source, *arguments, **options)
+
+    triton.compiler.compile = compile
+
+
+def hasten_interpreter() -> None:
     """For this process, from now on. It is one in which kernels are interpreted and never compiled."""
     interpreter._patch_lang = replaced_once(interpreter._patch_lang)
     interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
