@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,11 @@ from hyperlm import (
     env,
     evals,
     flops,
-    forecast,
     health,
     launch,
     log,
-    model,
+    memory,
     passkey,
-    plan,
     runs,
     sample,
     startup,
@@ -49,105 +46,13 @@ from hyperlm import (
 from hyperlm.config import Config, from_dict, peak_rate
 from hyperlm.env import say
 from hyperlm.files import file_digest
-from hyperlm.kernels import Choice, division, select
-from hyperlm.kernels import summary as kernel_summary
 from hyperlm.optim import Schedule, new_schedule
+from hyperlm.residence import Residence
 from hyperlm.state import State
-from hyperlm.step import make_settle, make_step, weights
+from hyperlm.step import make_flush, make_step, weights
 
 FEW_STEPS = 50  # where their number follows from epochs, and a person may not know how few they are
 BAD_STEPS = 5  # steps without a finite gradient, in a row, that end a run
-
-
-def choose_residence(config: Config, device: torch.device) -> Config:
-    """The configuration with its residence and the optimizer's state decided: see `plan.decided`.
-
-    Raises:
-        TrainingError: if nothing that the settings leave open has the memory.
-    """
-    dtype, asked = env.compute_dtype(device), config
-    allowed, have = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
-    config = plan.decided(config, dtype, allowed, have, gpu=device.type == "cuda")
-    if config.train.residence == "host":
-        there = plan.visits(config, dtype, allowed)
-        if there.device > allowed:
-            raise too_little(
-                f"on its visits to {device} this model needs {there.device / env.GIB:.1f} GiB, and {allowed / env.GIB:.1f} may be used"
-            )
-        if there.host > have:
-            small = plan.visits(replace(config, optim=replace(config.optim, state="int8")), dtype, allowed).host
-            fits = (
-                f"--optim.state int8 needs {small / env.GIB:.1f}"
-                if small <= have and small < there.host
-                else "lower --model.d-model or --model.n-layers"
-            )
-            raise cli.TrainingError(
-                f"this run needs {there.host / env.GIB:.1f} GiB of host memory, and {have / env.GIB:.1f} are free: {fits}"
-            )
-    elif asked.train.residence == "auto" and device.type == "cpu" and (need := plan.everything(config, dtype).device) > allowed:
-        raise too_little(f"this run needs {need / env.GIB:.1f} GiB and {device} has {allowed / env.GIB:.1f}")
-    if asked.optim.state == "auto" and config.optim.state == "int8":
-        wide = replace(config, optim=replace(config.optim, state="fp32"))
-        on_device = [f"{plan.everything(wide, dtype).device / env.GIB:.1f} GiB on {device}"] if asked.train.residence != "host" else []
-        in_host = [f"{plan.visits(wide, dtype, allowed).host / env.GIB:.1f} GiB of host memory"] if config.train.residence == "host" else []
-        print(log.labelled("state", f"int8: fp32 needs {' or '.join(on_device + in_host)}"))
-    if config.train.device_memory and device.type == "cuda":
-        env.limit_memory(device, allowed)
-    return config
-
-
-def show_plan(config: Config, device: torch.device) -> None:
-    """What the run would need and take."""
-    print(*forecast.needs(config), forecast.machine(config, device), sep="\n", flush=True)
-    try:
-        config = choose_residence(config, device)
-    except cli.TrainingError as e:
-        print(log.labelled("fits", f"no: {str(e).removesuffix(SHOWN)}"))
-        return
-    for line in forecast.here(config, device):
-        print(line, flush=True)
-
-
-SHOWN = "; --plan shows the parts"
-
-
-def too_little(what: str) -> cli.TrainingError:
-    return cli.TrainingError(
-        f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute{SHOWN}"
-    )
-
-
-def announce(config: Config, device: torch.device) -> None:
-    """Say what will be trained, where, and with which kernels."""
-    cfg, dtype = config.model, env.compute_dtype(device)
-    allowed = env.allowed_memory(device, config.train.device_memory)
-    print(
-        log.labelled("model", f"{cfg.kind}, {sum(plan.parameters(config).values()):,} parameters, d {cfg.d_model}, {cfg.n_layers} layers")
-    )
-    print(log.labelled("device", f"{device}, {str(dtype).removeprefix('torch.')}"))
-    if config.train.residence == "host":
-        p = plan.visits(config, dtype, allowed)
-        where = f"{p.host / env.GIB:.1f} GiB there, {p.device / env.GIB:.1f} of {allowed / env.GIB:.1f} planned on {device}: "
-        where += f"{p.group} of {config.train.grad_accum} micro-batches at a time; {plan.resident(config, p)}"
-    else:
-        where = f"{plan.everything(config, dtype).device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB planned"
-    print(log.labelled("residence", f"{config.train.residence}, {config.optim.state} state: {where}"))
-    print(log.labelled("kernels", kernel_summary(kernels_of(config, device))))
-
-
-def kernels_of(config: Config, device: torch.device) -> list[Choice]:
-    """What runs the operations of the model."""
-    cfg = config.model
-    return [select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)]
-
-
-def kernel_facts(config: Config, device: torch.device) -> dict[str, str]:
-    """Of each operation, for env.json: what runs it, and why."""
-    heads = config.train.batch_size * config.model.n_heads
-    return {
-        c.op: ", ".join(filter(None, (f"{c.backend} ({c.reason})", division(c, heads, config.data.seq_len, device))))
-        for c in kernels_of(config, device)
-    }
 
 
 def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingError:
@@ -164,21 +69,10 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
     )
 
 
-def evaluation_batch(config: Config, device: torch.device) -> int:
-    """Sequences that are evaluated at a time."""
-    together = 1
-    if config.train.residence == "host":  # the fewer visits of the blocks, the better
-        dtype = env.compute_dtype(device)
-        together = plan.evaluated(config, dtype, plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory)))
-    return together * config.train.batch_size
-
-
-def evaluate(
-    state: State, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device
-) -> tuple[dict[str, float], dict[str, Any]]:
+def evaluate(residence: Residence, state: State, corpus: data.Corpus, order: data.Batches) -> tuple[dict[str, float], dict[str, Any]]:
     """Validation losses; and radius gauges with, if asked for, a sample."""
-    params = weights(config, state, device)
-    val = evals.evaluate(params, corpus, config, device, evaluation_batch(config, device))
+    params, config, device = weights(residence, state), residence.config, residence.device
+    val = evals.evaluate(params, corpus, config, device, residence.plan.eval_micro_batches * config.train.batch_size)
     gauges = evals.radius_gauges(params, order.at(0).tokens[0].to(device), config)
     if config.eval.sample_tokens:
         with suppress(sample.NotFinite):  # the losses tell
@@ -187,7 +81,7 @@ def evaluate(
 
 
 def train(
-    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device,
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, residence: Residence,
     *, evaluate_first: bool,
 ) -> tuple[State, signal.Signals | None]:  # fmt: skip
     """The loop, from `state` to step `total` or a signal.
@@ -198,7 +92,7 @@ def train(
     Returns:
         The last state, and the signal.
     """
-    in_place = config.train.residence == "host"  # where a second copy would not fit
+    config, device, in_place = residence.config, residence.device, residence.plan.host > 0  # a second copy would not fit
     facts = checkpoint.Facts(config, schedule, corpus.fingerprint, file_digest(run / "tokenizer.json"), corpus.chat)
     fastest = flops.seconds_a_token(config, device)
     with (
@@ -208,12 +102,13 @@ def train(
         log.recording(run, state.step) as records,
     ):
         log.tell_settings(records, config, state.step)
-        step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
+        step, flush = make_step(residence, schedule), make_flush(residence, schedule)
         yardstick, saved, bad, val_loss = health.sample_of(order, config), max(checkpoint.steps(run), default=-1), 0, None
 
         def save(state: State, val_loss: float | None) -> str:
             """Why `state` was not saved; empty if it was."""
-            loss = health.loss_of(weights(config, state, device), yardstick, config, device, evaluation_batch(config, device))
+            together = residence.plan.eval_micro_batches * config.train.batch_size
+            loss = health.loss_of(weights(residence, state), yardstick, config, device, together)
             if not (flaw := health.flaw(state, loss, list(writer.losses.values()), config)):
                 checkpoint.save(writer, state, facts, val_loss, loss, in_place=in_place)
             return flaw
@@ -222,7 +117,7 @@ def train(
             """Evaluate `state`, record and say it: the validation loss, None where it is not finite."""
             bar.set_description("evaluating", refresh=False)
             try:
-                val, gauges = evaluate(state, corpus, order, config, device)
+                val, gauges = evaluate(residence, state, corpus, order)
             except Exception:
                 if health.all_finite(state):
                     checkpoint.save(writer, state, facts, None, None, in_place=in_place)
@@ -263,7 +158,7 @@ def train(
 
             paused = time.monotonic()
             if last or now % config.eval.every == 0 or now % config.ckpt.every == 0:
-                state = settle(state)
+                state = flush(state)
             if now % config.eval.every == 0 or last:
                 val_loss = measure(state)
             if now % config.ckpt.every == 0 or last:
@@ -275,16 +170,17 @@ def train(
                 else:
                     say(f"not saved  step {now}: {flaw}" + ("; earlier checkpoints stay" if writer.losses else ""))
             timed_from += time.monotonic() - paused
-        if saved != state.step and (flaw := save(settle(state), val_loss)):  # a signal ended the loop, whenever in a step it came
+        if saved != state.step and (flaw := save(flush(state), val_loss)):  # a signal ended the loop, whenever in a step it came
             raise diverged(run, state.step, flaw, config)
     return state, stop_signal()
 
 
 def carry_out(
-    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, config: Config, device: torch.device,
+    run: Path, state: State, schedule: Schedule, total: int, corpus: data.Corpus, order: data.Batches, residence: Residence,
     *, evaluate_first: bool,
 ) -> int:  # fmt: skip
     """Train, and tell how it went: the exit code."""
+    config = residence.config
     print(log.labelled("run", f"{run}, steps {state.step} to {total} ({total / order.steps_per_epoch:.2f} epochs)"))
     if total < FEW_STEPS and not config.train.steps:
         print(log.labelled("hint", f"{total} steps teach little: raise --train.epochs, or make steps smaller by --train.grad-accum"))
@@ -295,7 +191,7 @@ def carry_out(
 
     started = time.monotonic()
     try:
-        state, stopped = train(run, state, schedule, total, corpus, order, config, device, evaluate_first=evaluate_first)
+        state, stopped = train(run, state, schedule, total, corpus, order, residence, evaluate_first=evaluate_first)
     except runs.RunError as e:  # records that cannot be written
         raise cli.TrainingError(f"{e}; {checkpoint.way_on(run)}") from e
     if stopped and state.step < total:
@@ -307,7 +203,7 @@ def carry_out(
                 flush=True,
             )
         return 128 + stopped
-    summary = summarise(run, state, device, time.monotonic() - started)
+    summary = summarise(run, state, residence.device, time.monotonic() - started)
     say(log.summary_lines(run, summary))
     say(f"talk to it with: {startup.command('chat')} {run}")
     return 0
@@ -340,7 +236,7 @@ def main(argv: list[str]) -> int:
     device = env.pick_device(config.train.device)
     env.prepare(device)
     if command.plan:
-        show_plan(config, device)
+        launch.show_plan(config, device)
         return 0
     if command.doctor:
         return doctor.check(device, data.cache_folder(config.data))
@@ -351,29 +247,30 @@ def main(argv: list[str]) -> int:
             checkpoint.clear_away(run)
         else:
             runs.require_new(config.name)
-        config = choose_residence(config, device)
-        checkpoint.require_room(Path(command.resume or runs.ROOT), plan.checkpoint_size(config))
-        announce(config, device)
+        residence = launch.choose_residence(config, device)
+        config = residence.config
+        checkpoint.require_room(Path(command.resume or runs.ROOT), memory.checkpoint_size(config))
+        launch.announce(residence)
 
         corpus = data.prepare(launch.with_own_tokenizer(Path(command.resume), config) if command.resume else config)
         passkey.check(config.eval.passkey, config.data.seq_len, corpus.tokenizer)
         order = data.batches(corpus, config)
         total = config.train.total_steps(order.steps_per_epoch)
         if command.resume:
-            state, schedule, rate = launch.resume(run, config, corpus, device)
+            state, schedule, rate = launch.resume(run, residence, corpus)
             if state.step >= total:
                 summarise(run, state, device)
                 print(f"{run} is complete at step {state.step}; extend it with --resume {run} --train.steps N")
                 return 0
             schedule = launch.resumed_schedule(run, state, schedule, rate, total, config, changes, argv)
         else:
-            run, state = launch.start(config, base, corpus, device, argv, command.preset, kernel_facts(config, device))
+            run, state = launch.start(residence, base, corpus, argv, command.preset)
             stack.push(lambda kind, *_: runs.remove(run) if kind and not (run / "metrics.jsonl").exists() else None)  # it never began
             stack.enter_context(runs.owned(run))
             schedule = new_schedule(config.optim, total)
             by_rule = f" (rule for d {config.model.d_model})" if config.optim.lr == peak_rate(config.model) else ""
             print(f"rate       {config.optim.lr:.1e} peak{by_rule}, warm-up to step {schedule.warmup}")
-        return carry_out(run, state, schedule, total, corpus, order, config, device, evaluate_first=base is not None)
+        return carry_out(run, state, schedule, total, corpus, order, residence, evaluate_first=base is not None)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hyperlm.api import Model, Training, encode, generate, load, logits, model_of, prepare, radii
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Model", "Training", "__version__", "encode", "generate", "load", "logits", "model_of", "prepare", "radii"]
 
 

@@ -7,7 +7,7 @@ Axes: N tokens, V vocabulary, H heads, A micro-batches, B batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyperlm import conversation, data, env, runs, sample, trained
 from hyperlm import model as decoder
+from hyperlm import residence as residences
 from hyperlm import tokenizer as tok
 from hyperlm.batch import Batch
 from hyperlm.checkpoint import Which
@@ -23,8 +24,9 @@ from hyperlm.config import Config, resolve
 from hyperlm.conversation import Message
 from hyperlm.data.rows import messages_of
 from hyperlm.optim import new_schedule
+from hyperlm.residence import Residence
 from hyperlm.state import State
-from hyperlm.step import Metrics, init_state, make_settle, make_step, weights
+from hyperlm.step import Metrics, init_state, make_flush, make_step, weights
 from hyperlm.trained import Model
 
 # -- a model ---------------------------------------------------------------------------------------------------------------------------
@@ -112,10 +114,11 @@ class Training:
     config: Config
     corpus: data.Corpus
     device: torch.device
+    residence: Residence = field(repr=False)  # where parameters and moments live
     state: State  # before the first step
     batch: Callable[[int], Batch]  # tokens and targets of step 0, 1, ...: a pure function
     step: Callable[[State, Batch], tuple[State, Metrics]]
-    settle: Callable[[State], State]  # before anything but a step reads a state of the host residence; elsewhere it changes nothing
+    flush: Callable[[State], State]  # what is pending of an update is made: before anything but a step reads a state
 
 
 def prepare(config: Config) -> Training:
@@ -129,7 +132,7 @@ def prepare(config: Config) -> Training:
 
     A step updates its state in place: go on with the one that it returns. Metrics are those of `step.make_step`: loss (nats a token),
     grad_norm and others. The learning rate follows config.train.steps or epochs, as in a run of that length. What is trained is on
-    config.train.device, unless config.train.residence is "host".
+    config.train.device, unless config.train.residence says another place.
 
     Raises:
         ConfigError: on a setting that cannot work.
@@ -141,15 +144,16 @@ def prepare(config: Config) -> Training:
     corpus = data.prepare(config)
     order = data.batches(corpus, config)
     schedule = new_schedule(config.optim, config.train.total_steps(order.steps_per_epoch))
-    step, settle = make_step(config, schedule, device), make_settle(config, schedule, device)
-    return Training(config, corpus, device, init_state(config, device), order.at, step, settle)
+    residence = residences.make(config, device)
+    step, flush = make_step(residence, schedule), make_flush(residence, schedule)
+    return Training(config, corpus, device, residence, init_state(residence), order.at, step, flush)
 
 
 def model_of(training: Training, state: State) -> Model:
     """The model as it is after a step, to generate from or to look at until the next one, which changes its weights in place.
 
     Raises:
-        StaleState: if `state` is not the newest, or was not `training.settle`d where that is needed.
+        StaleState: if `state` is not the newest, or has an update pending: `training.flush` makes it.
     """
-    params = weights(training.config, state, training.device)
+    params = weights(training.residence, state)
     return Model(training.config, params, training.corpus.tokenizer, training.device, state.step, training.corpus.chat)

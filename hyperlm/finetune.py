@@ -4,13 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hyperlm import checkpoint, trained, tree
 from hyperlm.config import Config, ConfigError, DataConfig, differences, flag_of
 from hyperlm.optim import new_schedule, optimizer
+from hyperlm.residence import Residence
 from hyperlm.state import State
-from hyperlm.step import init_state, place
+from hyperlm.step import init_state
 from hyperlm.tree import Tree
 
 EPOCHS = 3.0  # of new text, unless told otherwise
@@ -63,19 +62,20 @@ def require_base(base: Base, config: Config) -> None:
     trained.load_tokenizer(base.run, checkpoint.chosen(base.run, base.which), base.config)
 
 
-def first_state(base: Base, step: int, config: Config, device: torch.device) -> State:
+def first_state(base: Base, step: int, residence: Residence) -> State:
     """The state before the first step: weights of `base` at `step`, as the optimizer keeps them and where the residence has them.
 
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    keep, put = optimizer(config.optim, new_schedule(config.optim, 1), config.kernels).keep, place(config, device)
+    config = residence.config
+    keep = optimizer(config.optim, new_schedule(config.optim, 1), config.kernels).keep
 
     def kept(stage: Tree) -> Tree:
-        return put(tree.map(lambda p: keep(p.float()), stage))
+        return residence.store(tree.map(lambda p: keep(p.float()), stage))
 
     restored, _ = checkpoint.restore(base.run, step, base.config, kept, with_opt=False)
-    return init_state(config, device, restored.params)
+    return init_state(residence, restored.params)
 
 
 def origin(base: Base, step: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from hyperlm import kernels, model, plan
+from hyperlm import kernels, memory, model
 from hyperlm.config import Config, ModelConfig
 from hyperlm.tree import Tree
 
@@ -71,7 +71,7 @@ def a_token(cfg: ModelConfig, n: int) -> int:
         return stand_in if core(op, cfg, n) else kernels.OPS[op].reference
 
     def on_meta(stage: Tree) -> Tree:
-        return plan.on_meta(stage, torch.float32)
+        return memory.on_meta(stage, torch.float32)
 
     angles = torch.empty(n, cfg.head_dim // 2, device="meta")
     ctx = model.Context({op: counted(op) for op in model.ops(cfg)}, torch.float32, angles, angles, 0)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from hyperlm import data, env, flops, plan
+from hyperlm import data, env, flops, memory, residence
 from hyperlm.batch import next_tokens
 from hyperlm.config import Config
 from hyperlm.log import count, duration, labelled
 from hyperlm.optim import new_schedule
+from hyperlm.residence import Residence
 from hyperlm.step import init_state, make_step
 
 BYTES_A_TOKEN = 3.5  # of code and English, by a tokenizer that was trained on them; what text that nobody has tokenised yet is counted by
@@ -26,13 +27,14 @@ PATIENCE = 30.0  # seconds that measuring may take
 REPEATS = 3  # of a measured step, after the first
 
 
-def here(config: Config, device: torch.device) -> Iterator[str]:
+def here(chosen: Residence) -> Iterator[str]:
     """Lines on a run that fits, its residence and state decided; those that take longer last."""
-    yield labelled("fits", f"yes: {placed(config, device)}")
+    config = chosen.config
+    yield labelled("fits", f"yes: {placed(chosen)}")
     yield labelled("disk", disk(config))
     steps, basis = steps_of(config)
     yield labelled("steps", f"{steps:,}, {basis}" if steps else basis)
-    seconds, source = step_seconds(config, device)
+    seconds, source = step_seconds(chosen)
     each = f"{count(seconds)} s a step, {count(tokens_of(config) / seconds)} tokens a second; {source}"
     yield labelled("time", f"about {duration(steps * seconds)}, evaluations and saves aside: {each}" if steps else each)
 
@@ -54,7 +56,7 @@ def tokens_of(config: Config) -> int:
 
 def needs(config: Config) -> Iterator[str]:
     """The parameter count and the memory plans: what the machine has plays no role."""
-    counts, t = plan.parameters(config), config.train
+    counts, t = memory.parameters(config), config.train
     yield labelled(
         "parameters",
         f"{sum(counts.values()):,}: embedding {counts['embed']:,}, {config.model.n_layers} blocks {counts['blocks']:,}, "
@@ -68,10 +70,10 @@ def needs(config: Config) -> Iterator[str]:
     for state in ("fp32", "int8") if config.optim.state == "auto" else (config.optim.state,):
         variant = replace(config, optim=replace(config.optim, state=state))
         for dtype, where, residences in ((torch.bfloat16, "gpu", 2), (torch.float32, "cpu", 1)):
-            for p in plan.plans(variant, dtype)[:residences]:
+            for p in residence.plans(variant, dtype)[:residences]:
                 parts = "".join(f"{getattr(p, name) / env.GIB:>{len(name) + 2}.2f}" for name in COLUMNS)
                 yield f"{p.residence:<7}{where:<5}{state:<5}{parts}{p.device / env.GIB:>9.2f}{p.host / env.GIB:>8.2f}"
-    p, budget = plan.plans(config, torch.bfloat16)[1], t.device_memory or plan.EXAMPLE
+    p, budget = residence.plans(config, torch.bfloat16)[1], t.device_memory or residence.EXAMPLE
     within = "within" if p.device + env.CONTEXT <= round(budget * env.GIB) else "which does not fit"
     driver = f"{env.CONTEXT / env.GIB:.1f} GiB of a GPU are its driver's"
     yield labelled("", f"host: parameters and optimizer in host memory, {within} {budget:g} GiB of a GPU; {driver}")
@@ -80,18 +82,18 @@ def needs(config: Config) -> Iterator[str]:
 COLUMNS = ("weights", "gradients", "optimizer", "activations")
 
 
-def placed(config: Config, device: torch.device) -> str:
+def placed(chosen: Residence) -> str:
     """Where a run that fits has its parts."""
-    dtype, allowed = env.compute_dtype(device), env.allowed_memory(device, config.train.device_memory)
-    p = plan.visits(config, dtype, allowed) if config.train.residence == "host" else plan.everything(config, dtype)
-    there = f", {p.host / env.GIB:.1f} GiB of host memory" if p.host else ""
-    on_device = f"{p.device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB on {device}"
-    return f"in residence {config.train.residence} with {config.optim.state} state: {on_device}{there}"
+    device, planned, config = chosen.device, chosen.plan, chosen.config
+    allowed = env.allowed_memory(device, config.train.device_memory)
+    there = f", {planned.host / env.GIB:.1f} GiB of host memory" if planned.host else ""
+    of_device = f"{planned.device / env.GIB:.1f} of {allowed / env.GIB:.1f} GiB on {device}"
+    return f"in residence {planned.residence} with {config.optim.state} state: {of_device}{there}"
 
 
 def disk(config: Config) -> str:
     """What checkpoints take: those that are kept, the best one, and the one that is being written."""
-    each, most = plan.checkpoint_size(config), config.ckpt.keep + 2
+    each, most = memory.checkpoint_size(config), config.ckpt.keep + 2
     free = shutil.disk_usage(Path()).free
     verdict = "" if free > most * each else ": too little, lower --ckpt.keep or make room"
     return f"{most} checkpoints at most, {env.readable(each)} each; {env.readable(free)} of disk are free{verdict}"
@@ -115,32 +117,32 @@ def steps_of(config: Config) -> tuple[int, str]:
     return t.total_steps(an_epoch), f"{t.epochs:g} {'epoch' if t.epochs == 1 else 'epochs'} {basis}"
 
 
-def step_seconds(config: Config, device: torch.device) -> tuple[float, str]:
+def step_seconds(chosen: Residence) -> tuple[float, str]:
     """Seconds of a step, and how they were found: measured, whole or in part, where that takes no longer than PATIENCE, else from rates."""
+    config, device, planned = chosen.config, chosen.device, chosen.plan
     rate = SHARE[device.type] * products_a_second(device)
     whole, sequences = flops.a_step(config) / rate, config.train.batch_size * config.train.grad_accum
-    left = PATIENCE - sum(plan.parameters(config).values()) / INITIAL
+    left = PATIENCE - sum(memory.parameters(config).values()) / INITIAL
     if whole * (REPEATS + 1) <= left:
-        return measured(config, device), f"measured: {REPEATS} steps on random tokens"
-    affordable = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
-    if affordable and config.train.residence == "device":
-        part = replace(config, train=replace(config.train, batch_size=affordable, grad_accum=1))
-        seconds = measured(part, device) * sequences / affordable
-        return seconds, f"measured: {REPEATS} steps on random tokens, with {affordable} of their {sequences} sequences"
+        return measured(chosen), f"measured: {REPEATS} steps on random tokens"
+    few = min(int(left / (REPEATS + 1) / whole * sequences), config.train.batch_size)
+    if few and not planned.host:
+        part = replace(config, train=replace(config.train, batch_size=few, grad_accum=1))
+        seconds = measured(residence.make(part, device)) * sequences / few
+        return seconds, f"measured: {REPEATS} steps on random tokens, with {few} of their {sequences} sequences"
     source = (
         f"not measured: at {SHARE[device.type]:.0%} of the {count(rate / SHARE[device.type])} operations a second of matrix products here"
     )
-    if config.train.residence == "host" and device.type == "cuda":
-        dtype = env.compute_dtype(device)
-        planned = plan.visits(config, dtype, env.allowed_memory(device, config.train.device_memory))
-        whole = max(whole, max(plan.traffic(config, dtype, planned, clipped=True)) / BUS)
+    if planned.host and device.type == "cuda":
+        whole = max(whole, max(planned.bytes_moved[0]) / BUS)
         source += f", and {BUS / 1e9:.0f} GB/s each way on the bus"
     return whole, source
 
 
-def measured(config: Config, device: torch.device) -> float:
+def measured(chosen: Residence) -> float:
     """Seconds of a real step on random tokens: the fastest of a few, after the first, which makes what stays."""
-    state, step = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device)
+    config = chosen.config
+    state, step = init_state(chosen), make_step(chosen, new_schedule(config.optim, 1000))
     shape = config.train.grad_accum, config.train.batch_size, config.data.seq_len + 1
     batch, times = next_tokens(torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))), []
     for _ in env.progress(range(REPEATS + 1), "measuring", unit=" steps"):

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hyperlm import checkpoint, cli, data, env, finetune, log, runs, startup
+from hyperlm import checkpoint, cli, data, env, finetune, forecast, kernels, log, memory, model, residence, runs, startup
 from hyperlm.config import Config, ConfigError, another_run, differences, flag_of, from_dict, resolve
 from hyperlm.files import file_digest
 from hyperlm.finetune import Base
 from hyperlm.optim import Schedule, extended, learning_rate, new_schedule
+from hyperlm.residence import Residence
 from hyperlm.state import State
-from hyperlm.step import init_state, place
+from hyperlm.step import init_state
 
 # -- settings --------------------------------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def parse(argv: list[str], presets: Mapping[str, Callable[[], Config]], descript
     base_config = runs.read_config(Path(init)) if init else None
     if resume:
         stored = stored_settings(Path(resume))
-    elif base_config:
+    elif init and base_config:
         new_text = cli.peek("data.sources", argv) is not None
         stored = finetune.settings(Path(init), base_config, presets[preset]() if preset else None, new_text=new_text)
     else:
@@ -90,7 +91,7 @@ def parse(argv: list[str], presets: Mapping[str, Callable[[], Config]], descript
             )
         resolved = resolve(config)
         return Launch(command, resolved, None, differences(stored, resolved))
-    if base_config:
+    if init and base_config:
         resolved, base = resolve(config), Base(Path(init), base_config, command.init_checkpoint)
         finetune.require_base(base, config)
         return Launch(command, resolved, base, {})
@@ -121,31 +122,117 @@ def with_own_tokenizer(run: Path, config: Config) -> Config:
     return replace(config, data=replace(config.data, tokenizer=str(beside)))
 
 
+# -- where it will run -----------------------------------------------------------------------------------------------------------------
+
+SHOWN = "; --plan shows the parts"
+
+
+def choose_residence(config: Config, device: torch.device) -> Residence:
+    """Where the run's state will live, with the residence and the optimizer's state decided: see `residence.decide`.
+
+    Raises:
+        TrainingError: if nothing that the settings leave open has the memory.
+    """
+    dtype, asked = env.compute_dtype(device), config
+    allowed, have = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
+    config = residence.decide(config, dtype, allowed, have, gpu=device.type == "cuda")
+    chosen = residence.make(config, device, allowed)
+    planned = chosen.plan
+    if planned.host and planned.device > allowed:
+        raise too_little(f"on its visits to {device} this model needs {gib(planned.device)} GiB, and {gib(allowed)} may be used")
+    if planned.host > have:
+        small = residence.plan(replace(config, optim=replace(config.optim, state="int8")), dtype, allowed).host
+        less = small <= have and small < planned.host
+        fits = f"--optim.state int8 needs {gib(small)}" if less else "lower --model.d-model or --model.n-layers"
+        raise cli.TrainingError(f"this run needs {gib(planned.host)} GiB of host memory, and {gib(have)} are free: {fits}")
+    if asked.train.residence == "auto" and device.type == "cpu" and planned.device > allowed:
+        raise too_little(f"this run needs {gib(planned.device)} GiB and {device} has {gib(allowed)}")
+    if asked.optim.state == "auto" and config.optim.state == "int8":
+        wide = residence.plans_before(asked, planned, dtype, allowed)
+        print(log.labelled("state", f"int8: fp32 needs {' or '.join(room(plan, device) for plan in wide)}"))
+    if config.train.device_memory and device.type == "cuda":
+        env.limit_memory(device, allowed)
+    return chosen
+
+
+def gib(size: int) -> str:
+    return f"{size / env.GIB:.1f}"
+
+
+def room(planned: residence.Plan, device: torch.device) -> str:
+    """What decides whether a plan fits, in words."""
+    return f"{gib(planned.host)} GiB of host memory" if planned.host else f"{gib(planned.device)} GiB on {device}"
+
+
+def too_little(what: str) -> cli.TrainingError:
+    return cli.TrainingError(
+        f"{what}: lower --model.d-model, --model.n-layers, --data.seq-len or --train.batch-size, or set --train.recompute{SHOWN}"
+    )
+
+
+def show_plan(config: Config, device: torch.device) -> None:
+    """What the run would need and take."""
+    print(*forecast.needs(config), forecast.machine(config, device), sep="\n", flush=True)
+    try:
+        chosen = choose_residence(config, device)
+    except cli.TrainingError as e:
+        print(log.labelled("fits", f"no: {str(e).removesuffix(SHOWN)}"))
+        return
+    for line in forecast.here(chosen):
+        print(line, flush=True)
+
+
+def announce(chosen: Residence) -> None:
+    """Say what will be trained, where, and with which kernels."""
+    config, device, planned = chosen.config, chosen.device, chosen.plan
+    cfg, dtype = config.model, env.compute_dtype(device)
+    count = f"{sum(memory.parameters(config).values()):,} parameters"
+    print(log.labelled("model", f"{cfg.kind}, {count}, d {cfg.d_model}, {cfg.n_layers} layers"))
+    print(log.labelled("device", f"{device}, {str(dtype).removeprefix('torch.')}"))
+    where = f"{gib(planned.device)} of {gib(env.allowed_memory(device, config.train.device_memory))}"
+    where = f"{gib(planned.host)} GiB there, {where} planned on {device}: {planned.words}" if planned.host else f"{where} GiB planned"
+    print(log.labelled("residence", f"{planned.residence}, {config.optim.state} state: {where}"))
+    print(log.labelled("kernels", kernels.summary(kernels_of(config, device))))
+
+
+def kernels_of(config: Config, device: torch.device) -> list[kernels.Choice]:
+    """What runs the operations of the model."""
+    cfg = config.model
+    return [kernels.select(op, device, config.kernels, cfg.head_dim, env.compute_dtype(device)) for op in model.ops(cfg)]
+
+
+def kernel_facts(config: Config, device: torch.device) -> dict[str, str]:
+    """Of each operation, for env.json: what runs it, and why."""
+    heads = config.train.batch_size * config.model.n_heads
+    return {
+        c.op: ", ".join(filter(None, (f"{c.backend} ({c.reason})", kernels.division(c, heads, config.data.seq_len, device))))
+        for c in kernels_of(config, device)
+    }
+
+
 # -- the first state -------------------------------------------------------------------------------------------------------------------
 
 
-def start(
-    config: Config, base: Base | None, corpus: data.Corpus, device: torch.device, argv: list[str], preset: str, kernels: dict[str, str]
-) -> tuple[Path, State]:
+def start(chosen: Residence, base: Base | None, corpus: data.Corpus, argv: list[str], preset: str) -> tuple[Path, State]:
     """A new run, and its state before the first step: with the weights of `base`, or with those that its seed gives.
 
     Where that fails, nothing is left behind.
 
     Args:
         preset: after which the run is called, unless it has a base or a name.
-        kernels: what runs each operation, to be remembered.
     """
+    config, device = chosen.config, chosen.device
     run = runs.create(config, base.run.name if base else preset)
     try:
         event: dict[str, Any] = {"step": 0, "command": command_line(argv)}
         if base is None:
-            state = init_state(config, device)
+            state = init_state(chosen)
         else:
             step = checkpoint.chosen(base.run, base.which)
-            state = finetune.first_state(base, step, config, device)
+            state = finetune.first_state(base, step, chosen)
             event["init"] = finetune.origin(base, step)
             print(f"weights    {checkpoint.folder_of(base.run, step)}")
-        facts = {**env.describe(device), "kernels": kernels, "command": command_line(argv)}
+        facts = {**env.describe(device), "kernels": kernel_facts(config, device), "command": command_line(argv)}
         runs.describe(run, config, corpus.tokenizer, corpus.chat, facts)
         runs.remember(run, event)
     except BaseException:
@@ -154,7 +241,7 @@ def start(
     return run, state
 
 
-def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device) -> tuple[State, Schedule, float]:
+def resume(run: Path, chosen: Residence, corpus: data.Corpus) -> tuple[State, Schedule, float]:
     """The state of a run's newest checkpoint, the schedule that it followed, and its last learning rate.
 
     Small files are put back where they are damaged.
@@ -163,9 +250,9 @@ def resume(run: Path, config: Config, corpus: data.Corpus, device: torch.device)
         CheckpointError: if it is damaged, or of a version whose runs this one cannot continue exactly.
         DataError: if the text is another.
     """
-    step = checkpoint.latest(run)
+    config, step = chosen.config, checkpoint.latest(run)
     with env.live("restoring"):
-        state, meta = checkpoint.restore(run, step, config, place(config, device))
+        state, meta = checkpoint.restore(run, step, config, chosen.store)
     if lacking := "data order" if meta["schedule"] is None else "dropout" if meta["format"] < 4 and config.model.dropout else "":
         raise checkpoint.CheckpointError(
             f"{checkpoint.folder_of(run, step)} was written by {checkpoint.WRITERS[meta['format']]} of hyperlm, "

@@ -8,7 +8,7 @@ Axes: B batch, N sequence, D model width, V vocabulary, L layers.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from hyperlm.declare import Spec, constant, declare, matrix, normal, realise, sp
 from hyperlm.env import progress
 from hyperlm.kernels.differentiation import Function, linear_vjp
 from hyperlm.mixers import MIXERS
-from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, product, remembered, rope_angles
+from hyperlm.mixers.frame import CONV_WIDTH, Context, LayerCache, linear, rope_angles, save_residual
 from hyperlm.mixers.ssm import SSM
 from hyperlm.precision import wide
 from hyperlm.random import dropout
@@ -88,7 +88,8 @@ class FFN(nn.Module):
 
     def low(self, x: Tensor, ctx: Context) -> Tensor:
         """All but the last product, (B, N, D/8)."""
-        return remembered(ctx, ctx.ops["mlp"], remembered(ctx, product, x, self.up_low), self.up_high, self.down_low)
+        up = save_residual(ctx, "ffn_up", linear, x, self.up_low)
+        return save_residual(ctx, "ffn_down", ctx.ops["mlp"], up, self.up_high, self.down_low)
 
 
 class Block(nn.Module):
@@ -105,7 +106,9 @@ class Block(nn.Module):
         def drop(y: Tensor, branch: int) -> Tensor:
             return dropout(y, self.rate, None if ctx.key is None else ctx.key + branch)
 
-        y, entries, values = None, {}, ctx.values
+        y, entries, values = None, {}, None
+        if ctx.residuals is not None:
+            values = ctx.residuals.values.pop("input", None)  # x has no values of its own then
         if hasattr(self, "ssm"):
             x, n = self.ssm_norm(x, y, ctx, values)
             y, entries = self.ssm(n, cache, ctx)
@@ -114,13 +117,19 @@ class Block(nn.Module):
         values = None if y is not None else values  # a stream that was added to has values of its own
         y, more = self.mixer(n, cache, ctx)
         x, n = self.ffn_norm(x, drop(y, 2), ctx, values)
-        if ctx.unread and not self.rate:
-            return Unread.apply(x, self.ffn.low(n, ctx), self.ffn.down_high), entries | more
-        return ctx.ops["add"](x, drop(self.ffn(n, ctx), 3)), entries | more
+        if self.rate:
+            return ctx.ops["add"](x, drop(self.ffn(n, ctx), 3)), entries | more
+        added = partial(add_linear, ctx.ops["add"])
+        return save_residual(ctx, "output", added, x, self.ffn.low(n, ctx), self.ffn.down_high), entries | more
 
 
-class Unread(Function):
-    """x + y weight^T where nobody reads it: no values, but their gradients."""
+def add_linear(add: Callable, x: Tensor, y: Tensor, weight: Tensor, known: Tensor | None = None) -> Tensor:
+    """x + y weight^T by `add`; where it is known, nobody reads it again, and its gradient alone is wanted."""
+    return add(x, F.linear(y, weight)) if known is None else GradientOnly.apply(x, y, weight)
+
+
+class GradientOnly(Function):
+    """x + y weight^T without values."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -134,6 +143,12 @@ class Unread(Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, weight = ctx.saved_tensors
         return d, *linear_vjp(d.to(y.dtype), y, weight)
+
+
+def residual_widths(cfg: ModelConfig) -> dict[str, int]:
+    """Numbers a token of what a block can leave for its backward pass, by the names that `save_residual` has for it in the order in which it is
+    computed. "output" is not among them: its values are the next block's input."""
+    return {"input": cfg.d_model, "mixer": cfg.d_model, "ffn_up": cfg.ffn_rank, "ffn_down": cfg.ffn_rank}
 
 
 class Head(nn.Module):

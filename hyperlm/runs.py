@@ -123,7 +123,7 @@ def owned(run: Path) -> Iterator[None]:
         raise RunError(f"cannot write to {run} ({e.strerror})") from e
     note = run / ".owner"
     try:
-        write_json(note, {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        write_json(note, dict(pid=os.getpid(), host=platform.node(), since=time.strftime("%Y-%m-%d %H:%M:%S")))
         yield
     finally:
         with suppress(OSError):

@@ -21,7 +21,7 @@ def from_stages(parts: list[Tree]) -> Tree:
     return {"embed": parts[0], "blocks": parts[1:-1], "head": parts[-1]}
 
 
-def moved(fn: Callable[[Tree], Tree], params: Tree) -> Tree:
+def map_stages(fn: Callable[[Tree], Tree], params: Tree) -> Tree:
     """`fn` of every stage. The tree given is emptied on the way, so that no stage is in memory twice for longer than its turn."""
     parts = stages(params)
     params.clear()

@@ -1,6 +1,7 @@
 """What training changes, and who may still use it."""
 
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ class Pending:
     grads: Tree  # like the parameters, in host memory
     factors: Tensor  # of the gradient of each stage, from clipping
     updates: int  # that were made before
-    what: UpdatePart = UpdatePart.FULL  # the part; see `kernels.reference.adamw8`
+    part: UpdatePart = UpdatePart.FULL  # of it that is left; see `kernels.reference.adamw8`
     moved: tuple[bool, ...] = ()  # of each stage, whether its weights have moved already
 
 
@@ -26,8 +27,10 @@ class StaleState(RuntimeError):
 class Uses:
     """How often the tensors that successive states share were updated in place."""
 
+    numbers = count()
+
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.lineage = 0, next(self.numbers)
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,13 @@ class State:
     tokens: int  # targets learnt from
     seed: int
     clipped: bool = True  # whether the newest gradient was, or there is none yet
-    pending: Pending | None = None  # the newest of these updates, if `step.settle` has yet to make it
+    pending: Pending | None = None  # the newest of these updates, if `step.make_flush` has yet to make it
     uses: Uses = field(default_factory=Uses, compare=False, repr=False)
     use: int = 0  # `uses.count` when this state was made
+
+    def version(self, later: int = 0) -> tuple[int, int]:
+        """Which states it shares its tensors with, and after how many updates of these; of one so many updates later."""
+        return self.uses.lineage, self.use + later
 
 
 def consumed(state: State) -> State:
@@ -60,7 +67,7 @@ def consumed(state: State) -> State:
     return replace(state, use=state.uses.count)
 
 
-def require_settled(state: State) -> None:
+def require_flushed(state: State) -> None:
     """Before anything but a step reads parameters or moments.
 
     Raises:
@@ -68,7 +75,7 @@ def require_settled(state: State) -> None:
     """
     require_current(state)
     if state.pending is not None:
-        raise StaleState(f"an update of step {state.step} is pending: settle the state before its weights are read or saved")
+        raise StaleState(f"an update of step {state.step} is pending: flush the state before its weights are read or saved")
 
 
 def require_current(state: State) -> None:

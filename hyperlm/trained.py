@@ -7,18 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from hyperlm import checkpoint, env, plan, runs, tree
+from hyperlm import checkpoint, env, residence, runs
 from hyperlm import tokenizer as tok
 from hyperlm.config import Config
-from hyperlm.env import allowed_memory, compute_dtype
 from hyperlm.files import file_digest
-from hyperlm.precision import compute_copy
-from hyperlm.residence.host import in_host_memory
-from hyperlm.residence.streamed import streamed
 from hyperlm.startup import command
 from hyperlm.tree import Tree
-
-ROOM = 1.25  # weights on a device leave a fifth of its memory to what is computed
 
 
 class Trained(NamedTuple):
@@ -64,15 +58,9 @@ def load(run: Path, step: int, config: Config, device: torch.device) -> Trained:
     Raises:
         CheckpointError: if it is missing or damaged.
     """
-    dtype = compute_dtype(device)
-    fits = device.type == "cpu" or ROOM * dtype.itemsize * sum(plan.parameters(config).values()) < allowed_memory(device, 0)
-
-    def place(stage: Tree) -> Tree:
-        return tree.map(lambda p: p.to(device), compute_copy(stage, dtype)) if fits else in_host_memory(stage, device)
-
-    state, meta = checkpoint.restore(run, step, config, place, with_opt=False)
-    params = state.params if fits else streamed(state.params, dtype, device, keep_ends=True)
-    return Trained(params, state.step, state.tokens, meta["fingerprint"], meta["chat"])
+    reader = residence.reader(config, device)
+    state, meta = checkpoint.restore(run, step, config, reader.store, with_opt=False)
+    return Trained(reader.weights(state.params), state.step, state.tokens, meta["fingerprint"], meta["chat"])
 
 
 def load_tokenizer(run: Path, step: int, config: Config) -> Tokenizer:

@@ -151,7 +151,7 @@ def test_a_loop_of_ones_own_is_a_run(prose, residence):
     for i in range(4):
         state, metrics = training.step(state, training.batch(i))
         losses.append(metrics["loss"])
-    state = training.settle(state)
+    state = training.flush(state)
     mine = hyperlm.model_of(training, state)
 
     flags = "--model.d-model 32 --model.n-layers 2 --model.head-dim 8 --model.vocab-size 320 --data.seq-len 32 --train.batch-size 4 --train.grad-accum 2"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CASES, TINY, generator
 
-from hyperlm import checkpoint, tree
+from hyperlm import checkpoint, residence, tree
 from hyperlm.batch import next_tokens
 from hyperlm.checkpoint import storage
 from hyperlm.checkpoint.folder import REMOVED
@@ -36,7 +36,8 @@ def facts(cfg=TINY) -> checkpoint.Facts:
 
 def trained(cfg=TINY, steps: int = 2):
     config = config_of(cfg)
-    state, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
+    at = residence.make(config, CPU)
+    state, step = init_state(at), make_step(at, new_schedule(config.optim, 10))
     for i in range(steps):
         state, _ = step(state, next_tokens(torch.randint(64, (1, 2, 9), generator=generator(i))))
     return state
@@ -310,7 +311,8 @@ def test_earlier_and_later_formats_say_which_version_reads_them(tmp_path):
 
 def test_a_state_with_an_update_pending_is_not_saved(tmp_path):
     config = Config(model=TINY, train=TrainConfig(seed=1, residence="host"), optim=OptimConfig(lr=1e-3))
-    first, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 10), CPU)
+    at = residence.make(config, CPU)
+    first, step = init_state(at), make_step(at, new_schedule(config.optim, 10))
     second, _ = step(first, next_tokens(torch.randint(64, (1, 2, 9), generator=generator(0))))
     for state, why in ((first, "consumed"), (second, "pending")):
         with pytest.raises(StaleState, match=why):

@@ -54,11 +54,12 @@ def test_before_the_first_step_the_loss_is_the_bases_to_the_bit(base, prose, res
 @pytest.mark.parametrize("base", [[], INT8], ids=["fp32", "int8"], indirect=True)
 def test_weights_come_over_from_every_state_into_every_other(base, prose, residence, state):
     from hyperlm import finetune
+    from hyperlm.residence import make
     from train import parse
 
     argv = ["--init", str(base), "--data.sources", str(prose), "--train.residence", "device", *residence, "--optim.state", state]
     launch = parse(argv)
-    began = finetune.first_state(launch.base, 4, launch.config, torch.device("cpu"))
+    began = finetune.first_state(launch.base, 4, make(launch.config, torch.device("cpu")))
     stored = final("base").params
     for own, theirs in zip(tree.leaves(began.params), tree.leaves(stored), strict=True):
         assert own.dtype == (torch.bfloat16 if state == "int8" and own.dim() > 1 else torch.float32)

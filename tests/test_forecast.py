@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from configs import PRESETS
-from hyperlm import cli, env, finetune, flops, forecast, log, model, plan, runs
+from hyperlm import cli, env, finetune, flops, forecast, launch, log, model, residence, runs
 from hyperlm.config import Config, DataConfig, TrainConfig, resolve
 from hyperlm.env import GIB
 from hyperlm.mixers import MIXERS
@@ -95,7 +95,7 @@ DECISIONS = [
 def test_auto_takes_fp32_where_memory_suffices_and_else_int8(flags, card, host, residence, state, monkeypatch, capsys):
     device = machine(monkeypatch, card, host)
     config = train.parse(flags).config
-    config = train.choose_residence(config, device)
+    config = launch.choose_residence(config, device).config
     assert (config.train.residence, config.optim.state) == (residence, state)
     said = capsys.readouterr().out
     assert ("int8: fp32 needs" in said) == (state == "int8" and "--optim.state" not in flags)
@@ -109,7 +109,7 @@ def test_what_fits_nowhere_is_said_with_what_to_do(card, host, message, monkeypa
     device = machine(monkeypatch, card, host)
     config = train.parse(BILLIONS).config
     with pytest.raises(cli.TrainingError, match=message) as error:
-        train.choose_residence(config, device)
+        launch.choose_residence(config, device)
     assert "lower --model.d-model" in str(error.value)
 
 
@@ -123,7 +123,7 @@ def test_a_state_that_nobody_decided_is_planned_as_fp32():
     for state in ("auto", "fp32"):
         config = PRESETS["small"]()
         config = replace(config, optim=replace(config.optim, state=state))
-        assert plan.plans(config, torch.bfloat16) == plan.plans(PRESETS["small"](), torch.bfloat16)
+        assert residence.plans(config, torch.bfloat16) == residence.plans(PRESETS["small"](), torch.bfloat16)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def quick(monkeypatch) -> list[Config]:
     """What is measured, which takes no time."""
     seen = []
     monkeypatch.setattr(forecast, "products_a_second", lambda device: 1e9)
-    monkeypatch.setattr(forecast, "measured", lambda config, device: seen.append(config) or 2.0)
+    monkeypatch.setattr(forecast, "measured", lambda chosen: seen.append(chosen.config) or 2.0)
     return seen
 
 
@@ -151,7 +151,7 @@ def settings(sequences: int, n_layers: int = 2) -> Config:
 def test_steps_are_measured_as_far_as_patience_goes(quick, monkeypatch, sequences, slower, of_these, how):
     monkeypatch.setattr(forecast, "products_a_second", lambda device: 1e9 / slower)
     config = settings(sequences)
-    seconds, words = forecast.step_seconds(config, torch.device("cpu"))
+    seconds, words = forecast.step_seconds(residence.make(config, torch.device("cpu")))
     assert how in words
     if of_these:
         (measured,) = quick
@@ -162,7 +162,7 @@ def test_steps_are_measured_as_far_as_patience_goes(quick, monkeypatch, sequence
 
 def test_a_measured_step_takes_its_time():
     begun = time.perf_counter()
-    seconds = forecast.measured(settings(8), torch.device("cpu"))
+    seconds = forecast.measured(residence.make(settings(8), torch.device("cpu")))
     assert 0 < seconds * forecast.REPEATS < time.perf_counter() - begun
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configs import PRESETS
+from hyperlm import residence
 from hyperlm.batch import next_tokens
 from hyperlm.config import Config, resolve
 from hyperlm.optim import new_schedule
@@ -45,7 +46,8 @@ CONFIGS["hybrid, as a toy"] = toy(replace(Config(), model=replace(Config().model
 def first_losses(config: Config, steps: int) -> list[float]:
     """On text that repeats itself, in fp32, after a warm-up of four steps."""
     config = resolve(replace(config, optim=replace(config.optim, state="fp32"), train=replace(config.train, residence="device")))
-    state, step = init_state(config, CPU), make_step(config, new_schedule(config.optim, 8), CPU)
+    at = residence.make(config, CPU)
+    state, step = init_state(at), make_step(at, new_schedule(config.optim, 8))
     shape, losses = (config.train.grad_accum, config.train.batch_size, config.data.seq_len + 1), []
     for seed in range(steps):
         words = torch.randint(config.model.vocab_size, (17,), generator=torch.Generator().manual_seed(seed))

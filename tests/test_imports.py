@@ -14,11 +14,11 @@ MODULES = {
 
 # From the bottom to the top: a module may import those of its own room and of rooms below. A package stands for all that is in it.
 ROOMS = [
-    "batch config declare env errors cuda_graph files geometry random startup tree",  # words that all others use
+    "batch config declare env errors files geometry cuda_graph random startup tree",  # words that all others use
     "kernels precision stages state loss optim",  # operations, and what learns by them
     "mixers model",  # the decoder
     "runs tokenizer encoder data",  # text
-    "plan residence step flops",  # a step, and where it happens
+    "memory residence step flops",  # a step, and where it happens
     "checkpoint trained sample",  # what is kept, and what it writes
     "evals log passkey health",  # what is told of a run
     "cli launch conversation terminal session finetune doctor forecast api hyperlm command __main__",  # what people use
@@ -83,3 +83,17 @@ def test_imports_never_run_in_circles():
 def test_a_package_is_imported_by_one_module_alone(package, module):
     importers = {name for name, path in MODULES.items() if any(package in part.split(".") for _, part in imports(path))}
     assert importers and {name for name in importers if name != module and not name.startswith(f"{module}.")} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hyperlm/residence").rglob("*.py")), ids=lambda path: path.stem)
+def test_where_memory_and_order_are_decided_every_file_and_function_can_be_read_at_once(path):
+    text = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert len(text.splitlines()) <= 250
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+    assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Nonlocal)]
+
+
+def test_nothing_outside_knows_which_residence_runs():
+    outside = [path for name, path in MODULES.items() if not name.startswith(("hyperlm.residence", "hyperlm.config", "configs"))]
+    assert not [path.name for path in outside if '"host"' in path.read_text()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperlm import cli, model
+from hyperlm import cli, model, residence
 from hyperlm.bench import answering, recall, synthetic
 from hyperlm.bench.answering import Job, Outcome, Score, answers, logits_of, scores, state_bytes
 from hyperlm.bench.recall import Sizes, config_of, tasks
@@ -162,7 +162,8 @@ def test_a_reader_is_always_right_and_an_untrained_model_never_beyond_chance(dra
     assert groups.tolist() == made.group[made.batch.targets != IGNORE].tolist()
 
     config = config_of(tasks(TINY)[0], "phase8", 32, 1e-2, 0, TINY)
-    right, _, _ = answers(logits_of(weights(config, init_state(config, CPU), CPU), config, CPU), made, 256)
+    at = residence.make(config, CPU)
+    right, _, _ = answers(logits_of(weights(at, init_state(at)), config, CPU), made, 256)
     chance = recall.CHANCE.get(next(name for name, own in READERS.items() if own[2] is read), 1 / setting.size)
     assert right.float().mean() < chance + 4 * (chance / len(right)) ** 0.5
 

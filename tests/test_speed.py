@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from hyperlm import env, kernels, plan
+from hyperlm import env, kernels
 from hyperlm.bench import arms, checks, decode, figures, memory, speed
 from hyperlm.bench import kernels as kernel_suites
 from hyperlm.bench.result import Result, Row
 from hyperlm.bench.speed import Timing, exponent
 from hyperlm.config import Config, ConfigError, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from hyperlm.memory import parameters
 
 CPU = torch.device("cpu")
 TINIEST = Config(
@@ -162,7 +163,9 @@ def test_forward_is_up_to_the_loss_and_before_there_are_moments(residence, monke
 
 def test_a_kind_that_fails_is_a_row_that_says_why_and_the_next_is_measured(monkeypatch):
     init_state = speed.init_state
-    monkeypatch.setattr(speed, "init_state", lambda config, *rest: (fails if config.model.kind == "softmax" else init_state)(config, *rest))
+    monkeypatch.setattr(
+        speed, "init_state", lambda residence: (fails if residence.config.model.kind == "softmax" else init_state)(residence)
+    )
     found = tables(speed.run(["softmax", "phase8"], TINIEST, CPU, [16, 32], 32, 0.0))["speed"]
     assert found[0] == {"model": "softmax", "length": 16, "failed": "KernelError: no such kernel"}
     assert [(row["model"], row["length"]) for row in found[1:]] == [("phase8", 16), ("phase8", 32)]
@@ -229,7 +232,7 @@ def test_a_kind_that_cannot_decode_is_a_row_that_says_why(monkeypatch):
 def test_memory_is_measured_of_a_residence(residence, state):
     found = tables(memory.run(["phase8", "hybrid"], of_residence(residence, state), CPU, 0.0))
     for row, kind in zip(found["memory"], ("phase8", "hybrid"), strict=True):
-        assert row["model"] == kind and row["parameters"] == sum(plan.parameters(arms.of_kind(TINIEST, kind)).values())
+        assert row["model"] == kind and row["parameters"] == sum(parameters(arms.of_kind(TINIEST, kind)).values())
         assert row["step"] == "4 x 16" and row["host GiB"] > row["planned GiB"] > 0 and ("GB/s in" in row) == (residence == "host")
         each = [call["seconds"] for call in found["calls"] if call["model"] == kind]
         assert row["tok/s"] == 64 / np.median(each) and row["± %"] == Timing(each).spread
@@ -237,7 +240,9 @@ def test_memory_is_measured_of_a_residence(residence, state):
 
 def test_a_kind_that_cannot_be_trained_is_a_row_that_says_why(monkeypatch):
     make_step = memory.make_step
-    monkeypatch.setattr(memory, "make_step", lambda config, *rest: (fails if config.model.exact_every else make_step)(config, *rest))
+    monkeypatch.setattr(
+        memory, "make_step", lambda residence, *rest: (fails if residence.config.model.exact_every else make_step)(residence, *rest)
+    )
     found = tables(memory.run(["hybrid", "phase8"], TINIEST, CPU, 0.0))["memory"]
     assert found[0] == {"model": "hybrid", "failed": "KernelError: no such kernel"} and found[1]["tok/s"] > 0
 

@@ -4,23 +4,25 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import CASES, TINY, generator, normal
 
-from hyperlm import model, tree
+from hyperlm import model, residence, tree
 from hyperlm.batch import Batch, next_tokens
 from hyperlm.config import Config, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.cuda_graph import cuda_graphed
-from hyperlm.env import allowed_memory
 from hyperlm.kernels.reference.optimizer import QUANT_BLOCK, UpdatePart, squared
 from hyperlm.loss import IGNORE
 from hyperlm.optim import new_schedule
-from hyperlm.plan import WORKSPACE, visiting, visits
-from hyperlm.residence import host, traffic
+from hyperlm.residence import Residence, host
+from hyperlm.residence.host import buffers
+from hyperlm.residence.host.policy import WIDE
+from hyperlm.residence.host.search import WORKSPACE
 from hyperlm.state import StaleState, State
-from hyperlm.step import init_state, make_settle, make_step, weights
+from hyperlm.step import init_state, make_flush, make_step, weights
 from hyperlm.tree import Tree
 
 CPU = torch.device("cpu")
@@ -39,12 +41,24 @@ def batch_of(*shape: int, seed: int = 0, vocabulary: int = 64) -> Batch:
     return next_tokens(tokens_of(*shape, seed=seed, vocabulary=vocabulary))
 
 
-def after(cfg: Config, batches: list[Batch]):
-    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
+def residing_in(cfg: Config, device: torch.device = CPU, **policy) -> Residence:
+    """The residence of a run, with some of what the host residence would decide decided here."""
+    chosen = residence.make(cfg, device)
+    return host.make(cfg, device, replace(chosen.plan, policy=replace(chosen.plan.policy, **policy))) if policy else chosen
+
+
+def run_of(cfg: Config, device: torch.device = CPU, **policy):
+    """The state of a run before its first step, its step, and what makes a pending update."""
+    chosen, schedule = residing_in(cfg, device, **policy), new_schedule(cfg.optim, 100)
+    return init_state(chosen), make_step(chosen, schedule), make_flush(chosen, schedule)
+
+
+def after(cfg: Config, batches: list[Batch], **policy):
+    state, step, flush = run_of(cfg, **policy)
     metrics = None
     for batch in batches:
         state, metrics = step(state, batch)
-    return make_settle(cfg, new_schedule(cfg.optim, 100), CPU)(state), metrics
+    return flush(state), metrics
 
 
 def test_loss_is_that_of_the_next_token(cfg):
@@ -80,11 +94,11 @@ RESIDENCES = (
 @pytest.fixture(params=RESIDENCES, ids="-".join)
 def residing(request) -> Callable[[ModelConfig], Config]:
     """Settings of a model in each residence, kind of state and scope of clipping, without decay: what has no gradient does not move."""
-    residence, state, scope = request.param
+    name, state, scope = request.param
 
     def of(cfg: ModelConfig) -> Config:
         settings = config(cfg, clip=1e3, weight_decay=0.0, state=state, clip_scope=scope)
-        return replace(settings, train=replace(settings.train, residence=residence))
+        return replace(settings, train=replace(settings.train, residence=name))
 
     return of
 
@@ -151,21 +165,20 @@ def test_a_step_without_a_learnt_token_is_finite_and_learns_nothing(residing):
     settings = residing(CASES["phase8"])
     state, metrics = after(settings, [masked(batch_of(2, 2, 17), (slice(None),))])
     assert (metrics["tokens"], metrics["loss"].item(), metrics["grad_norm"].item(), metrics["skipped"]) == (0, 0.0, 0.0, False)
-    assert same(state.params, init_state(settings, CPU).params)
+    assert same(state.params, init_state(residing_in(settings)).params)
 
 
-@pytest.mark.parametrize("residence", ["device", "host"])
-def test_a_non_finite_step_changes_no_parameter_and_is_counted(residence):
+@pytest.mark.parametrize("name", ["device", "host"])
+def test_a_non_finite_step_changes_no_parameter_and_is_counted(name):
     cfg = config()
-    cfg = replace(cfg, train=replace(cfg.train, residence=residence))
-    settle = make_settle(cfg, new_schedule(cfg.optim, 100), CPU)
-    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
+    cfg = replace(cfg, train=replace(cfg.train, residence=name))
+    state, step, flush = run_of(cfg)
     state, _ = step(state, batch_of(1, 2, 9))
-    state = settle(state)
+    state = flush(state)
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
     state.params["head"]["norm.weight"][0] = math.inf
     state, metrics = step(state, batch_of(1, 2, 9, seed=1))
-    state = settle(state)
+    state = flush(state)
     assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
     state.params["head"]["norm.weight"][0] = kept[0]["head"]["norm.weight"][0]
     for before, now in zip(kept, (state.params, state.opt_state), strict=True):
@@ -177,7 +190,7 @@ def test_a_non_finite_step_changes_no_parameter_and_is_counted(residence):
 def test_on_random_tokens_the_loss_stays_at_chance(cfg):
     """Fresh random tokens every step hold nothing to learn; a loss below ln V would mean that the model sees its targets."""
     cfg = config(cfg, lr=3e-3)
-    state, step, losses = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 60), CPU), []
+    (state, step, _), losses = run_of(cfg), []
     for i in range(60):
         state, metrics = step(state, batch_of(1, 8, 49, seed=i))
         losses.append(metrics["loss"].item())
@@ -188,7 +201,7 @@ def test_on_random_tokens_the_loss_stays_at_chance(cfg):
 def test_what_can_be_learned_is_learned(cfg):
     """Each token is three more than the last: what comes first is the same for all, and what follows costs nothing."""
     cfg = config(cfg, lr=5e-3)
-    state, step = init_state(cfg, CPU), make_step(cfg, new_schedule(cfg.optim, 120), CPU)
+    state, step, _ = run_of(cfg)
     for i in range(60):
         start = tokens_of(1, 8, 1, seed=i)
         state, metrics = step(state, next_tokens((start + 3 * torch.arange(25)) % 64))
@@ -210,72 +223,72 @@ def in_host(cfg: Config) -> Config:
     return replace(cfg, train=replace(cfg.train, residence="host"))
 
 
-def planned(kept: int, shared: bool = False, in_head: int = 0) -> Callable:
-    """A plan of everything that the host residence can do, for it to find."""
-    return lambda cfg, dtype, _: replace(
-        visiting(cfg, dtype, 1, min(kept, cfg.model.n_layers), shared, products=True), staying=2, in_head=in_head
-    )
+def with_all(cfg: ModelConfig, resident: int, aliases: bool = False, in_head: int = 0) -> dict[str, Any]:
+    """A policy of everything that the host residence can do."""
+    blocks = min(resident, cfg.n_layers)
+    return {"resident_blocks": blocks, "head_aliases_slots": aliases, "residuals": WIDE, "resident_gradients": 2, "in_head": in_head}
 
 
 @pytest.mark.parametrize(
-    ("case", "kept", "shared"),
+    ("case", "resident", "aliases"),
     [*((case, 1, False) for case in CASES), ("phase7", 0, True), ("hybrid-ssm", 0, False), ("hybrid-ssm", 99, True)],
 )
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_the_host_residence_gives_the_same_bits(case, scope, state, kept, shared, monkeypatch):
+def test_the_host_residence_gives_the_same_bits(case, scope, state, resident, aliases, monkeypatch):
     """Updates in pieces and left pending, inputs and products sent away and brought back, gradients that stay: nothing of it shows in a loss, a
     parameter or a moment; whichever targets are learnt."""
-    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
-    monkeypatch.setattr(host, "visits", planned(kept, shared, in_head=int(not shared)))
+    monkeypatch.setattr(buffers, "CHUNK", 1 << 12)
     cfg = config(
         replace(CASES[case], dropout=0.1, vocab_size=2048), clip=0.5, clip_scope=scope, state=state
     )  # a head that takes a block's gradient
     unlearnt = (slice(None), slice(None), 3), (0, 1, slice(5)), (2,)  # a place of each sequence, part of one, and a whole micro-batch
     batches = [
         masked(batch_of(3, 2, 17, seed=i), *unlearnt[: i % 4])
-        for i in range(20 if case == "hybrid-ssm" and kept == 1 and state == "fp32" else 4)
+        for i in range(20 if case == "hybrid-ssm" and resident == 1 and state == "fp32" else 4)
     ]
-    (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches)
+    policy = with_all(cfg.model, resident, aliases, in_head=int(not aliases))
+    (a, last), (b, last_again) = after(cfg, batches), after(in_host(cfg), batches, **policy)
     assert all(torch.equal(last[name], last_again[name]) for name in ("loss", "grad_norm"))
     assert same((a.params, a.opt_state), (b.params, b.opt_state))
 
 
-def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg, monkeypatch):
-    monkeypatch.setattr(host, "visits", lambda cfg, dtype, budget: visiting(cfg, dtype, 2, 0))
+def test_several_micro_batches_at_a_time_give_the_same_gradient(cfg):
     batch = masked(batch_of(4, 2, 17), (1,), (2, 0))
-    (a, first), (b, second) = after(config(cfg), [batch]), after(in_host(config(cfg)), [batch])
+    (a, first), (b, second) = after(config(cfg), [batch]), after(in_host(config(cfg)), [batch], group=2)
     assert first["loss"].item() == pytest.approx(second["loss"].item(), rel=1e-6)
     for x, y in zip(tree.leaves(a.opt_state["m"]), tree.leaves(b.opt_state["m"]), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-7)
 
 
-def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike(monkeypatch):
+CODED = {"quantised": True, "update": "speculative"}  # as on a GPU
+
+
+def test_gradients_that_go_home_in_8_bits_are_clipped_by_their_exact_norm_and_learn_alike():
     settings, batches = config(CASES["hybrid-ssm"], state="int8", clip=0.5), [batch_of(2, 2, 17, seed=i % 2) for i in range(20)]
     (a, first), (_, exact) = after(settings, batches), after(in_host(settings), batches[:1])
-    monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
-    (b, last), (_, coded) = after(in_host(settings), batches), after(in_host(settings), batches[:1])
+    (b, last), (_, coded) = after(in_host(settings), batches, **CODED), after(in_host(settings), batches[:1], **CODED)
     assert torch.equal(exact["grad_norm"], coded["grad_norm"])
     assert last["loss"].item() == pytest.approx(first["loss"].item(), rel=2e-2) and not same(a.params, b.params)
-    again, _ = after(in_host(settings), batches)
+    again, _ = after(in_host(settings), batches, **CODED)
     assert same((b.params, b.opt_state), (again.params, again.opt_state))
 
 
+def coded(ahead: bool) -> dict[str, Any]:
+    """Gradients go home in 8 bits; ahead: and weights move before the norm is known."""
+    return {"quantised": True, "update": "speculative" if ahead else "deferred"}
+
+
 @pytest.fixture
-def coded(monkeypatch) -> Callable[[bool], None]:
-    """Gradients go home in 8 bits, as on a GPU; called, it says whether weights move before the norm is known."""
-    monkeypatch.setattr(host, "goes_home_in_8_bits", lambda cfg, dtype: True)
-    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
-    return lambda ahead: monkeypatch.setattr(host, "moves_ahead", lambda cfg, dtype: ahead)
+def small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(buffers, "CHUNK", 1 << 12)
 
 
-def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, coded, monkeypatch):
+def test_weights_that_move_ahead_end_where_they_would_have_if_nothing_is_clipped(cfg, small_chunks):
     """And beside them products that are remembered, which otherwise are not; and gradients that stay, which otherwise do."""
-    monkeypatch.setattr(host, "visits", planned(1))
     settings, batches, ends = in_host(config(cfg, state="int8", clip=1e3)), [batch_of(2, 2, 17, seed=i) for i in range(5)], []
     for ahead in (False, True):
-        coded(ahead)
-        state, metrics = after(settings, batches)
+        state, metrics = after(settings, batches, **with_all(cfg, 1), **coded(ahead))
         ends.append((state.params, state.opt_state, metrics["loss"]))
     assert same(*ends)
 
@@ -291,7 +304,7 @@ def first_moments(state: State) -> list[torch.Tensor]:
     return [first(x) for x in tree.leaves(state.opt_state["moments"])]
 
 
-def test_weights_that_moved_too_far_are_corrected(coded):
+def test_weights_that_moved_too_far_are_corrected(small_chunks):
     """Clipped hard: uncorrected, first moments would be several times as large. What remains are roundings of bf16."""
     settings, batches, ends = (
         in_host(config(CASES["hybrid-ssm"], state="int8", clip=0.2)),
@@ -299,19 +312,14 @@ def test_weights_that_moved_too_far_are_corrected(coded):
         [],
     )
     for ahead in (False, True):
-        coded(ahead)
-        step, settle, state, losses = (
-            make_step(settings, new_schedule(settings.optim, 100), CPU),
-            make_settle(settings, new_schedule(settings.optim, 100), CPU),
-            init_state(settings, CPU),
-            [],
-        )
+        state, step, flush = run_of(settings, **coded(ahead))
+        losses = []
         for i, batch in enumerate(batches):
             state, metrics = step(replace(state, clipped=False), batch)  # as after a step that was not: so weights move ahead
-            assert state.clipped and state.pending.what == (UpdatePart.CORRECT if ahead else UpdatePart.FULL)
-            state = settle(state) if i % 5 == 4 else state
+            assert state.clipped and state.pending.part == (UpdatePart.CORRECT if ahead else UpdatePart.FULL)
+            state = flush(state) if i % 5 == 4 else state
             losses.append(metrics["loss"].item())
-        ends.append((losses, settle(state)))
+        ends.append((losses, flush(state)))
     (exact, a), (found, b) = ends
     assert found == pytest.approx(exact, rel=1e-2)
     for part, most in ((lambda state: tree.leaves(state.params), 0.005), (first_moments, 0.1)):  # over five seeds 0.002, and 0.041 to 0.050
@@ -319,26 +327,20 @@ def test_weights_that_moved_too_far_are_corrected(coded):
         assert float((x - y).norm() / x.norm()) < most
 
 
-def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
+def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(small_chunks):
     """The embedding's gradient alone has no finite norm, and it is found last: by then all other weights have moved."""
-    coded(True)
-    cfg = in_host(config(state="int8", clip=0.2))
-    step, settle, state = (
-        make_step(cfg, new_schedule(cfg.optim, 100), CPU),
-        make_settle(cfg, new_schedule(cfg.optim, 100), CPU),
-        init_state(cfg, CPU),
-    )
+    state, step, flush = run_of(in_host(config(state="int8", clip=0.2)), **coded(True))
     state, _ = step(state, batch_of(1, 2, 9))
-    state = settle(state)
+    state = flush(state)
     embed = state.params["embed"]
     embed["low"] *= 2.0**83  # the same function, but for the gradients
     embed["high"] *= 2.0**-83
     kept = tree.map(torch.clone, state.params), tree.map(torch.clone, state.opt_state)
     state, metrics = step(replace(state, clipped=False), batch_of(1, 2, 9, seed=1))
     assert metrics["skipped"] and (state.step, state.updates) == (2, 1)
-    assert state.pending.what == UpdatePart.ROLLBACK and state.pending.moved == (False, True, True, True)
+    assert state.pending.part == UpdatePart.ROLLBACK and state.pending.moved == (False, True, True, True)
     assert not same(kept[0]["blocks"], state.params["blocks"])
-    state = settle(state)
+    state = flush(state)
     assert same((kept[0]["embed"], kept[1]), (embed, state.opt_state))
     for x, y in zip(tree.leaves(kept[0]), tree.leaves(state.params), strict=True):
         # a weight near zero was rounded where an update, of the size of lr 1e-3, had taken it
@@ -349,22 +351,21 @@ def test_weights_that_moved_by_a_step_without_a_finite_norm_move_back(coded):
     assert not metrics["skipped"] and (state.step, state.updates) == (3, 2)
 
 
-def test_a_pending_update_is_lost_neither_by_settling_nor_by_going_on():
+def test_a_pending_update_is_lost_neither_by_a_flush_nor_by_going_on():
     cfg, batches = in_host(config()), [batch_of(2, 2, 17, seed=i) for i in range(4)]
-    settle, step = make_settle(cfg, new_schedule(cfg.optim, 100), CPU), make_step(cfg, new_schedule(cfg.optim, 100), CPU)
-    state = init_state(cfg, CPU)
+    state, step, flush = run_of(cfg)
     for batch in batches:
         state, _ = step(state, batch)
         assert state.pending is not None
-        state = settle(state)
+        state = flush(state)
         assert state.pending is None
     assert same(state.params, after(cfg, batches)[0].params)
 
 
 def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
-    settings = in_host(config(cfg))
-    state, tokens = init_state(settings, CPU), tokens_of(2, 9)
-    params = weights(settings, state, CPU)
+    chosen, tokens = residing_in(in_host(config(cfg))), tokens_of(2, 9)
+    state = init_state(chosen)
+    params = weights(chosen, state)
     for _ in range(2):
         assert torch.equal(model.apply(params, tokens, cfg), model.apply(state.params, tokens, cfg))
 
@@ -373,9 +374,8 @@ def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
 def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
     """Pass after pass without waiting for the device."""
     device = torch.device("cuda", 0)
-    settings, tokens = in_host(config(cfg)), tokens_of(64, 257).to(device)
-    state = init_state(settings, device)
-    params = weights(settings, state, device)
+    chosen, tokens = residing_in(in_host(config(cfg)), device), tokens_of(64, 257).to(device)
+    params = weights(chosen, init_state(chosen))
     with torch.no_grad():
         found = [model.apply(params, tokens, cfg) for _ in range(8)]
     at_hand = {"embed": params["embed"], "blocks": [tree.map(torch.clone, block) for block in params["blocks"]], "head": params["head"]}
@@ -383,7 +383,7 @@ def test_weights_that_visit_are_not_overwritten_while_they_are_used(cfg):
 
 
 def losses_on(device: torch.device, settings: Config) -> list[float]:
-    state, step, out = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 100), device), []
+    (state, step, _), out = run_of(settings, device), []
     for i in range(10):
         state, metrics = step(state, masked(batch_of(2, 4, 65, seed=i % 2), (1, slice(None), slice(20))))
         out.append(metrics["loss"].item())
@@ -397,7 +397,7 @@ def losses_on(device: torch.device, settings: Config) -> list[float]:
 )
 def test_a_gpu_step_in_bf16_follows_the_cpu_in_fp32(cfg, options, optim, monkeypatch):
     """Whatever else works at the same time: nothing is read before it is there, or overwritten while it is read."""
-    monkeypatch.setattr(traffic, "PIECE", 1 << 12)
+    monkeypatch.setattr(buffers, "CHUNK", 1 << 12)
     settings = config(cfg, **optim)
     on_gpu = losses_on(torch.device("cuda", 0), replace(settings, train=replace(settings.train, **options)))
     for found, truth in zip(on_gpu, losses_on(CPU, settings), strict=True):
@@ -411,12 +411,13 @@ def test_a_step_allocates_what_is_planned(optim, budget):
     cfg = ModelConfig(d_model=1024, n_layers=4, vocab_size=16384)
     train = TrainConfig(residence="host", batch_size=2, grad_accum=8, device_memory=budget)
     settings, device = Config(model=cfg, train=train, optim=OptimConfig(lr=1e-3, **optim)), torch.device("cuda", 0)
-    planned = visits(settings, torch.bfloat16, allowed_memory(device, budget))
+    chosen = residence.make(settings, device)
+    planned = chosen.plan
     assert (planned.group == 8) == (budget == 2)
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    state, step = init_state(settings, device), make_step(settings, new_schedule(settings.optim, 10), device)
+    state, step = init_state(chosen), make_step(chosen, new_schedule(settings.optim, 10))
     for i in range(4):
         state, _ = step(state, batch_of(8, 2, 513, seed=i, vocabulary=cfg.vocab_size))
         if i == 0:  # which takes all at once
@@ -436,7 +437,7 @@ def test_steps_allocate_at_the_same_addresses(optim):
     device = torch.device("cuda", 0)
     gc.collect()
     torch.cuda.empty_cache()  # blocks that other tests left would be taken first, and not by the same tensors at every step
-    state, step = init_state(cfg, device), make_step(cfg, new_schedule(cfg.optim, 10), device)
+    state, step, _ = run_of(cfg, device)
     found = []
     for i in range(5):
         if i > 1:  # after a first step, which takes what stays, and one after that, which is the first clipped one
@@ -461,28 +462,27 @@ def test_a_recorded_function_gives_what_it_gives_unrecorded():
         assert all(torch.equal(a, b) for a, b in zip(recorded(x, y), fn(x, y), strict=True))
 
 
-@pytest.mark.parametrize("residence", ["device", "host"])
-def test_a_state_that_was_consumed_cannot_be_used_again(residence):
+@pytest.mark.parametrize("name", ["device", "host"])
+def test_a_state_that_was_consumed_cannot_be_used_again(name):
     """Its tensors are those of the next one by now: a second step from it would be another step, without a word."""
     cfg = config()
-    cfg = replace(cfg, train=replace(cfg.train, residence=residence))
-    step, settle = make_step(cfg, new_schedule(cfg.optim, 10), CPU), make_settle(cfg, new_schedule(cfg.optim, 10), CPU)
-    first = init_state(cfg, CPU)
+    chosen, schedule = residing_in(replace(cfg, train=replace(cfg.train, residence=name))), new_schedule(cfg.optim, 10)
+    first, step, flush = init_state(chosen), make_step(chosen, schedule), make_flush(chosen, schedule)
     second, _ = step(first, batch_of(1, 2, 9))
     for reuse in (
         lambda: step(first, batch_of(1, 2, 9)),
         lambda: step(replace(first, step=7), batch_of(1, 2, 9)),
-        lambda: weights(cfg, first, CPU),
+        lambda: weights(chosen, first),
     ):
         with pytest.raises(StaleState, match="was consumed"):
             reuse()
-    if residence == "host":
+    if name == "host":
         with pytest.raises(StaleState, match="pending"):
-            weights(cfg, second, CPU)
-        third = settle(second)
-        for reuse in (lambda: settle(second), lambda: step(second, batch_of(1, 2, 9))):
+            weights(chosen, second)
+        third = flush(second)
+        for reuse in (lambda: flush(second), lambda: step(second, batch_of(1, 2, 9))):
             with pytest.raises(StaleState, match="was consumed"):
                 reuse()
         second = third
-    weights(cfg, second, CPU)
+    weights(chosen, second)
     step(second, batch_of(1, 2, 9))

@@ -23,7 +23,7 @@ from conftest import CASES, SMALLEST, TINY
 import bench
 import chat
 import train
-from hyperlm import checkpoint, cli, data, health, log, model, plan, runs, startup, tree
+from hyperlm import checkpoint, cli, data, health, log, model, residence, runs, startup, tree
 from hyperlm.config import Config
 from hyperlm.files import digest
 from hyperlm.state import State
@@ -197,7 +197,7 @@ def test_a_run_goes_on_in_another_residence(prose):
 def test_the_state_that_auto_took_is_stored_and_kept(prose, monkeypatch, capsys):
     """Where there is room for 8 bits alone; more of it later changes nothing."""
     config = train.parse([*SMALLEST, "--optim.state", "int8"]).config
-    room = plan.everything(config, torch.float32).device
+    room = residence.plan(config, torch.float32, 0).device
     with monkeypatch.context() as during:
         during.setattr("hyperlm.env.allowed_memory", lambda device, budget: room)
         assert start(prose, "a", "--train.steps", "2", "--train.device", "cpu") == 0

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperlm import env, model
+from hyperlm import residence as residences
 from hyperlm.batch import Batch
 from hyperlm.bench import checks
 from hyperlm.bench.decode import GROWING
@@ -82,12 +83,12 @@ def learnt(job: Job, device: torch.device) -> Logits:
     """The model of a job, trained."""
     config = job.config
     tokens = config.train.batch_size * config.data.seq_len
-    step = make_step(config, new_schedule(config.optim, config.train.steps), device)
-    state = init_state(config, device)
+    residence = residences.make(config, device)
+    step, state = make_step(residence, new_schedule(config.optim, config.train.steps)), init_state(residence)
     for number in env.progress(range(config.train.steps), f"{job.label}, {job.task.name}"):
         batch = at_step(job.task, config.train.seed, number, tokens).batch
         state, _ = step(state, Batch(batch.tokens[None], batch.targets[None]))
-    return logits_of(weights(config, state, device), config, device)
+    return logits_of(weights(residence, state), config, device)
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from hyperlm import env, plan
+from hyperlm import env, memory, residence
 from hyperlm.batch import next_tokens
 from hyperlm.bench.arms import of_kind
 from hyperlm.bench.pool import Failure, attempt
@@ -18,21 +18,21 @@ from hyperlm.step import init_state, make_step
 
 def measure(label: str, config: Config, device: torch.device, budget: float) -> tuple[Row, list[Row]]:
     """One model, in the residence that `config` names: its row, and one of each step."""
-    t, dtype = config.train, env.compute_dtype(device)
-    allowed = env.allowed_memory(device, t.device_memory)
-    planned = plan.visits(config, dtype, allowed) if t.residence == "host" else plan.everything(config, dtype)
+    t, allowed = config.train, env.allowed_memory(device, config.train.device_memory)
+    chosen = residence.make(config, device, allowed)
+    planned = chosen.plan
     row: Row = {
         "model": label,
-        "parameters": sum(plan.parameters(config).values()),
-        "residence": t.residence,
+        "parameters": sum(memory.parameters(config).values()),
+        "residence": planned.residence,
         "state": config.optim.state,
         "clipped by": config.optim.clip_scope if config.optim.clip else "nothing",
         "step": f"{t.grad_accum * t.batch_size} x {config.data.seq_len}",
-        "at a time": planned.group * t.batch_size if t.residence == "host" else t.batch_size,
+        "at a time": planned.group * t.batch_size,
     }
     if device.type == "cuda" and t.device_memory:
         env.limit_memory(device, allowed)
-    state, step, done = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device), 0
+    state, step, done = init_state(chosen), make_step(chosen, new_schedule(config.optim, 1000)), 0
     shape = t.grad_accum, t.batch_size, config.data.seq_len + 1
 
     def once() -> None:
@@ -52,8 +52,8 @@ def measure(label: str, config: Config, device: torch.device, budget: float) -> 
         row["process GiB"] = env.used_memory(device) / env.GIB
         row["retries"] = torch.cuda.memory_stats(device)["num_alloc_retries"]
     row["host GiB"] = env.peak_memory(torch.device("cpu")) / env.GIB
-    if t.residence == "host":
-        there, back = plan.traffic(config, dtype, planned, clipped=state.clipped)
+    if planned.host:
+        there, back = planned.bytes_moved[0 if state.clipped else 1]
         row["GB/s in"], row["GB/s home"] = there / took / 1e9, back / took / 1e9
     return row, [{"model": label, "call": i, "seconds": each} for i, each in enumerate(steps.each)]
 
@@ -61,11 +61,8 @@ def measure(label: str, config: Config, device: torch.device, budget: float) -> 
 def check(kinds: list[str], config: Config, device: torch.device) -> None:
     """Raises ConfigError where host memory cannot hold what the residence needs there."""
     for kind in kinds:
-        own, dtype = of_kind(config, kind), env.compute_dtype(device)
-        if config.train.residence == "host":
-            need = plan.visits(own, dtype, env.allowed_memory(device, config.train.device_memory)).host
-        else:
-            need = plan.everything(own, dtype).device if device.type == "cpu" else 0
+        planned = residence.make(of_kind(config, kind), device).plan
+        need = planned.host or (planned.device if device.type == "cpu" else 0)
         if need > (have := env.available_memory(torch.device("cpu"))):
             sizes = f"{need / env.GIB:,.1f} GiB of host memory, and {have / env.GIB:,.1f} are free"
             raise ConfigError(f"--suite memory: training {kind} needs {sizes}; lower the shape of the model, or --optim.state int8")

@@ -11,7 +11,7 @@ from statistics import mean
 
 import torch
 
-from hyperlm import data, env, plan
+from hyperlm import data, env, residence
 from hyperlm.bench import comparison, grid
 from hyperlm.bench.arms import KINDS, PEERS, of_kind
 from hyperlm.bench.grid import Trial, Trials
@@ -44,7 +44,7 @@ def check(
         if label not in (*KINDS, *PEERS):
             raise ConfigError(f"{label}: neither a kind nor a peer; choose from {', '.join((*KINDS, *PEERS))}")
         own, cpu = arm(config, label), torch.device("cpu")
-        if cpu in devices and (need := plan.everything(own, torch.float32).device) > (have := env.total_memory(cpu)):
+        if cpu in devices and (need := residence.on_device.plan(own, torch.float32, 0).device) > (have := env.total_memory(cpu)):
             sizes = f"{need / env.GIB:,.1f} GiB, and {have / env.GIB:,.1f} are there"
             raise ConfigError(f"--suite quality: training {label} needs {sizes}; lower the shape of the model, or --train.batch-size")
     data.batches(data.prepare(config), config)

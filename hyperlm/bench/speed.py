@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperlm import env, model, plan, tree
+from hyperlm import env, model, residence, tree
 from hyperlm.batch import next_tokens
 from hyperlm.bench import checks
 from hyperlm.bench.arms import of_kind
@@ -73,7 +73,8 @@ def of_length(config: Config, n: int, tokens: int) -> Config:
 
 def weights_alone(config: Config, device: torch.device) -> Tree:
     """Initial weights to compute with, where the residence has them, without moments."""
-    return weights(config, State(init_params(config, device), {}, step=0, updates=0, tokens=0, seed=0), device)
+    chosen = residence.make(config, device)
+    return weights(chosen, State(init_params(chosen), {}, step=0, updates=0, tokens=0, seed=0))
 
 
 def measure(label: str, config: Config, device: torch.device, budget: float) -> tuple[Row, list[Row]]:
@@ -100,7 +101,8 @@ def measure(label: str, config: Config, device: torch.device, budget: float) -> 
 
         note("forward", lambda: forward(params))
         params = None
-        state, step = init_state(config, device), make_step(config, new_schedule(config.optim, 1000), device)
+        chosen = residence.make(config, device)
+        state, step = init_state(chosen), make_step(chosen, new_schedule(config.optim, 1000))
 
         def train() -> None:
             nonlocal state
@@ -140,7 +142,7 @@ def check(kinds: list[str], config: Config, device: torch.device, lengths: list[
     for kind in kinds if device.type == "cpu" else ():
         for n in lengths:
             own = of_length(of_kind(config, kind), n, tokens)
-            need, have = plan.everything(own, torch.float32).device, env.total_memory(device)
+            need, have = residence.on_device.plan(own, torch.float32, 0).device, env.total_memory(device)
             if need > have:
                 most = f"{need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}"
                 raise ConfigError(f"--lengths {n}: a step of {kind} needs {most}; lower --lengths, --tokens or the shape of the model")
@@ -197,7 +199,7 @@ def run(kinds: list[str], config: Config, device: torch.device, lengths: list[in
                 rows.append(row)
                 calls += each
                 grown, notes = growth(rows)
-                if config.train.residence == "host":
+                if residence.make(config, device).plan.host:
                     notes.append("forward: weights come from host memory as they are used, as in an evaluation")
                 tables = [
                     Table("speed", list(rows), caption, digits=3),

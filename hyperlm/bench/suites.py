@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 
-from hyperlm import cli, data, env, plan, runs, startup
+from hyperlm import cli, data, env, residence, runs, startup
 from hyperlm.bench import (
     arms,
     decode,
@@ -102,20 +102,22 @@ def settings(command: Command) -> Config:
     return resolve(Config(**{name: getattr(command, name) for name in ("kernels", "model", "data", "train", "optim", "eval")}))
 
 
-def shape(bench: Bench, command: Command, residence: Literal["device", "host"] = "device") -> Config:
-    """The model to measure, but for its kind; `residence` where the command leaves it open, and the optimizer's state decided as for a run.
+def shape(bench: Bench, command: Command, *, frugal: bool = False) -> Config:
+    """The model to measure, but for its kind. Where the command leaves the residence open, the fastest or, if `frugal`, that which takes least of a
+    device; and the optimizer's state decided as for a run.
 
     Raises:
         ConfigError: if a kind can have no such model.
     """
     config = settings(command)
     if config.train.residence == "auto":
-        config = replace(config, train=replace(config.train, residence=residence))
+        name = [*residence.RESIDENCES][-1 if frugal else 0]
+        config = replace(config, train=replace(config.train, residence=name))
     for kind in bench.kinds:
         arms.of_kind(config, kind)
     device = bench.device
     memory = env.allowed_memory(device, config.train.device_memory), env.available_memory(torch.device("cpu"))
-    return plan.decided(config, env.compute_dtype(device), *memory, gpu=device.type == "cuda")
+    return residence.decide(config, env.compute_dtype(device), *memory, gpu=device.type == "cuda")
 
 
 Measuring = Iterator[Result]
@@ -136,7 +138,7 @@ def decode_suite(bench: Bench, command: Command) -> Measuring:
 
 
 def memory_suite(bench: Bench, command: Command) -> Measuring:
-    config = shape(bench, command, "host")
+    config = shape(bench, command, frugal=True)
     memory.check(bench.kinds, config, bench.device)
     return memory.run(bench.kinds, config, bench.device)
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperlm import checkpoint, data, env, evals, plan, runs
+from hyperlm import checkpoint, data, env, evals, memory, runs
+from hyperlm import residence as residences
 from hyperlm.batch import Batch
 from hyperlm.bench.arms import PEERS
 from hyperlm.bench.peers import gpt
@@ -20,7 +21,7 @@ from hyperlm.config import Config
 from hyperlm.files import file_digest
 from hyperlm.loss import IGNORE
 from hyperlm.optim import Schedule, new_schedule
-from hyperlm.step import init_state, make_settle, make_step, weights
+from hyperlm.step import init_state, make_flush, make_step, weights
 
 EVALUATIONS = 10  # on the way
 BAD_STEPS = 5  # without a finite gradient, in a row, after which a model has diverged
@@ -126,7 +127,8 @@ def wait(device: torch.device) -> None:
 def own(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:
     """A model of hyperlm: what train.py makes of the same configuration."""
     config = job.config
-    state, step, settle = init_state(config, device), make_step(config, schedule, device), make_settle(config, schedule, device)
+    residence = residences.make(config, device)
+    state, step, flush = init_state(residence), make_step(residence, schedule), make_flush(residence, schedule)
 
     def learn(batch: Batch) -> tuple[Tensor, bool]:
         nonlocal state
@@ -135,8 +137,8 @@ def own(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device)
 
     def evaluate() -> dict[str, float]:
         nonlocal state
-        state = settle(state)
-        return evals.evaluate(weights(config, state, device), corpus, config, device)
+        state = flush(state)
+        return evals.evaluate(weights(residence, state), corpus, config, device)
 
     def save(run: Path, val_loss: float) -> None:
         shutil.rmtree(run, ignore_errors=True)
@@ -144,9 +146,9 @@ def own(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device)
         runs.describe(run, config, corpus.tokenizer, corpus.chat, env.describe(device))
         facts = checkpoint.Facts(config, schedule, corpus.fingerprint, file_digest(run / "tokenizer.json"), corpus.chat)
         with checkpoint.writing(run, 1) as writer:
-            checkpoint.save(writer, state, facts, val_loss, None, in_place=config.train.residence == "host")
+            checkpoint.save(writer, state, facts, val_loss, None, in_place=residence.plan.host > 0)
 
-    return Learner(sum(plan.parameters(config).values()), learn, evaluate, save)
+    return Learner(sum(memory.parameters(config).values()), learn, evaluate, save)
 
 
 def peer(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:

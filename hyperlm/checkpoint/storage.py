@@ -37,7 +37,7 @@ from hyperlm.config import Config
 from hyperlm.env import readable
 from hyperlm.optim import stored
 from hyperlm.stages import from_stages, names, stages
-from hyperlm.state import State, require_settled
+from hyperlm.state import State, require_flushed
 from hyperlm.tree import Tree
 
 # Failures reach us as exceptions; the threads and tasks that meet them need not print them as well.
@@ -126,7 +126,7 @@ def close(writer: Writer) -> None:
 class Settled(np.ndarray):
     """An array that nobody writes to while it is saved: the storage layer, which copies every array to be sure, need not."""
 
-    def __deepcopy__(self, memo: dict) -> "Settled":
+    def __deepcopy__(self, memo: dict | None) -> "Settled":
         return self
 
 
@@ -156,7 +156,7 @@ def save(writer: Writer, state: State, facts: Facts, val_loss: float | None, los
         CheckpointError: if this or the previous save failed.
         StaleState: if `state` was consumed, or has an update pending.
     """
-    require_settled(state)
+    require_flushed(state)
     finish(writer)  # before copying: never two copies of the state in host memory
     trees = {name: tree.map(lambda x: to_numpy(x, not in_place), t) for name, t in (("params", state.params), ("opt", state.opt_state))}
     checksums = {name: tree.by_path(tree.map(checksum, t)) for name, t in trees.items()}

@@ -112,7 +112,9 @@ class Choice(NamedTuple):
 
     @property
     def fn(self) -> Callable:
-        return OPS[self.op].backend(self.backend)
+        fn = OPS[self.op].backend(self.backend)
+        assert fn is not None  # or it would not have been chosen
+        return fn
 
 
 def unusable(op: str, backend: str, device: torch.device, head_dim: int = 64, dtype: torch.dtype = torch.float32) -> str:

@@ -26,6 +26,13 @@ GATE = 4  # what the key of a layer's dropout is to add for its gate, after the 
 LayerCache = dict[str, Tensor]
 
 
+class Residuals(NamedTuple):
+    """What a pass without gradients leaves for the pass that repeats it with them, as policies of `jax.checkpoint` do it by name."""
+
+    names: frozenset[str]  # of what is worth keeping; the rest is computed again
+    values: dict[str, Tensor]  # filled by the first pass, taken by the second
+
+
 class Context(NamedTuple):
     """What all layers of one pass have in common."""
 
@@ -36,30 +43,28 @@ class Context(NamedTuple):
     position: int  # how many positions the cache already holds
     key: Tensor | None = None  # int64 scalar that dropout is a function of; None outside training
     gauges: list[dict[str, Tensor]] | None = None  # filled with each layer's radii if a list
-    unread: bool = False  # whether of what a block returns gradients alone are wanted
-    products: list[Tensor] | None = None  # see `remembered`
-    narrow: bool = False  # whether those of them alone that are narrower than the stream
-    values: Tensor | None = None  # of a block's input, where that is hollow: see `reference.add_norm`
+    residuals: Residuals | None = None  # of the block at hand, where it is run twice
 
 
-def remembered(ctx: Context, find: Callable[..., Tensor], *args: Tensor, narrow: bool = True) -> Tensor:
-    """find(*args). Where the context has a list of products, a pass without gradients adds to it what it finds, and the pass that repeats it with
-    gradients takes that from the list, in the same order: find(*args, known) need not find it again. narrow: whether it is narrower than the stream."""
-    if ctx.products is None or (ctx.narrow and not narrow):
-        return find(*args)
-    if torch.is_grad_enabled():
-        return find(*args, ctx.products.pop(0))
-    ctx.products.append(find(*args))
-    return ctx.products[-1]
+def save_residual(ctx: Context, name: str, fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """fn(*args), kept under `name` where the context wants that; and where it is known already, fn(*args, known), which has its gradient without computing it."""
+    if ctx.residuals is None:
+        return fn(*args)
+    if name in ctx.residuals.values:
+        return fn(*args, ctx.residuals.values.pop(name))
+    y = fn(*args)
+    if name in ctx.residuals.names:
+        ctx.residuals.values[name] = y
+    return y
 
 
-def product(x: Tensor, weight: Tensor, y: Tensor | None = None) -> Tensor:
-    """x weight^T, (..., C) by (D, C) -> (..., D): y, if it is known."""
-    return F.linear(x, weight) if y is None else Known.apply(x, weight, y)
+def linear(x: Tensor, weight: Tensor, known: Tensor | None = None) -> Tensor:
+    """x weight^T, (..., C) by (D, C) -> (..., D): `known`, if it is."""
+    return F.linear(x, weight) if known is None else KnownLinear.apply(x, weight, known)
 
 
-class Known(Function):
-    """A product that was found before."""
+class KnownLinear(Function):
+    """A product that was computed before."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def init_cache(cfg: ModelConfig, batch: int, **options: Any) -> LayerCache:
+    def init_cache(cfg: ModelConfig, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> LayerCache:
         """The core's part of an empty cache."""
         raise NotImplementedError
 
@@ -193,4 +198,4 @@ class Mixer(nn.Module):
         """What the core found, o (B, H, N, K), by norm, gate and output projection, (B, N, D). The gated values are what dropout does most for: on
         tinyshakespeare (d 384, 12 layers, rate 0.3, hybrid, one seed) the best validation loss is 1.444 nats a byte with them and 1.481 without."""
         norm = self.norm / (1 - self.rate) if self.drops(ctx) else self.norm
-        return remembered(ctx, ctx.ops["readout"], o, norm, gate, self.out, narrow=False)
+        return save_residual(ctx, "mixer", ctx.ops["readout"], o, norm, gate, self.out)

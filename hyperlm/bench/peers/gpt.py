@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperlm import plan
+from hyperlm import memory
 from hyperlm.batch import Batch
 from hyperlm.config import Config
 from hyperlm.env import compute_dtype
@@ -47,7 +47,7 @@ def shape(config: Config) -> Shape:
     twin = replace(config, model=replace(m, kind="softmax", exact_every=0))
     none = Shape(m.d_model, 0, m.n_heads, m.vocab_size, config.data.seq_len, m.dropout)
     a_layer = replace(none, layers=1).parameters - none.parameters
-    return replace(none, layers=max(1, round((sum(plan.parameters(twin).values()) - none.parameters) / a_layer)))
+    return replace(none, layers=max(1, round((sum(memory.parameters(twin).values()) - none.parameters) / a_layer)))
 
 
 class Block(nn.Module):

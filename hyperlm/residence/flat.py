@@ -1,4 +1,4 @@
-"""Slabs: a stage's tensors in one piece of memory, so that one copy moves all of them."""
+"""Flat buffers: a stage's tensors in one piece of memory, so that one copy moves all of them."""
 
 import mmap
 import weakref
@@ -10,7 +10,7 @@ from torch import Tensor
 from hyperlm import tree
 from hyperlm.tree import Tree
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 ALIGNMENT = 512  # bytes; every leaf starts at a multiple
 
 
@@ -19,7 +19,7 @@ def padded(size: int, unit: int = ALIGNMENT) -> int:
 
 
 def size(stage: Tree) -> int:
-    """Bytes of a slab of these leaves: tensors, on any device."""
+    """Bytes of a flat buffer of these leaves: tensors, on any device."""
     return sum(padded(leaf.nbytes) for leaf in tree.leaves(stage))
 
 
@@ -54,16 +54,21 @@ def views(memory: Tensor, stage: Tree) -> Tree:
     return tree.unflatten(found, stage)
 
 
-def packed(stage: Tree, device: torch.device = CPU, *, pin: bool = False, dtype: torch.dtype | None = None) -> Tree:
-    """A copy of `stage` in one slab; its leaves in `dtype`, if given."""
+def empty(stage: Tree, device: torch.device = CPU, *, pin: bool = False) -> Tree:
+    """Tensors like those of `stage` in one flat buffer, yet to be written."""
+    return views(allocate(size(stage), device, pin=pin), stage)
+
+
+def flatten(stage: Tree, device: torch.device = CPU, *, pin: bool = False, dtype: torch.dtype | None = None) -> Tree:
+    """A copy of `stage` in one flat buffer; its leaves in `dtype`, if given."""
     like = tree.map(lambda leaf: torch.empty(leaf.shape, dtype=dtype or leaf.dtype, device="meta"), stage)
-    copy = views(allocate(size(like), device, pin=pin), like)
+    copy = empty(like, device, pin=pin)
     for to, leaf in zip(tree.leaves(copy), tree.leaves(stage), strict=True):
         to.copy_(leaf)
     return copy
 
 
-def slab(stage: Tree) -> Tensor:
-    """The memory that a packed stage lies in, (size,) uint8."""
+def buffer(stage: Tree) -> Tensor:
+    """The memory that a flat stage lies in, (size,) uint8."""
     storage = tree.leaves(stage)[0].untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))

@@ -1,0 +1,70 @@
+"""What every residence is, and what it promises."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperlm.batch import Batch
+from hyperlm.config import Config
+from hyperlm.optim import Schedule
+from hyperlm.state import State
+from hyperlm.tree import Tree
+
+Name = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a run needs, by what they are for, and what a residence decided of it. Made once for a run, printed, and executed."""
+
+    residence: Name
+    weights: int  # this and the next three on the device
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int
+    group: int = 1  # micro-batches at a time
+    eval_micro_batches: int = 1  # that evaluation takes at a time
+    words: str = ""  # what stays where, for people
+    bytes_moved: tuple[tuple[int, int], tuple[int, int]] = (
+        (0, 0),
+        (0, 0),
+    )  # of a step to the device, and home: after one that was clipped, or not
+    policy: Any = None  # what the residence itself decided
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class PlanError(ValueError):
+    """What is executed is not what was planned."""
+
+
+class Result(NamedTuple):
+    """What a step found."""
+
+    nats: Tensor  # summed over all targets that are learnt
+    norm: Tensor  # of the gradient of nats / count, before clipping
+    finite: bool  # whether both are; if not, nothing was learnt
+
+
+# (state, batch (A, B, N), the micro-batches' dropout keys (A), learnt targets in all of them (at least 1)) -> the state with its parameters learned
+# (or, if the result is not finite, as they were). The state is consumed: its tensors are updated in place, now or when they are next used.
+Advance = Callable[[State, Batch, Sequence[Tensor], int], tuple[State, Result]]
+
+
+class Residence(NamedTuple):
+    """Where parameters and optimizer state live, and how a step reaches them: all that anything outside knows of it."""
+
+    config: Config
+    device: torch.device  # that computes
+    home: torch.device  # where stages are made, before they are stored
+    plan: Plan
+    store: Callable[[Tree], Tree]  # a stage of tensors -> as it lives here
+    weights: Callable[[Tree], Tree]  # parameters -> what `model.hidden` and its like compute with
+    advance: Callable[[Schedule], Advance]  # the step of a run whose learning rate follows the schedule
+    flush: Callable[[Schedule], Callable[[State], State]]  # what is pending of an update is made
