@@ -99,7 +99,7 @@ def test_targets_are_what_a_plain_reader_answers_and_nothing_else(draw, setting,
 @pytest.mark.parametrize(("draw", "setting", "read"), READERS.values(), ids=READERS)
 def test_a_batch_is_a_function_of_seed_and_step(draw, setting, read):
     def at(seed: int, step: int) -> Tensor:
-        synthetic.together.cache_clear()  # and not of what was asked for before
+        synthetic.block_of_batches.cache_clear()  # and not of what was asked for before
         return synthetic.at_step(Task("", draw, SMALLEST, (setting,), ()), seed, step, 3 * setting.length).batch.tokens
 
     first = at(0, 0)

@@ -56,9 +56,9 @@ def answers(logits: Logits, sample: Sample, tokens: int) -> tuple[Tensor, Tensor
     for start in range(0, len(sample.group), size):
         part = sample[start : start + size]
         where = part.batch.targets != IGNORE
-        found, wanted = logits(part.batch.tokens, where).float(), part.batch.targets[where]
-        right.append(found.argmax(-1).cpu() == wanted)
-        nats.append(F.cross_entropy(found, wanted.to(found.device), reduction="none").cpu())
+        predicted, wanted = logits(part.batch.tokens, where).float(), part.batch.targets[where]
+        right.append(predicted.argmax(-1).cpu() == wanted)
+        nats.append(F.cross_entropy(predicted, wanted.to(predicted.device), reduction="none").cpu())
         groups.append(part.group[where])
     return torch.cat(right), torch.cat(nats), torch.cat(groups)
 
@@ -106,11 +106,11 @@ def measure(job: Job, device: torch.device) -> Outcome:
     checked(job.config.model, job.config.kernels, device)
     logits, tokens = learnt(job, device), job.config.train.batch_size * job.config.data.seq_len
 
-    def found(stream: int, setting: Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def answers_on(stream: int, setting: Setting, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return answers(logits, job.task.draw((0, stream), count, setting, job.task.vocabulary), tokens)
 
-    nats = mean(float(found(VALIDATION, setting, max(1, job.test // 4))[1].mean()) for setting in set(job.task.learnt))
-    tests = {setting: found(TEST, setting, job.test) for setting in job.task.tested}
+    nats = mean(float(answers_on(VALIDATION, setting, max(1, job.test // 4))[1].mean()) for setting in set(job.task.learnt))
+    tests = {setting: answers_on(TEST, setting, job.test) for setting in job.task.tested}
     return Outcome(nats, {setting: scores(right, groups) for setting, (right, _, groups) in tests.items()})
 
 

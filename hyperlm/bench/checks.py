@@ -23,8 +23,8 @@ CUTS = (1, 2, 63, 64, 65, 200)  # positions from which on tokens change; at the 
 VOCABULARY = 4096  # at most: embedding and head of a large model are not what is checked
 # Of nats before a cut, in what computes in bf16 with work that is split by what comes later; fp32 on a CPU is exact.
 ROUNDED = 5e-3
-# The same with trained weights: 0.07 was seen of phase8 and hybrid on an H200, as much as their nats in bf16 are off those in fp32; decays of a chunk's
-# last tokens scale its products before they are rounded. That code looks back only is found with initial weights.
+# The same with trained weights: 0.07 was seen of phase8 and hybrid on an H200, as much as their nats in bf16 are off those in fp32; decays
+# of a chunk's last tokens scale its products before they are rounded. That code looks back only is found with initial weights.
 TRAINED = 0.2
 # Relative error of a gradient that is let pass; or, where torch in the same dtype is as far from fp32, TIMES its own. Gradients of matrices
 # are compared one by one; those of vectors, too few numbers to tell rounding from mistakes, together.
@@ -59,11 +59,11 @@ def causal(
     tokens = random_tokens(vocabulary, (1, length), 1, device).repeat(1 + len(cuts), 1)
     for row, n in enumerate(cuts, 1):  # another token at each place: never the same one
         tokens[row, n:] = (tokens[row, n:] + 1 + random_tokens(vocabulary - 1, (length - n,), 1 + row, device)) % vocabulary
-    found = nats(tokens, random_tokens(vocabulary, (1, length), 0, device).expand_as(tokens).contiguous()).double()
-    if not torch.isfinite(found).all():
+    losses = nats(tokens, random_tokens(vocabulary, (1, length), 0, device).expand_as(tokens).contiguous()).double()
+    if not torch.isfinite(losses).all():
         raise CheckFailed("its nats are not finite")
     for row, n in enumerate(cuts, 1):
-        most = float((found[row, :n] - found[0, :n]).abs().max())
+        most = float((losses[row, :n] - losses[0, :n]).abs().max())
         if most > (0 if device.type == "cpu" else rounded):
             raise CheckFailed(f"it is not causal: tokens from position {n} on change nats before it by {most:.1e}")
 
@@ -88,11 +88,11 @@ def model(config: Config, device: torch.device) -> None:
         return
     truth, exact = gradient(params, cfg, "torch", torch.float32)
     _, plain = gradient(params, cfg, "torch", compute_dtype(device))
-    loss, found = gradient(params, cfg, config.kernels, compute_dtype(device))
+    loss, grads = gradient(params, cfg, config.kernels, compute_dtype(device))
     if not abs(loss - truth) <= 1e-2:
         raise CheckFailed(f"its kernels give a loss of {loss:.4f}, and their references in fp32 {truth:.4f}")
     for path, g in exact.items():
-        error, rounding = (float((other[path] - g).norm()) / max(float(g.norm()), TINY) for other in (found, plain))
+        error, rounding = (float((other[path] - g).norm()) / max(float(g.norm()), TINY) for other in (grads, plain))
         if not error <= max(GRADIENT, TIMES * rounding):
             raise CheckFailed(f"its kernels' gradient of {path} is off by {error:.1%}, and that of their references by {rounding:.1%}")
 

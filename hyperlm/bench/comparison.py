@@ -47,7 +47,7 @@ def difference(trials: Trials, first: str, second: str) -> Difference:
 
 def why_none(label: str, trials: Sequence[Trial]) -> Row:
     """The row of an arm that has no number at any rate."""
-    whys = [trial.found.why for trial in trials if isinstance(trial.found, Failure)]
+    whys = [trial.outcome.why for trial in trials if isinstance(trial.outcome, Failure)]
     return {"model": label, "failed": whys[0] if whys else "diverged at every rate"}
 
 
@@ -64,9 +64,9 @@ def common(outcomes: Sequence[Outcome]) -> Row:
 def rate_rows(trials: Trials) -> list[Row]:
     """A row for each training, with the three digits of its rate that a reader wants."""
     rows = []
-    for label, own in trials.items():
-        for trial in sorted(own, key=lambda trial: (trial.rate, trial.seed)):
-            x = trial.found
+    for label, of_arm in trials.items():
+        for trial in sorted(of_arm, key=lambda trial: (trial.rate, trial.seed)):
+            x = trial.outcome
             known = {"failed": x.why} if isinstance(x, Failure) else {"loss": x.val["val_loss"], "tok/s": x.tokens_per_second}
             rows.append({"model": label, "rate": float(f"{trial.rate:.3g}"), "seed": trial.seed, **known})
     return rows
@@ -76,10 +76,10 @@ def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> 
     """A row for each point of all trainings; or of those at one rate of each arm."""
     return [
         {"model": label, "rate": trial.rate, "seed": trial.seed} | vars(point)
-        for label, own in trials.items()
-        for trial in own
-        if isinstance(trial.found, Outcome) and (at is None or trial.rate == at[label])
-        for point in trial.found.curve
+        for label, of_arm in trials.items()
+        for trial in of_arm
+        if isinstance(trial.outcome, Outcome) and (at is None or trial.rate == at[label])
+        for point in trial.outcome.curve
     ]
 
 
@@ -88,19 +88,19 @@ def curve_rows(trials: Trials, at: Mapping[str, float | None] | None = None) -> 
 
 def notes(trials: Trials, seed: int) -> list[str]:
     """How rates were chosen, `seed` being the first, how far that can be trusted, and what is in no mean."""
-    told, single = [], True
-    for label, own in trials.items():
-        rate, tried = grid.best_rate(own), {trial.rate for trial in grid.of_seed(own, seed)}
+    lines, single = [], True
+    for label, of_arm in trials.items():
+        rate, tried = grid.best_rate(of_arm), {trial.rate for trial in grid.of_seed(of_arm, seed)}
         single &= len(tried) < 2
         if rate is not None and len(tried) > 1 and grid.beyond(rate, list(tried)):
-            told.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
-        for trial in own:
+            lines.append(f"{label}: its best rate, {rate:.3g}, is at the edge of those tried: another may be better still")
+        for trial in of_arm:
             if trial.loss == NO_LOSS:
-                why = trial.found.why if isinstance(trial.found, Failure) else "diverged"
-                told.append(f"{label}, rate {trial.rate:.3g}, seed {trial.seed}: {why}; it is in no mean")
+                why = trial.outcome.why if isinstance(trial.outcome, Failure) else "diverged"
+                lines.append(f"{label}, rate {trial.rate:.3g}, seed {trial.seed}: {why}; it is in no mean")
     if single:
-        return ["one learning rate alone was tried: another may suit some of them better", *told]
+        return ["one learning rate alone was tried: another may suit some of them better", *lines]
     chosen = f"learning rates: all were tried with seed {seed}"
-    if len({trial.seed for own in trials.values() for trial in own}) > 1:
+    if len({trial.seed for of_arm in trials.values() for trial in of_arm}) > 1:
         chosen += f", the best {grid.FINALISTS} with all seeds"
-    return [f"{chosen}; that of the lowest mean is told, which is a little lower for having been chosen", *told]
+    return [f"{chosen}; that of the lowest mean is told, which is a little lower for having been chosen", *lines]

@@ -61,13 +61,20 @@ def check(kinds: list[str], config: Config, device: torch.device, contexts: list
         need, have = sum(x.nbytes for layer in largest.layers for x in layer.values()), env.total_memory(device)
         if need > have:
             raise ConfigError(
-                f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}; lower it"
+                f"--lengths {max(contexts)}: a cache of {kind} needs {need / env.GIB:,.1f} GiB, "
+                f"and {device} has {have / env.GIB:,.1f}; lower it"
             )
 
 
 FIGURES: list[Figure] = [
-    Lines("decode_speed", "Decoding speed by context", "decode", "context", "tok/s", ("model", "batch"), x_label="context (tokens)", y_label="decoding (tokens/s)", log_x=True, log_y=True),
-    Lines("decode_cache", "Size of the cache by context", "decode", "context", "cache MiB", ("model", "batch"), x_label="context (tokens)", y_label="cache (MiB)", log_x=True, log_y=True),
+    Lines(
+        "decode_speed", "Decoding speed by context", "decode", "context", "tok/s", ("model", "batch"),
+        x_label="context (tokens)", y_label="decoding (tokens/s)", log_x=True, log_y=True,
+    ),
+    Lines(
+        "decode_cache", "Size of the cache by context", "decode", "context", "cache MiB", ("model", "batch"),
+        x_label="context (tokens)", y_label="cache (MiB)", log_x=True, log_y=True,
+    ),
 ]  # fmt: skip
 
 
@@ -82,16 +89,16 @@ def run(
     notes: list[str] = []
     with env.progress(total=len(kinds) * len(batches) * len(contexts), desc="decode") as bar:
         for kind in kinds:
-            own = of_kind(config, kind)
-            weights = cache(lambda own=own: compute_copy(model.init(own.model, 0, device=device), env.compute_dtype(device)))
-            count = tree.count(model.declaration(own.model))
+            variant = of_kind(config, kind)
+            weights = cache(lambda variant=variant: compute_copy(model.init(variant.model, 0, device=device), env.compute_dtype(device)))
+            count = tree.count(model.declaration(variant.model))
             notes.append(f"{kind}: {count:,} parameters; caches hold random numbers, as if the context had been read")
             points = list(product(batches, contexts))
             for done, (batch, context) in enumerate(points, 1):
-                wrong = attempt(checks.model, own, device) if done == 1 else None
-                found = wrong or attempt(partial(measure, kind, weights, batch=batch, context=context, budget=budget), own, device)
-                failed = isinstance(found, Failure)
-                row, each = ({"model": kind, "batch": batch, "context": context, "failed": found.why}, []) if failed else found
+                wrong = attempt(checks.model, variant, device) if done == 1 else None
+                outcome = wrong or attempt(partial(measure, kind, weights, batch=batch, context=context, budget=budget), variant, device)
+                failed = isinstance(outcome, Failure)
+                row, each = ({"model": kind, "batch": batch, "context": context, "failed": outcome.why}, []) if failed else outcome
                 rows.append(row)
                 calls += each
                 yield Result(

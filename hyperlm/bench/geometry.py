@@ -14,7 +14,7 @@ import torch
 from hyperlm import checkpoint, runs
 from hyperlm.bench import scoring
 from hyperlm.bench.pool import Failure, side_by_side
-from hyperlm.bench.radii import NO_RADII, SHIFTS, Found, Job, look_into
+from hyperlm.bench.radii import NO_RADII, SHIFTS, Job, Tables, look_into
 from hyperlm.bench.result import Bars, Disk, Figure, Heatmap, Lines, Result, Row, Table
 from hyperlm.config import ConfigError
 
@@ -40,8 +40,9 @@ DIGITS = {"radii": 3, "correlations": 2, "variance of scores": 2}
 EXPLAINED = {  # what a table means to the letter
     "correlations": (
         "frequency is that in the training text, depth that of brackets open before the token, in documents that have any; depth, partial: "
-        "without what ranks of frequency and position explain of either, linearly; intervals: bootstrap over the documents in which sequences begin; radii of the "
-        f"untrained model are random functions of its stream; shifted: largest |rho| of any head in {SHIFTS} shifts, in which what is alike over a document or a source stays so; norms of the "
+        "without what ranks of frequency and position explain of either, linearly; intervals: bootstrap over the documents in which "
+        "sequences begin; radii of the untrained model are random functions of its stream; shifted: largest |rho| of any head in "
+        f"{SHIFTS} shifts, in which what is alike over a document or a source stays so; norms of the "
         "twin's queries and keys are not seen by its scores"
     ),
     "variance of scores": (
@@ -66,15 +67,15 @@ def check(models: Mapping[str, Path], tokens: int) -> None:
         scoring.own_text(path, runs.read_config(path), checkpoint.latest(path))
 
 
-def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> Result:
+def result(models: Mapping[str, Path], measured: Mapping[str, Tables | Failure]) -> Result:
     """Tables, notes and figures of the runs measured so far, in the order in which they were named."""
     rows: dict[str, list[Row]] = {name: [] for name in (*CAPTIONS, *HIDDEN)}
     for label in models:
-        own = found.get(label)
-        if isinstance(own, Failure):
+        outcome = measured.get(label)
+        if isinstance(outcome, Failure):
             for name in CAPTIONS:
-                rows[name].append({"model": label, "failed": own.why})
-        for name, some in own.items() if isinstance(own, dict) else ():
+                rows[name].append({"model": label, "failed": outcome.why})
+        for name, some in outcome.items() if isinstance(outcome, dict) else ():
             rows[name] += [{"model": label} | row for row in some]
     rows["key correlations by layer"] = [row for row in rows["correlations by layer"] if row["of"].startswith("key")]
     shown = {row["model"]: row["in the disk"].split(" (")[0] for row in rows["text"] if "in the disk" in row}
@@ -91,7 +92,7 @@ def result(models: Mapping[str, Path], found: Mapping[str, Found | Failure]) -> 
 
 
 def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
-    found: list[Figure] = []
+    drawn: list[Figure] = []
     if rows["correlations by layer"]:
         before: dict[str, float] = {}
         for row in rows["correlations"]:
@@ -99,7 +100,7 @@ def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
                 before[row["with"]] = max(before.get(row["with"], 0.0), row["untrained |rho|"])
         title = "Spearman's |rho| of keys' radii (softmax: of their norms), mean over heads"
         title += "; before training at most " * bool(before) + ", ".join(f"{most:.2f} ({what})" for what, most in before.items())
-        found.append(
+        drawn.append(
             Heatmap(
                 "geometry_correlations", title, "key correlations by layer", "layer", "with", "mean |rho|",
                 y_label="keys' radii with", low=0,
@@ -110,7 +111,7 @@ def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
         for model in dict.fromkeys(row["model"] for row in rows["radii"] if row.get("mixer") == "phase8"):
             if exact := [str(row["layer"]) for row in rows["radii"] if row["model"] == model and row["mixer"] == "phase7"]:
                 title += f"; layers {', '.join(exact)} of {model} are of phase7"
-        found += [
+        drawn += [
             Lines(
                 "geometry_radii", title, "radii by head", "layer", "radius", ("model", "of"), over="head",
                 y_label="distance from the origin",
@@ -121,7 +122,7 @@ def figures(rows: Mapping[str, list[Row]]) -> list[Figure]:
             ),
             Disk("geometry_disk", "Keys of one head in the Poincaré disk", "disk", panels="panel"),
         ]  # fmt: skip
-    return found
+    return drawn
 
 
 def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[str]:
@@ -160,9 +161,10 @@ def notes_on(models: Mapping[str, Path], rows: Mapping[str, list[Row]]) -> list[
 
 def goes_with(what: str, rows: list[Row]) -> str:
     """How strongly keys go with something, of all models, beside those that were not trained."""
-    own = [row for row in rows if row.get("with") == what and row["of"].startswith("key")]
+    matching = [row for row in rows if row.get("with") == what and row["of"].startswith("key")]
     each = ", ".join(
-        f"{row['model']} {row['mean |rho|']:.2f} ({row['of'].removeprefix('key ')}; untrained {row['untrained |rho|']:.2f})" for row in own
+        f"{row['model']} {row['mean |rho|']:.2f} ({row['of'].removeprefix('key ')}; untrained {row['untrained |rho|']:.2f})"
+        for row in matching
     )
     return f"{what}, mean |rho| of keys over heads: {each}"
 
@@ -191,7 +193,7 @@ def run(
         models: label -> folder of a run, of any kind.
     """
     jobs = [Job(label, path, tokens, kernels) for label, path in models.items()]
-    found: dict[str, Found | Failure] = {}
+    measured: dict[str, Tables | Failure] = {}
     for job, of_run in side_by_side(look_into, jobs, devices, desc="geometry"):
-        found[job.label] = of_run
-        yield result(models, found)
+        measured[job.label] = of_run
+        yield result(models, measured)

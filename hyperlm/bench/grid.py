@@ -1,5 +1,6 @@
-"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then the FINALISTS of them
-with all seeds, of which the mean decides. One seed alone would choose what is lucky with it, such as a rate at which others nearly diverge."""
+"""The learning rate that suits each arm: all of a grid with one seed, on from there where the best is at an edge; then the FINALISTS of
+them with all seeds, of which the mean decides. One seed alone would choose what is lucky with it, such as a rate at which others nearly
+diverge."""
 
 import math
 import os
@@ -31,12 +32,12 @@ class Trial:
 
     rate: float
     seed: int
-    found: Outcome | Failure
+    outcome: Outcome | Failure
 
     @property
     def loss(self) -> float:
         """Validation loss at the end, nats a token; NO_LOSS where there is none."""
-        loss = NO_LOSS if isinstance(self.found, Failure) else self.found.val["val_loss"]
+        loss = NO_LOSS if isinstance(self.outcome, Failure) else self.outcome.val["val_loss"]
         return loss if math.isfinite(loss) else NO_LOSS
 
 
@@ -76,7 +77,9 @@ def best_rate(trials: Sequence[Trial]) -> float | None:
 def at_best(trials: Sequence[Trial]) -> dict[int, Outcome]:
     """By seed, what an arm came to at its best rate; what failed or diverged there is left out."""
     best = best_rate(trials)
-    return {trial.seed: trial.found for trial in trials if trial.rate == best and isinstance(trial.found, Outcome) and trial.loss < NO_LOSS}
+    return {
+        trial.seed: trial.outcome for trial in trials if trial.rate == best and isinstance(trial.outcome, Outcome) and trial.loss < NO_LOSS
+    }
 
 
 def of_seed(trials: Sequence[Trial], seed: int) -> list[Trial]:
@@ -133,32 +136,33 @@ def search(
         All trials so far, the same dictionary each time, once for each that ended.
     """
     trials: Trials = {label: [] for label in arms}
-    kept = {label: Kept(folder, label) for label in arms} if folder else {}
+    models = {label: Kept(folder, label) for label in arms} if folder else {}
     jobs: list[Job] = []
 
     def ask(label: str) -> None:
         for rate, seed in wanted(trials[label], rates, seeds):
             config = arms[label]
-            own = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
-            jobs.append(Job(label, own, kept[label].at(rate) if kept and seed == seeds[0] else None))
+            variant = replace(config, optim=replace(config.optim, lr=rate), train=replace(config.train, seed=seed))
+            jobs.append(Job(label, variant, models[label].at(rate) if models and seed == seeds[0] else None))
 
     try:
         for label in arms:
             ask(label)
-        for job, found in side_by_side(measure, jobs, devices, desc=desc):
-            trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, found))
-            if kept:
-                kept[job.label].choose(trials[job.label], seeds[0])
+        for job, outcome in side_by_side(measure, jobs, devices, desc=desc):
+            trials[job.label].append(Trial(job.config.optim.lr, job.config.train.seed, outcome))
+            if models:
+                models[job.label].choose(trials[job.label], seeds[0])
             if len(trials[job.label]) == sum(other.label == job.label for other in jobs):  # what is next depends on all of them
                 ask(job.label)
             yield trials
     finally:
-        for own in kept.values():
-            own.close()
+        for arm_models in models.values():
+            arm_models.close()
 
 
 class Kept:
-    """The models of an arm that one seed left: that of the best rate in its place, and those of others, while they may become it, hidden."""
+    """The models of an arm that one seed left: that of the best rate in its place, and those of others, while they may become it,
+    hidden."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self.place, self.rate = folder / label, 0.0

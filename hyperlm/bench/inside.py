@@ -57,24 +57,24 @@ def parts(batch: Batch) -> list[slice]:
 
 def spread(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Nats of targets and entropies of what they are drawn from: features (T, D), weight (V, D), targets (T,) -> (T,) fp32 each."""
-    found = []
-    for own, to in zip(*(x.split(max(1, LOGITS // len(weight))) for x in (features, targets)), strict=True):
-        log_p = F.log_softmax(widen(F.linear(own, weight)), -1)
+    pairs = []
+    for chunk, to in zip(*(x.split(max(1, LOGITS // len(weight))) for x in (features, targets)), strict=True):
+        log_p = F.log_softmax(widen(F.linear(chunk, weight)), -1)
         nats = -log_p.gather(1, to.clamp(min=0)[:, None])[:, 0]
-        found.append((torch.where(to == IGNORE, 0, nats), -(log_p.exp() * log_p).sum(-1)))
-    nats, entropies = map(torch.cat, zip(*found, strict=True))
+        pairs.append((torch.where(to == IGNORE, 0, nats), -(log_p.exp() * log_p).sum(-1)))
+    nats, entropies = map(torch.cat, zip(*pairs, strict=True))
     return nats.float(), entropies.float()
 
 
 @torch.no_grad()
 def passed(params: Tree, batch: Batch, cfg: ModelConfig, kernels: str, change: Callable[[slice], Callable]) -> tuple[Tensor, Tensor]:
     """Nats and entropies (W, N) of a batch on the model's device; change(part) is what `changed` takes for these sequences."""
-    found = []
+    pairs = []
     for part in parts(batch):
         features = model.hidden(params, batch.tokens[part], cfg, kernels=kernels, run=changed(change(part)))
-        own = spread(features.flatten(0, 1), params["head"]["weight"], batch.targets[part].flatten())
-        found.append([x.view(batch.tokens[part].shape) for x in own])
-    nats, entropies = map(torch.cat, zip(*found, strict=True))
+        pair = spread(features.flatten(0, 1), params["head"]["weight"], batch.targets[part].flatten())
+        pairs.append([x.view(batch.tokens[part].shape) for x in pair])
+    nats, entropies = map(torch.cat, zip(*pairs, strict=True))
     return nats, entropies
 
 
@@ -92,15 +92,15 @@ def observe(params: Tree, batch: Batch, cfg: ModelConfig, kernels: str = "auto")
             return r, log_decay
 
         def convolved(*args: Any) -> tuple[Tensor, ...]:
-            found = ops["causal_conv"](*args)
-            lengths[layer].append(torch.cat([widen(x).norm(dim=-1) for x in found[:2]], 1).transpose(0, 1).float())
-            return found
+            outputs = ops["causal_conv"](*args)
+            lengths[layer].append(torch.cat([widen(x).norm(dim=-1) for x in outputs[:2]], 1).transpose(0, 1).float())
+            return outputs
 
         return {name: watched for name, watched in (("radii", radii), ("causal_conv", convolved)) if name in ops}
 
     nats, entropies = passed(params, batch, cfg, kernels, lambda _: watch)
-    each = [(sum(own) / batch.tokens.numel()).float() if own else None for own in rates]
-    return Seen([torch.cat(own, 1) for own in lengths], each, nats, entropies)
+    each = [(sum(of_layer) / batch.tokens.numel()).float() if of_layer else None for of_layer in rates]
+    return Seen([torch.cat(of_layer, 1) for of_layer in lengths], each, nats, entropies)
 
 
 def with_radii(params: Tree, batch: Batch, cfg: ModelConfig, kernels: str, radii: list[Tensor], rows: slice) -> Tensor:
@@ -113,13 +113,13 @@ def with_radii(params: Tree, batch: Batch, cfg: ModelConfig, kernels: str, radii
 
     def change(part: slice) -> Callable[[int, Ops, Tree], Ops]:
         def replaced(layer: int, ops: Ops, _: Tree) -> Ops:
-            def own(*args: Tensor) -> tuple[Tensor, Tensor | None]:
+            def replacement(*args: Tensor) -> tuple[Tensor, Tensor | None]:
                 r, log_decay = ops["radii"](*args)
                 r = r.clone()  # in the layout that it has
                 r[:, rows] = radii[layer][rows, part].transpose(0, 1).to(r)
                 return r, log_decay
 
-            return {"radii": own} if "radii" in ops else {}
+            return {"radii": replacement} if "radii" in ops else {}
 
         return replaced
 
@@ -180,12 +180,12 @@ def scores(at: Polar, queries: Tensor, score: str) -> tuple[Tensor, Tensor, Tens
     cosine = q @ at.k.mT
     if score == "tangent":
         phi_q, phi_k = F.elu(beta * r_q * q) + 1, F.elu(beta * r_k.mT * at.k) + 1
-        found = torch.log(phi_q @ phi_k.mT)
+        values = torch.log(phi_q @ phi_k.mT)
     elif score not in OF_DISTANCE:
         q, k = factors(*lift(q, r_q[..., 0]), *lift(at.k, at.r_k), at.beta, score)
-        found = q @ k.mT
+        values = q @ k.mT
     else:  # cosh d - 1, in which nothing cancels
         w = torch.cosh(r_q - r_k) - 1 + torch.sinh(r_q) * torch.sinh(r_k) * (1 - cosine).clamp(min=0)
-        found = -beta * (torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP))
+        values = -beta * (torch.log1p(w) if score == "logcosh" else arcosh1p(w, TIP))
     past = torch.arange(at.k.shape[2], device=q.device)[None, :] <= queries[:, None]
-    return found, cosine, past
+    return values, cosine, past

@@ -3,9 +3,9 @@
 The peers of linear attention are flash-linear-attention's (`pip install -e '.[peers]'`), where installed; those of hyperbolic attention are
 torch's softmax attention, which also stands beside linear attention, computing something else. Two times, in ms: "called", the median of
 calls from Python, each with an empty L2 cache; and "device", the mean of calls replayed from a CUDA graph, which launching does not slow
-down, with its spread over ten replays. What is wrong or fails is a row that says why. Limits are lower bounds of a time: bytes of inputs and outputs at the rate of a large copy, operations of the products at the rate of
-a large product, special functions at 16 a clock and multiprocessor, all of the same device.
-"""
+down, with its spread over ten replays. What is wrong or fails is a row that says why. Limits are lower bounds of a time: bytes of inputs
+and outputs at the rate of a large copy, operations of the products at the rate of a large product, special functions at 16 a clock and
+multiprocessor, all of the same device."""
 
 from collections.abc import Callable, Iterator
 from statistics import mean
@@ -37,7 +37,8 @@ QUADRATIC_LIMIT = 16384  # longest sequence for softmax attention beside linear 
 
 
 class Contestant(NamedTuple):
-    """A kernel, the inputs that it is differentiated for, its reference if it is ours or computes the same, and up to which N it is timed."""
+    """A kernel, the inputs that it is differentiated for, its reference if it is ours or computes the same, and up to which N it is
+    timed."""
 
     name: str
     fn: Callable[[Inputs], Tensor]
@@ -96,19 +97,19 @@ def linear_contestants() -> list[Contestant]:
     def ours(backend: str, *decay: str) -> Callable[[Inputs], Tensor]:
         return lambda x: kernels.OPS["linear_attention"].backend(backend)(x["q"], x["k"], x["v"], *(x[name] for name in decay))[0]
 
-    found = [Contestant("hyperlm", ours("triton"), ("q", "k", "v"), ours("torch"))]
-    found.append(Contestant("hyperlm, decay", ours("triton", "log_decay"), ("q", "k", "v", "log_decay"), ours("torch", "log_decay")))
+    contestants = [Contestant("hyperlm", ours("triton"), ("q", "k", "v"), ours("torch"))]
+    contestants.append(Contestant("hyperlm, decay", ours("triton", "log_decay"), ("q", "k", "v", "log_decay"), ours("torch", "log_decay")))
     try:
         from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn
     except ImportError:
-        return found + softmaxes(QUADRATIC_LIMIT)
+        return contestants + softmaxes(QUADRATIC_LIMIT)
     for name, fn in (("fla chunk", chunk_linear_attn), ("fla fused chunk", fused_chunk_linear_attn)):
 
         def peer(x: Inputs, fn: Callable = fn) -> Tensor:
             return fn(*(x[y].transpose(1, 2) for y in "qkv"), scale=1.0, normalize=False)[0].transpose(1, 2)
 
-        found.append(Contestant(name, peer, ("q", "k", "v"), ours("torch")))
-    return found + softmaxes(QUADRATIC_LIMIT)
+        contestants.append(Contestant(name, peer, ("q", "k", "v"), ours("torch")))
+    return contestants + softmaxes(QUADRATIC_LIMIT)
 
 
 def hyperbolic_contestants() -> list[Contestant]:
@@ -117,8 +118,10 @@ def hyperbolic_contestants() -> list[Contestant]:
     def ours(backend: str, score: str) -> Callable[[Inputs], Tensor]:
         return lambda x: kernels.OPS["hyperbolic_attention"].backend(backend)(*(x[name] for name in leaves), score)
 
-    found = [Contestant(f"hyperlm, {score}", ours("triton", score), leaves, ours("torch", score)) for score in ("logcosh", "distance")]
-    return found + softmaxes(1 << 30)
+    contestants = [
+        Contestant(f"hyperlm, {score}", ours("triton", score), leaves, ours("torch", score)) for score in ("logcosh", "distance")
+    ]
+    return contestants + softmaxes(1 << 30)
 
 
 def milliseconds(fn: Callable[[], object]) -> float:
@@ -161,12 +164,13 @@ def error(contestant: Contestant, x: Inputs) -> float:
     """Largest relative error of output and gradients against the reference in float64."""
     exact = {name: y.detach().double().requires_grad_() for name, y in x.items()}
     true = contestant._replace(fn=contestant.reference)
-    found, expected = ([c.fn(y), *gradients(c, y)] for c, y in ((contestant, x), (true, exact)))
-    return max(float((a.detach().double() - e.detach()).norm() / e.detach().norm()) for a, e in zip(found, expected, strict=True))
+    computed, expected = ([c.fn(y), *gradients(c, y)] for c, y in ((contestant, x), (true, exact)))
+    return max(float((a.detach().double() - e.detach()).norm() / e.detach().norm()) for a, e in zip(computed, expected, strict=True))
 
 
 def check(contestants: list[Contestant], x: Inputs) -> tuple[list[Contestant], list[Row], list[str]]:
-    """Those that may be timed, a row for each that may not, as it is wrong or fails, and a line on the error of each that has a reference."""
+    """Those that may be timed, a row for each that may not, as it is wrong or fails, and a line on the error of each that has a
+    reference."""
     right: list[Contestant] = []
     rows: list[Row] = []
     notes: list[str] = []
@@ -189,8 +193,8 @@ def timed(contestants: list[Contestant], shape: Shape, x: Inputs, limits: dict[s
         if shape[2] > contestant.limit:
             continue
         row: Row = {"B, H, N, K": ", ".join(map(str, shape)), "kernel": contestant.name}
-        found = attempt(lambda c, _: times(c, x, limits), contestant, x["q"].device)
-        row |= {"failed": found.why} if isinstance(found, Failure) else found
+        outcome = attempt(lambda c, _: times(c, x, limits), contestant, x["q"].device)
+        row |= {"failed": outcome.why} if isinstance(outcome, Failure) else outcome
         env.say(
             f"{row['B, H, N, K']:20} {contestant.name:26}" + "".join(f" {value:9.4g}" for value in row.values() if isinstance(value, float))
         )
@@ -211,19 +215,20 @@ def times(contestant: Contestant, x: Inputs, limits: dict[str, float]) -> Row:
 
 def by_length(rows: list[Row]) -> list[Row]:
     """For a figure: forward and backward of 16 heads of 64, for each token of a sequence."""
-    found = []
+    points = []
     for row in rows:
         b, h, n, k = map(int, row.get("B, H, N, K", "0, 0, 0, 0").split(", "))
         if (h, k) == (16, 64) and "forward+backward, device" in row:
-            found.append({"kernel": row["kernel"], "length": n, "ns a token": row["forward+backward, device"] * 1e6 / (b * n)})
-    return found
+            points.append({"kernel": row["kernel"], "length": n, "ns a token": row["forward+backward, device"] * 1e6 / (b * n)})
+    return points
 
 
 def result(suite: str, rows: list[Row], notes: list[str]) -> Result:
-    caption = f"Times in ms, called from Python and on the device alone, and the latter against its limit. {SPREAD.replace('all calls', 'the replays')}."
+    spread = SPREAD.replace("all calls", "the replays")
+    caption = f"Times in ms, called from Python and on the device alone, and the latter against its limit. {spread}."
     drawn: Figure = Lines(
-        f"{suite}_attention", "Forward and backward of 16 heads of 64, for each token of a sequence", "by length", "length", "ns a token", ("kernel",),
-        x_label="length (tokens)", y_label="forward and backward (ns a token)", log_x=True, log_y=True,
+        f"{suite}_attention", "Forward and backward of 16 heads of 64, for each token of a sequence", "by length", "length", "ns a token",
+        ("kernel",), x_label="length (tokens)", y_label="forward and backward (ns a token)", log_x=True, log_y=True,
     )  # fmt: skip
     return Result(suite, [Table("kernels", list(rows), caption), Table("by length", by_length(rows), shown=False)], list(notes), [drawn])
 
@@ -253,8 +258,8 @@ def linear(device: torch.device) -> Iterator[Result]:
         rows += timed(contestants, shape, x, limits)
         yield result("linear", rows, notes)
     if len(entrants := [c for c in contestants if c.name in ("hyperlm, decay", "softmax, cuDNN")]) == 2:
-        found = attempt(crossing, entrants, device)
-        yield result("linear", rows, [*notes, f"crossing: {found.why}" if isinstance(found, Failure) else found])
+        outcome = attempt(crossing, entrants, device)
+        yield result("linear", rows, [*notes, f"crossing: {outcome.why}" if isinstance(outcome, Failure) else outcome])
 
 
 def hyperbolic(device: torch.device) -> Iterator[Result]:

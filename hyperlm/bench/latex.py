@@ -17,9 +17,9 @@ PREAMBLE = r"""% Compiles alone; each table and figure can be lifted out of it. 
 """
 SYMBOLS = {
     "±": r"\ensuremath{\pm}", "×": r"\ensuremath{\times}", "−": r"\ensuremath{-}", "→": r"\ensuremath{\to}", "≤": r"\ensuremath{\leq}",
-    "≥": r"\ensuremath{\geq}", "α": r"\ensuremath{\alpha}", "β": r"\ensuremath{\beta}", "λ": r"\ensuremath{\lambda}", "ρ": r"\ensuremath{\rho}",
-    "σ": r"\ensuremath{\sigma}", "Δ": r"\ensuremath{\Delta}", "²": r"\ensuremath{^2}", "…": r"\ldots{}", "–": "--", "—": "---",
-    "µ": r"\ensuremath{\mu}", "∞": r"\ensuremath{\infty}", "°": r"\ensuremath{^\circ}",
+    "≥": r"\ensuremath{\geq}", "α": r"\ensuremath{\alpha}", "β": r"\ensuremath{\beta}", "λ": r"\ensuremath{\lambda}",
+    "ρ": r"\ensuremath{\rho}", "σ": r"\ensuremath{\sigma}", "Δ": r"\ensuremath{\Delta}", "²": r"\ensuremath{^2}", "…": r"\ldots{}",
+    "–": "--", "—": "---", "µ": r"\ensuremath{\mu}", "∞": r"\ensuremath{\infty}", "°": r"\ensuremath{^\circ}",
 }  # fmt: skip
 LATIN = 0x100  # characters below it every LaTeX knows
 PAGE = 40  # rows of a table that fit on a page

@@ -76,23 +76,23 @@ def windows_of(texts: Sequence[np.ndarray], n: int, times: int, most: int) -> Wi
     while times >= 2 and total < times * n:
         times //= 2
     if times < 2:
-        few = f"{total:,} tokens of texts (conversations are none), fewer than twice the {n:,} of training"
-        raise data.DataError(f"{few}: name more by --data.sources")
+        reason = f"{total:,} tokens of texts (conversations are none), fewer than twice the {n:,} of training"
+        raise data.DataError(f"{reason}: name more by --data.sources")
     length = times * n
     places = sorted((i, k) for k, text in enumerate(texts) for i in range((len(text) - 1) // length))[:most]
     if joined := len(places) < min(ENOUGH, most, total // length):
         stream = np.concatenate([texts[0][:1], *(text[1:] for text in texts)])[: most * length + 1].astype(np.int64)
-        found = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
-        documents, group = int((np.concatenate([window[:-1] for window in found]) == stream[0]).sum()), np.arange(len(found))
+        chosen = [stream[start : start + length + 1] for start in range(0, len(stream) - length, length)]
+        documents, group = int((np.concatenate([window[:-1] for window in chosen]) == stream[0]).sum()), np.arange(len(chosen))
     else:
-        found = [texts[k][i * length : (i + 1) * length + 1].astype(np.int64) for i, k in places]
-        own, group = np.unique([k for _, k in places], return_inverse=True)
-        documents = len(own)
-    windows = torch.from_numpy(np.stack(found))
+        chosen = [texts[k][i * length : (i + 1) * length + 1].astype(np.int64) for i, k in places]
+        used, group = np.unique([k for _, k in places], return_inverse=True)
+        documents = len(used)
+    windows = torch.from_numpy(np.stack(chosen))
     return Windows(windows[:, :-1], windows[:, 1:], documents, joined, torch.from_numpy(group))
 
 
-def nats_by_place(score: Scorer, windows: Windows, n: int, at_once: int) -> tuple[Tensor, Tensor]:
+def nats_by_place(score: Scorer, windows: Windows, n: int, batch_tokens: int) -> tuple[Tensor, Tensor]:
     """Nats of every target, (W, L) on the CPU: with all that stands before it in its window; and with N/2 to N tokens before it, but at the
     beginning.
 
@@ -105,16 +105,18 @@ def nats_by_place(score: Scorer, windows: Windows, n: int, at_once: int) -> tupl
     pad = (0, n + (parts - 1) * step - length)
     tokens, targets = F.pad(windows.tokens, pad), F.pad(windows.targets, pad, value=IGNORE)
     whole, recent = torch.zeros(count, length), torch.zeros(tokens.shape)
-    few = max(1, at_once // n)
+    batch_size = max(1, batch_tokens // n)
     with env.progress(desc="loss by position", total=2 * count, unit=" windows") as bar:
-        for rows in torch.arange(count).split(max(1, at_once // length)):
+        for rows in torch.arange(count).split(max(1, batch_tokens // length)):
             whole[rows] = score(windows.tokens[rows], windows.targets[rows]).float().cpu()
             bar.update(len(rows))
         for row in range(count):
-            own, learnt = tokens[row].unfold(0, n, step), targets[row].unfold(0, n, step).clone()  # (parts, N)
+            inputs, learnt = tokens[row].unfold(0, n, step), targets[row].unfold(0, n, step).clone()  # (parts, N)
             learnt[1:, : n - step] = IGNORE
-            found = torch.cat([score(*pair).float().cpu() for pair in zip(own.split(few), learnt.split(few), strict=True)])
-            for part, nats in enumerate(found):
+            part_nats = torch.cat(
+                [score(*pair).float().cpu() for pair in zip(inputs.split(batch_size), learnt.split(batch_size), strict=True)]
+            )
+            for part, nats in enumerate(part_nats):
                 recent[row, part * step : part * step + n] += nats
             bar.update()
     return whole, recent[:, :length]
@@ -133,11 +135,11 @@ def buckets(whole: Tensor, recent: Tensor, group: Tensor, n: int) -> list[Row]:
     """Means over (W, L) nats of each part of the windows, with standard errors over groups (W,) of windows; nan where there is one."""
     rows = []
     for low, high in pairwise(edges_of(n, whole.shape[1])):
-        own, other = (nats[:, low:high].double().mean(1) for nats in (whole, recent))
+        loss, other = (nats[:, low:high].double().mean(1) for nats in (whole, recent))
         row: Row = {"from": low, "to": high}
-        row["loss"], row["standard error"] = mean_and_error(own, torch.ones_like(own), group)
+        row["loss"], row["standard error"] = mean_and_error(loss, torch.ones_like(loss), group)
         row["loss of N"] = float(other.mean())
-        row["gain"], row["error of gain"] = mean_and_error(other - own, torch.ones_like(own), group)
+        row["gain"], row["error of gain"] = mean_and_error(other - loss, torch.ones_like(loss), group)
         rows.append(row)
     return rows
 
@@ -145,15 +147,15 @@ def buckets(whole: Tensor, recent: Tensor, group: Tensor, n: int) -> list[Row]:
 # -- passkeys --------------------------------------------------------------------------------------------------------------------------
 
 
-def cells(read: Reader, words: passkey.Words, hay: np.ndarray, lengths: Sequence[int], trials: int, at_once: int) -> list[Row]:
+def cells(read: Reader, words: passkey.Words, hay: np.ndarray, lengths: Sequence[int], trials: int, batch_tokens: int) -> list[Row]:
     """Shares of trials in which the key is said and chosen, for each length and depth; with keys and texts of its own."""
     rows = []
     with env.progress(desc="passkeys", total=len(DEPTHS) * sum(lengths), unit=" tokens a trial") as bar:
         for length in lengths:
             for number, depth in enumerate(DEPTHS):
                 texts = passkey.trials(words, hay, length, [depth] * trials, seed=number)
-                found = passkey.graded(read, texts, max(1, at_once // length))
-                shares = {"said": float(found.said.mean()), "chosen": float(found.chosen.mean())}
+                grades = passkey.graded(read, texts, max(1, batch_tokens // length))
+                shares = {"said": float(grades.said.mean()), "chosen": float(grades.chosen.mean())}
                 rows.append({"length": length, "depth": depth, "trials": trials, **shares})
                 bar.update(length)
     return rows
@@ -163,9 +165,9 @@ def over_depths(rows: Sequence[Row]) -> list[Row]:
     """Means of cells over depths, with the standard error of `chosen`, that of so many trials."""
     means = []
     for length in dict.fromkeys(row["length"] for row in rows):
-        own = [row for row in rows if row["length"] == length]
-        trials = sum(row["trials"] for row in own)
-        said, chosen = (float(np.mean([row[name] for row in own])) for name in ("said", "chosen"))
+        of_length = [row for row in rows if row["length"] == length]
+        trials = sum(row["trials"] for row in of_length)
+        said, chosen = (float(np.mean([row[name] for row in of_length])) for name in ("said", "chosen"))
         error = (chosen * (1 - chosen) / trials) ** 0.5
         means.append({"length": length, "trials": trials, "said": said, "chosen": chosen, "standard error": error})
     return means
@@ -185,34 +187,34 @@ class Job(scoring.Job):
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     rows: list[Row]
     fingerprints: tuple[str, str]  # of text and tokens
     note: str
     n: int  # tokens of a sequence of training
 
 
-def measure(job: Job, device: torch.device) -> Found:
+def measure(job: Job, device: torch.device) -> Outcome:
     """Raises what loading a run or its text raises; CheckFailed of a model whose numbers would mean nothing."""
     loaded = trained.load_model(job.run, "latest", str(device), job.kernels)
     if job.weights == "untrained":
         loaded = replace(loaded, params=scoring.untrained(loaded.config, device))
     corpus = scoring.text_for(loaded, job.run, job.text)
     fingerprints = scoring.fingerprints(corpus)
-    score, n, at_once = scoring.scorer(loaded), loaded.config.data.seq_len, scoring.tokens_at_once(device)
+    score, n, batch_tokens = scoring.scorer(loaded), loaded.config.data.seq_len, scoring.tokens_at_once(device)
     if job.part == "positions":
         windows = windows_of(texts_of(corpus), n, job.times, job.count)
-        rows = buckets(*nats_by_place(score, windows, n, at_once), windows.group, n)
+        rows = buckets(*nats_by_place(score, windows, n, batch_tokens), windows.group, n)
         rows = [row if row["to"] > n else {name: row[name] for name in ALONE if name in row} for row in rows]
         guessing = math.log(loaded.config.model.vocab_size)
         note = f"{job.label}: trained on {n:,} tokens at a time; {windows}; guessing costs {guessing:.2f} nats a token"
     else:
         words = passkey.words_of(corpus.tokenizer)
         lengths = [n // 2 * 2**i for i in range(1 + int(math.log2(2 * job.times))) if n // 2 * 2**i >= words.size]
-        rows = cells(passkey.reader(loaded.params, loaded.config, device), words, passkey.hay_of(corpus), lengths, job.count, at_once)
+        rows = cells(passkey.reader(loaded.params, loaded.config, device), words, passkey.hay_of(corpus), lengths, job.count, batch_tokens)
         note = f"{job.label}: lengths below {words.size} tokens have no room for a key and its question" if n // 2 < words.size else ""
-    own = {"model": job.label, "weights": job.weights} if job.part == "passkeys" else {"model": job.label, "text": fingerprints[0]}
-    return Found([own | row for row in rows], fingerprints, note, n)
+    labels = {"model": job.label, "weights": job.weights} if job.part == "passkeys" else {"model": job.label, "text": fingerprints[0]}
+    return Outcome([labels | row for row in rows], fingerprints, note, n)
 
 
 def run(
@@ -236,23 +238,23 @@ def run(
     """
     kinds = [("positions", "trained", windows), ("passkeys", "trained", trials), ("passkeys", "untrained", trials)]
     jobs = [Job(label, run, text, kernels, part, weights, times, count) for part, weights, count in kinds for label, run in models.items()]
-    found: dict[Job, Found | pool.Failure] = {}
+    measured: dict[Job, Outcome | pool.Failure] = {}
     for job, outcome in pool.side_by_side(measure, jobs, devices, desc="long-context"):
-        found[job] = outcome
-        yield result({job: found[job] for job in jobs if job in found})
+        measured[job] = outcome
+        yield result({job: measured[job] for job in jobs if job in measured})
 
 
-def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
+def result(measured: Mapping[Job, Outcome | pool.Failure]) -> Result:
     """Tables, notes and figures of what is found so far."""
     rows: dict[tuple[str, str], list[Row]] = {("positions", "trained"): [], ("passkeys", "trained"): [], ("passkeys", "untrained"): []}
     lengths: list[Row] = []
-    for job, outcome in found.items():
-        own = outcome.rows if isinstance(outcome, Found) else [{"model": job.label, "weights": job.weights, "failed": outcome.why}]
-        rows[job.part, job.weights] += own
+    for job, outcome in measured.items():
+        job_rows = outcome.rows if isinstance(outcome, Outcome) else [{"model": job.label, "weights": job.weights, "failed": outcome.why}]
+        rows[job.part, job.weights] += job_rows
         if job.part == "passkeys":
             labels = {"model": job.label, "weights": job.weights}
-            lengths += [labels | row for row in over_depths(own)] if isinstance(outcome, Found) else own
-    outcomes = [outcome for outcome in found.values() if isinstance(outcome, Found)]
+            lengths += [labels | row for row in over_depths(job_rows)] if isinstance(outcome, Outcome) else job_rows
+    outcomes = [outcome for outcome in measured.values() if isinstance(outcome, Outcome)]
     notes = list(dict.fromkeys(outcome.note for outcome in outcomes if outcome.note))
     notes += scoring.comparable(outcome.fingerprints for outcome in outcomes)
     if lengths:
@@ -262,8 +264,9 @@ def result(found: Mapping[Job, Found | pool.Failure]) -> Result:
         Table(
             "loss by position",
             rows["positions", "trained"],
-            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents (windows, where these are joined); `loss of N`: of "
-            "the same tokens with at most as many before them as in training; `gain`: what the text farther back is worth.",
+            "Mean loss in nats a token at positions `from` to `to` of long windows, and its standard error over documents (windows, "
+            "where these are joined); `loss of N`: of the same tokens with at most as many before them as in training; "
+            "`gain`: what the text farther back is worth.",
             quiet=["text"],
         ),
         Table(
@@ -290,12 +293,12 @@ def passkeys(lengths: Sequence[Row]) -> list[Row]:
     for row in lengths:
         for answer in ("chosen", "said") if said_any(lengths) else ("chosen",):
             key = row["model"], row["weights"], answer
-            own = rows.setdefault(key, dict(zip(("model", "weights", "answer"), key, strict=True)))
+            line = rows.setdefault(key, dict(zip(("model", "weights", "answer"), key, strict=True)))
             if "failed" in row:
-                own["failed"] = row["failed"]
+                line["failed"] = row["failed"]
             else:
                 error = (row[answer] * (1 - row[answer]) / row["trials"]) ** 0.5
-                own[f"{row['length']:,}"] = f"{row[answer]:.2f} ± {error:.2f}"
+                line[f"{row['length']:,}"] = f"{row[answer]:.2f} ± {error:.2f}"
     return list(rows.values())
 
 
@@ -312,13 +315,13 @@ def figures(tables: Sequence[Table], n: int | None) -> list[Figure]:
         "y": "depth",
         "y_label": "depth of the key",
     }
-    told, both = {"y": "chosen", "y_label": "share of trials", "low": 0.0, "high": 1.0}, ("model", "weights")
+    shares, both = {"y": "chosen", "y_label": "share of trials", "low": 0.0, "high": 1.0}, ("model", "weights")
     farther = "What text farther back than in training is worth"
     right = f"Pass keys told from {CHOICES - 1} other numbers, mean over depths"
     drawn: list[Figure] = [
         Lines("long_context_loss", "Loss by position", y="loss", y_label="loss (nats a token)", **position),
         Lines("long_context_gain", farther, y="gain", y_label="gain (nats a token)", levels={"no gain": 0.0}, **position),
-        Lines("long_context_passkey", right, series=both, levels={"chance": 1 / CHOICES}, **told, **length),
+        Lines("long_context_passkey", right, series=both, levels={"chance": 1 / CHOICES}, **shares, **length),
         Heatmap("long_context_passkey_chosen", f"Pass keys chosen among {CHOICES}", value="chosen", low=0, high=1, **cell),
     ]
     if said_any(rows["passkey by length"]):

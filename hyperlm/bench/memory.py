@@ -1,4 +1,5 @@
-"""Suite `memory`: what training needs on the device and in host memory, how fast it is, and what it moves between them. Random tokens, real steps."""
+"""Suite `memory`: what training needs on the device and in host memory, how fast it is, and what it moves between them. Random tokens, real
+steps."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -53,8 +54,8 @@ def measure(label: str, config: Config, device: torch.device, budget: float) -> 
         row["retries"] = torch.cuda.memory_stats(device)["num_alloc_retries"]
     row["host GiB"] = env.peak_memory(torch.device("cpu")) / env.GIB
     if planned.host:
-        there, back = planned.bytes_moved[0 if state.clipped else 1]
-        row["GB/s in"], row["GB/s home"] = there / took / 1e9, back / took / 1e9
+        h2d, d2h = planned.bytes_moved[0 if state.clipped else 1]
+        row["GB/s in"], row["GB/s home"] = h2d / took / 1e9, d2h / took / 1e9
     return row, [{"model": label, "call": i, "seconds": each} for i, each in enumerate(steps.each)]
 
 
@@ -72,7 +73,8 @@ FIGURES: list[Figure] = [Bars("memory", "Peak memory of training", "memory", "mo
 
 
 def run(kinds: list[str], config: Config, device: torch.device, budget: float = 10.0) -> Iterator[Result]:
-    """Measure every kind; `budget` is the seconds to time its steps for. One that fails is a row that says why. Yields what is measured so far."""
+    """Measure every kind; `budget` is the seconds to time its steps for. One that fails is a row that says why. Yields what is measured so
+    far."""
     caption = f"Training on random tokens in real steps: the most memory that was in use, and speed. {SPREAD}."
     notes = [
         "process: all that the driver counts on this GPU, other processes included; host: the most that this process had resident",
@@ -82,8 +84,8 @@ def run(kinds: list[str], config: Config, device: torch.device, budget: float = 
     rows: list[Row] = []
     calls: list[Row] = []
     for kind in env.progress(kinds, "memory"):
-        found = attempt(partial(measure, kind, budget=budget), of_kind(config, kind), device)
-        row, each = ({"model": kind, "failed": found.why}, []) if isinstance(found, Failure) else found
+        outcome = attempt(partial(measure, kind, budget=budget), of_kind(config, kind), device)
+        row, each = ({"model": kind, "failed": outcome.why}, []) if isinstance(outcome, Failure) else outcome
         rows.append(row)
         calls += each
         shown = Table("memory", list(rows), caption, digits=3, quiet=["residence", "state", "clipped by", "retries"])

@@ -1,9 +1,8 @@
 """Suite `nulls`: is it geometry? Phase 7 trained beside its nulls (mixers/phase7.py), which share every parameter with it.
 
-From the cosine of the directions to log cosh of the distance there are two steps that any dot-product attention can make, a bias of the keys and a gain;
-what the whole has beyond both, the higher orders in the product of Klein coordinates, is geometry and nothing else is. All begin with the same values
-and read the same batches for a seed, so that differences are taken seed by seed.
-"""
+From the cosine of the directions to log cosh of the distance there are two steps that any dot-product attention can make, a bias of the
+keys and a gain; what the whole has beyond both, the higher orders in the product of Klein coordinates, is geometry and nothing else is. All
+begin with the same values and read the same batches for a seed, so that differences are taken seed by seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -46,21 +45,26 @@ def verdict(what: str, d: Difference) -> str:
     """A difference in words, for what it is worth."""
     pairs = len(d.by_seed)
     if pairs < 2:
-        return f"{what} {with_error(d) or 'not measured'}{' nats a token' * pairs}: without two paired seeds there is no error, and nothing is decided"
+        return (
+            f"{what} {with_error(d) or 'not measured'}{' nats a token' * pairs}: without two paired "
+            "seeds there is no error, and nothing is decided"
+        )
     low, high = d.mean - d.margin, d.mean + d.margin
-    found = f"{what} {with_error(d)} nats a token ({pairs} paired seeds, mean and standard error; 95 % interval {low:+.4f} to {high:+.4f})"
+    measured = (
+        f"{what} {with_error(d)} nats a token ({pairs} paired seeds, mean and standard error; 95 % interval {low:+.4f} to {high:+.4f})"
+    )
     if low > 0:
-        return f"{found}: it lowers the loss"
+        return f"{measured}: it lowers the loss"
     if high < 0:
-        return f"{found}: it raises the loss"
-    return f"{found}: no difference can be told from chance; one of up to {max(-low, high):.4f} would fit these runs as well"
+        return f"{measured}: it raises the loss"
+    return f"{measured}: no difference can be told from chance; one of up to {max(-low, high):.4f} would fit these runs as well"
 
 
 def row_of(trials: Trials, label: str) -> Row:
-    found = list(grid.at_best(trials[label]).values())
-    if not found:
+    outcomes = list(grid.at_best(trials[label]).values())
+    if not outcomes:
         return comparison.why_none(label, trials[label])
-    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label]), **comparison.common(found)}
+    row: Row = {"model": label, "score": ARMS[label][1], "best rate": grid.best_rate(trials[label]), **comparison.common(outcomes)}
     return row | {f"{other[:2]} − this": with_error(difference(trials, other, label)) if other != label else "" for other in (N0, N4)}
 
 
@@ -69,11 +73,12 @@ def result(trials: Trials, seed: int) -> Result:
     tried = [label for label in ARMS if trials[label]]
     parts = {part: (pair, d) for part, pair in PARTS.items() if (d := difference(trials, *pair)).by_seed}
     at_best = {label: grid.at_best(trials[label]) for label in tried}
-    told = "Validation loss, nats a token, each at its best rate; differences, of pairs, are above 0 where this one is lower; "
-    told += "± is the standard error."
-    of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches; 95 % by Student's t."
+    caption = "Validation loss, nats a token, each at its best rate; differences, of pairs, are above 0 where this one is lower; "
+    caption += "± is the standard error."
+    of_parts = "Nats a token by which the loss falls when a part is added to the score, for each seed the same initial values and batches; "
+    of_parts += "95 % by Student's t."
     tables = [
-        Table("nulls", [row_of(trials, label) for label in tried], told),
+        Table("nulls", [row_of(trials, label) for label in tried], caption),
         Table("parts", [{"part": part, "difference": names(*pair)} | d.columns for part, (pair, d) in parts.items()], of_parts, digits=3),
         Table(
             "seeds",
@@ -98,17 +103,17 @@ def result(trials: Trials, seed: int) -> Result:
 
 def notes(trials: Trials, seed: int) -> list[str]:
     geometry = difference(trials, N3, N4)
-    told = [verdict(f"geometry, what exact scores have beyond their first order ({names(N3, N4)}):", geometry)]
+    lines = [verdict(f"geometry, what exact scores have beyond their first order ({names(N3, N4)}):", geometry)]
     others = {"the bias of keys alone": (N0, N1), "the gain alone": (N0, N2), "both, the first order": (N0, N3), "all of phase7": (N0, N4)}
-    told += [
+    lines += [
         verdict(f"{words} ({names(*pair)}):", d) for words, pair in others.items() if len((d := difference(trials, *pair)).by_seed) > 1
     ]
-    speeds = [mean(x.tokens_per_second for x in found.values()) for label in (N3, N4) if (found := grid.at_best(trials[label]))]
+    speeds = [mean(x.tokens_per_second for x in outcomes.values()) for label in (N3, N4) if (outcomes := grid.at_best(trials[label]))]
     if len(speeds) == 2:
-        told.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
+        lines.append(f"{N3} trains at {speeds[0] / speeds[1]:.2f} times the tokens/s of {N4}")
         if geometry.mean - geometry.margin <= 0:
-            told[-1] += ": nothing here says that exact scores are worth more than that plain attention"
-    return told + comparison.notes(trials, seed)
+            lines[-1] += ": nothing here says that exact scores are worth more than that plain attention"
+    return lines + comparison.notes(trials, seed)
 
 
 # -- the suite -------------------------------------------------------------------------------------------------------------------------

@@ -28,13 +28,13 @@ class Job(scoring.Job):
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     rows: list[Row]
     curve: list[Row]  # what its training recorded, nothing where it recorded nothing
     fingerprints: tuple[str, str]  # of text and tokens
 
 
-def measure(job: Job, device: torch.device) -> Found:
+def measure(job: Job, device: torch.device) -> Outcome:
     """Rows of a run: for each stride, of every source and of all.
 
     Raises:
@@ -45,10 +45,10 @@ def measure(job: Job, device: torch.device) -> Found:
     score = scoring.scorer(model)  # before any number: it looks back only
     corpus = scoring.text_for(model, job.run, job.text)
     fingerprints = scoring.fingerprints(corpus)
-    own = {"model": job.label, "step": model.step, "text": fingerprints[0]}
+    labels = {"model": job.label, "step": model.step, "text": fingerprints[0]}
     n = model.config.data.seq_len
-    rows = [own | row for stride in (n, n // 2) for row in at_stride(model, score, corpus, stride, job.max_tokens)]
-    return Found(rows, curve_of(job), fingerprints)
+    rows = [labels | row for stride in (n, n // 2) for row in at_stride(model, score, corpus, stride, job.max_tokens)]
+    return Outcome(rows, curve_of(job), fingerprints)
 
 
 def curve_of(job: Job) -> list[Row]:
@@ -73,7 +73,7 @@ def at_stride(model: trained.Model, score: scoring.Scorer, corpus: data.Corpus, 
     parts = [(sums.nats, sums.tokens, sums.special, size) for _, size, sums in sources.values()]
     targets = [source.sequences.targets for source in sources.values()]
     counts = [torch.bincount(x[x != IGNORE], minlength=config.model.vocab_size) for x in targets]
-    rows = [row_of(name, stride, *part, own) for name, part, own in zip(sources, parts, counts, strict=True)]
+    rows = [row_of(name, stride, *part, count) for name, part, count in zip(sources, parts, counts, strict=True)]
     return [*rows, row_of(WHOLE, stride, *map(sum, zip(*parts, strict=True)), sum(counts))] if len(rows) > 1 else rows
 
 
@@ -108,28 +108,28 @@ def run(
         max_tokens: of each source, in whole documents; 0 for all.
     """
     jobs = [Job(label, folder, text, kernels, max_tokens) for label, folder in models.items()]
-    found: dict[str, Found | pool.Failure] = {}
+    measured: dict[str, Outcome | pool.Failure] = {}
     for job, outcome in pool.side_by_side(measure, jobs, devices, desc="perplexity"):
-        found[job.label] = outcome
-        yield result({label: found[label] for label in models if label in found}, own=text is None)
+        measured[job.label] = outcome
+        yield result({label: measured[label] for label in models if label in measured}, own_text=text is None)
 
 
-def result(found: Mapping[str, Found | pool.Failure], *, own: bool) -> Result:
+def result(measured: Mapping[str, Outcome | pool.Failure], *, own_text: bool) -> Result:
     """The table of what is found so far, models in their order."""
     rows: list[Row] = []
-    for label, outcome in found.items():
-        rows += outcome.rows if isinstance(outcome, Found) else [{"model": label, "failed": outcome.why}]
+    for label, outcome in measured.items():
+        rows += outcome.rows if isinstance(outcome, Outcome) else [{"model": label, "failed": outcome.why}]
     diverged = dict.fromkeys(row["model"] for row in rows if "loss" in row and not math.isfinite(row["loss"]))
     notes = [f"{label}: its loss is not finite: the run diverged" for label in diverged]
-    notes += scoring.comparable(outcome.fingerprints for outcome in found.values() if isinstance(outcome, Found))
+    notes += scoring.comparable(outcome.fingerprints for outcome in measured.values() if isinstance(outcome, Outcome))
     caption = (
-        f"Loss in nats a token on {'the validation text of each run' if own else 'the text given, all of it'}, in windows as long as in "
-        "training, side by side or (texts, not conversations) half a window apart; `no context`: of guessing by this text's own token "
-        "frequencies. Bits per byte leave out tokens that stand for no text."
+        f"Loss in nats a token on {'the validation text of each run' if own_text else 'the text given, all of it'}, in windows as long "
+        "as in training, side by side or (texts, not conversations) half a window apart; `no context`: of guessing by this "
+        "text's own token frequencies. Bits per byte leave out tokens that stand for no text."
     )
-    curves = [row for outcome in found.values() if isinstance(outcome, Found) for row in outcome.curve]
-    told = Table("perplexity", rows, caption, quiet=["step", "text"])
-    tables = [told, *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
+    curves = [row for outcome in measured.values() if isinstance(outcome, Outcome) for row in outcome.curve]
+    losses = Table("perplexity", rows, caption, quiet=["step", "text"])
+    tables = [losses, *[Table("curves", curves, "As the runs recorded them.", shown=False)] * bool(curves)]
     return Result("perplexity", tables, notes, [overlaid(curves)] if curves else [])
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from hyperlm import env
 
 Job = TypeVar("Job")
-Found = TypeVar("Found")
+Outcome = TypeVar("Outcome")
 PATIENCE = 5.0  # seconds that a process is given to end
 
 
@@ -42,7 +42,7 @@ def devices(device: torch.device, name: str) -> list[torch.device]:
     return [device]
 
 
-def attempt(work: Callable[[Job, torch.device], Found], job: Job, device: torch.device) -> Found | Failure:
+def attempt(work: Callable[[Job, torch.device], Outcome], job: Job, device: torch.device) -> Outcome | Failure:
     """work(job, device), or why there is none: a kind or peer that fails is no end of the others."""
     try:
         return work(job, device)
@@ -88,10 +88,10 @@ def serve(channel: Connection, device: torch.device, threads: int) -> None:
             work, job = channel.recv()
         except EOFError:  # who asked has enough
             return
-        found = attempt(work, job, device)
-        failed = isinstance(found, Failure)
+        outcome = attempt(work, job, device)
+        failed = isinstance(outcome, Failure)
         try:
-            message = pickle.dumps(found)
+            message = pickle.dumps(outcome)
         except Exception as e:
             message = pickle.dumps(Failure(f"its result cannot be sent: {e}"))
         channel.send_bytes(message)
@@ -104,7 +104,8 @@ class Worker(NamedTuple):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. Here it is not lost."""
+    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: who started them ends them. Here it is not
+    lost."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -120,12 +121,12 @@ def uninterrupted() -> Iterator[None]:
 
 def start(device: torch.device, threads: int) -> Worker:
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, device, threads), daemon=True)
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=serve, args=(child_end, device, threads), daemon=True)
     with uninterrupted():
         process.start()
-    there.close()  # so that what is read here ends when the process does
-    return Worker(process, here)
+    child_end.close()  # so that what is read here ends when the process does
+    return Worker(process, parent_end)
 
 
 def end(worker: Worker) -> None:
@@ -150,14 +151,13 @@ def answer(worker: Worker) -> Any:
 
 
 def side_by_side(
-    work: Callable[[Job, torch.device], Found], jobs: Sequence[Job], devices: Sequence[torch.device], *, each: int = 1, desc: str = ""
-) -> Iterator[tuple[Job, Found | Failure]]:
+    work: Callable[[Job, torch.device], Outcome], jobs: Sequence[Job], devices: Sequence[torch.device], *, each: int = 1, desc: str = ""
+) -> Iterator[tuple[Job, Outcome | Failure]]:
     """work(job, device) of each job, as many at a time as there are devices, `each` on every one; in pairs with the job, as they end.
 
-    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a function
-    of a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When the caller
-    stops, is stopped or killed, all processes end at once. Jobs that the caller adds to the list on the way are done as well.
-    """
+    With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a
+    function of a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When
+    the caller stops, is stopped or killed, all processes end at once. Jobs that the caller adds to the list on the way are done as well."""
     places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:
 
@@ -188,14 +188,14 @@ def side_by_side(
                         worker.channel.send((work, job))
                 for channel in wait(list(running)):
                     worker, job, device = running.pop(channel)
-                    found = answer(worker)
+                    outcome = answer(worker)
                     free.append(device)
-                    if isinstance(found, Failure):
+                    if isinstance(outcome, Failure):
                         end(worker)
                         workers.remove(worker)
                     else:
                         idle.setdefault(device, []).append(worker)
-                    yield job, found
+                    yield job, outcome
                     count()
         finally:
             for worker in workers:

@@ -21,8 +21,8 @@ from hyperlm.config import Config, ConfigError
 
 TWIN = "softmax"  # what geometry is compared with
 PEERS_NOTE = (
-    "nanogpt: learned positions, GELU, a tied head, as many layers as come nearest to the models' parameters; AdamW alone, or torch.optim.Muon "
-    "for the matrices of blocks, its updates scaled to the size of AdamW's, so that one rate holds for both"
+    "nanogpt: learned positions, GELU, a tied head, as many layers as come nearest to the models' parameters; AdamW alone, or "
+    "torch.optim.Muon for the matrices of blocks, its updates scaled to the size of AdamW's, so that one rate holds for both"
 )
 
 
@@ -43,8 +43,8 @@ def check(
     for label in labels:
         if label not in (*KINDS, *PEERS):
             raise ConfigError(f"{label}: neither a kind nor a peer; choose from {', '.join((*KINDS, *PEERS))}")
-        own, cpu = arm(config, label), torch.device("cpu")
-        if cpu in devices and (need := residence.on_device.plan(own, torch.float32, 0).device) > (have := env.total_memory(cpu)):
+        variant, cpu = arm(config, label), torch.device("cpu")
+        if cpu in devices and (need := residence.on_device.plan(variant, torch.float32, 0).device) > (have := env.total_memory(cpu)):
             sizes = f"{need / env.GIB:,.1f} GiB, and {have / env.GIB:,.1f} are there"
             raise ConfigError(f"--suite quality: training {label} needs {sizes}; lower the shape of the model, or --train.batch-size")
     data.batches(data.prepare(config), config)
@@ -91,16 +91,22 @@ def loss_at(curve: Sequence[Point], seconds: float) -> float | None:
 
 def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     """Tables, figures and notes of what there is."""
-    best = {label: grid.at_best(own) for label, own in trials.items() if own}
-    seconds = min((max(outcome.curve[-1].seconds for outcome in own.values()) for own in best.values() if own), default=math.nan)
+    best = {label: grid.at_best(of_arm) for label, of_arm in trials.items() if of_arm}
+    seconds = min(
+        (max(outcome.curve[-1].seconds for outcome in outcomes.values()) for outcomes in best.values() if outcomes), default=math.nan
+    )
     t, n = config.train, config.data.seq_len
-    told = "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the least "
-    told += f"to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step. "
-    told += "GiB: peak memory."
-    at = {label: grid.best_rate(own) for label, own in trials.items()}
+    caption = (
+        "Each at its best learning rate: validation loss (nats a token) after the same tokens, its mean over seeds and the spread from the "
+    )
+    caption += (
+        f"least to the largest; and after the same time, {seconds:.3g} s. {t.batch_size * t.grad_accum} sequences of {n:,} tokens a step. "
+    )
+    caption += "GiB: peak memory."
+    at = {label: grid.best_rate(of_arm) for label, of_arm in trials.items()}
     differences = f"Validation loss less that of {TWIN} with the same seed, nats a token, below 0 is better; 95 % by Student's t."
     tables = [
-        Table("quality", [row_of(label, trials[label], best[label], seconds, at[label]) for label in best], told),
+        Table("quality", [row_of(label, trials[label], best[label], seconds, at[label]) for label in best], caption),
         Table("paired differences", paired(trials), differences, digits=3),
         Table("rates", comparison.rate_rows(trials), "Validation loss (nats a token) at every learning rate that was tried."),
         Table("rates of the first seed", [row for row in comparison.rate_rows(trials) if row["seed"] == seeds[0]], shown=False),
@@ -112,11 +118,11 @@ def result(trials: Trials, config: Config, seeds: Sequence[int]) -> Result:
     return Result("quality", tables, notes(trials, seeds[0], seconds), drawn)
 
 
-def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], seconds: float, rate: float | None) -> Row:
+def row_of(label: str, trials: Sequence[Trial], by_seed: Mapping[int, Outcome], seconds: float, rate: float | None) -> Row:
     """The row of an arm; why there is no number, where nothing that it was tried at has any."""
-    if not found:
+    if not by_seed:
         return comparison.why_none(label, trials)
-    outcomes = list(found.values())
+    outcomes = list(by_seed.values())
     then = [loss_at(outcome.curve, seconds) for outcome in outcomes]
     row: Row = {"model": label, "parameters": outcomes[0].parameters, "best rate": rate, **comparison.common(outcomes)}
     row["tokens"] = outcomes[0].curve[-1].tokens
@@ -125,8 +131,8 @@ def row_of(label: str, trials: Sequence[Trial], found: Mapping[int, Outcome], se
 
 def paired(trials: Trials) -> list[Row]:
     """Differences to the twin, of the seeds that both have."""
-    found = {label: comparison.difference(trials, label, TWIN) for label in trials if label != TWIN} if TWIN in trials else {}
-    return [{"model": label} | d.columns for label, d in found.items() if d.by_seed]
+    differences = {label: comparison.difference(trials, label, TWIN) for label in trials if label != TWIN} if TWIN in trials else {}
+    return [{"model": label} | d.columns for label, d in differences.items() if d.by_seed]
 
 
 def notes(trials: Trials, seed: int, seconds: float) -> list[str]:

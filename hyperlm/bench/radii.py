@@ -56,7 +56,7 @@ class Text(NamedTuple):
     group: Tensor  # (W,) int64, from 0: the document in which each sequence begins; those that begin in one are not independent
 
 
-Found = dict[str, list[Row]]  # rows of each table
+Tables = dict[str, list[Row]]  # rows of each table
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def read_text(corpus: data.Corpus, config: Config, tokens: int, device: torch.de
     each = max(1, tokens // len(shards) // config.data.seq_len)
     end = tok.end_of_text(corpus.tokenizer)
     batches, begun = zip(*(validation(shard, config, each, end) for shard in shards), strict=True)
-    batch, begun = joined(batches), torch.tensor([(i, k) for i, own in enumerate(begun) for k in own])
+    batch, begun = joined(batches), torch.tensor([(i, k) for i, ended in enumerate(begun) for k in ended])
     group = begun.unique(dim=0, return_inverse=True)[1]
     ids = batch.tokens.numpy()
     pieces = wording.texts_of(corpus.tokenizer)
@@ -123,9 +123,9 @@ def radius_rows(seen: inside.Seen, counted: Tensor, cfg: ModelConfig) -> tuple[l
         r = seen.lengths[layer][:, counted]
         low, high = r.sort(-1).values[:, [int(share * (r.shape[1] - 1)) for share in (0.05, 0.95)]].T.tolist()
         row: Row = {"mixer": cfg.layer_kind(layer), "layer": layer}
-        for side, own in zip(SIDES, r.chunk(2), strict=True):
-            ordered = own.flatten().sort().values
-            row[f"{side}: mean"], row[f"{side}: std"] = float(own.mean()), float(own.std(-1).mean())
+        for side, side_radii in zip(SIDES, r.chunk(2), strict=True):
+            ordered = side_radii.flatten().sort().values
+            row[f"{side}: mean"], row[f"{side}: std"] = float(side_radii.mean()), float(side_radii.std(-1).mean())
             row[f"{side}: 5 %"], row[f"{side}: 95 %"] = (float(ordered[int(share * (len(ordered) - 1))]) for share in (0.05, 0.95))
         half_lives = None if seen.rates[layer] is None else (math.log(2) / seen.rates[layer]).tolist()
         row["half-life of heads, tokens"] = "" if half_lives is None else f"{min(half_lives):.3g} to {max(half_lives):.3g}"
@@ -162,12 +162,12 @@ def quantities(text: Text, entropies: Tensor) -> list[Quantity]:
         group = torch.unique(text.group[where.nonzero()[:, 0]], return_inverse=True)[1]
         return Quantity(name, where.flatten(), x, taken, group, x[elsewhere])
 
-    found = [quantity("log frequency", text.frequency, text.counted), quantity("entropy", entropies, text.counted)]
+    present = [quantity("log frequency", text.frequency, text.counted), quantity("entropy", entropies, text.counted)]
     inner = text.counted & text.bracketed
     if inner.any():
-        found.append(quantity("bracket depth", text.depth, inner))
-        found.append(quantity("depth, partial", text.depth, inner, text.frequency, position))
-    return found
+        present.append(quantity("bracket depth", text.depth, inner))
+        present.append(quantity("depth, partial", text.depth, inner, text.frequency, position))
+    return present
 
 
 def correlation_rows(lengths: Tensor, null: Tensor, those: list[Quantity], layer: int, cfg: ModelConfig) -> list[Row]:
@@ -176,8 +176,8 @@ def correlation_rows(lengths: Tensor, null: Tensor, those: list[Quantity], layer
     for known in those:
 
         def ranks(x: Tensor, known: Quantity = known) -> Tensor:
-            found = statistics.ranks(x.flatten(1)[:, known.where])
-            return found if known.others is None else statistics.without(found, known.others)
+            ranked = statistics.ranks(x.flatten(1)[:, known.where])
+            return ranked if known.others is None else statistics.without(ranked, known.others)
 
         x, y = ranks(lengths), known.ranks
         size = (x.square().sum(-1, keepdim=True) * y.square().sum()).sqrt()
@@ -196,17 +196,17 @@ def correlation_rows(lengths: Tensor, null: Tensor, those: list[Quantity], layer
 
 def mean(values: list[float]) -> float:
     """Of those that are numbers; nan if none is."""
-    there = [x for x in values if math.isfinite(x)]
-    return sum(there) / len(there) if there else math.nan
+    finite = [x for x in values if math.isfinite(x)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Of the rows of heads: one for each side and quantity, and one for each of these and layer."""
     summary, layers = [], []
     for of, what in dict.fromkeys((row["of"], row["with"]) for row in rows):
-        own = [row for row in rows if (row["of"], row["with"]) == (of, what)]
-        there = [row for row in own if math.isfinite(row["rho"])]
-        best = max(there, key=lambda row: abs(row["rho"]), default=None)
+        matching = [row for row in rows if (row["of"], row["with"]) == (of, what)]
+        finite = [row for row in matching if math.isfinite(row["rho"])]
+        best = max(finite, key=lambda row: abs(row["rho"]), default=None)
         strongest = "all equal" if best is None else f"{best['rho']:+.2f}"
         if best and math.isfinite(best["low"]):  # there are several documents
             strongest += f" [{best['low']:+.2f}, {best['high']:+.2f}]"
@@ -214,17 +214,17 @@ def correlation_summary(rows: list[Row]) -> tuple[list[Row], list[Row]]:
             {
                 "of": of,
                 "with": what,
-                "mean rho": mean([row["rho"] for row in own]),
-                "mean |rho|": mean([abs(row["rho"]) for row in own]),
-                "untrained |rho|": mean([abs(row["untrained"]) for row in own]),
-                "untrained, largest": max((abs(row["untrained"]) for row in own if math.isfinite(row["untrained"])), default=math.nan),
-                "shifted, largest": max((row["shifted"] for row in there), default=math.nan),
+                "mean rho": mean([row["rho"] for row in matching]),
+                "mean |rho|": mean([abs(row["rho"]) for row in matching]),
+                "untrained |rho|": mean([abs(row["untrained"]) for row in matching]),
+                "untrained, largest": max((abs(row["untrained"]) for row in matching if math.isfinite(row["untrained"])), default=math.nan),
+                "shifted, largest": max((row["shifted"] for row in finite), default=math.nan),
                 "strongest head [95 %]": strongest,
                 "which head": "" if best is None else f"layer {best['layer']}, head {best['head']}",
             }
         )
-        for layer in dict.fromkeys(row["layer"] for row in own):
-            rho = [row["rho"] for row in own if row["layer"] == layer]
+        for layer in dict.fromkeys(row["layer"] for row in matching):
+            rho = [row["rho"] for row in matching if row["layer"] == layer]
             strong = max((x for x in rho if math.isfinite(x)), key=abs, default=math.nan)
             layers.append({"layer": layer, "of": of, "with": what, "mean |rho|": mean(list(map(abs, rho))), "strongest head": strong})
     return summary, layers
@@ -237,7 +237,7 @@ def share_rows(params: Tree, null: Tree, text: Text, config: Config) -> list[Row
     tokens = tokens if len(tokens) else text.batch.tokens
     tokens = tokens[evenly(len(tokens), max(1, min(SEQUENCES, PAIRED // n)))]
     queries = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:QUERIES].sort().values.to(tokens.device) + 1
-    found: dict[str, dict[int, Tensor]] = {name: {} for name in ("angle alone", "key's radius alone", "untrained, angle alone")}
+    shares: dict[str, dict[int, Tensor]] = {name: {} for name in ("angle alone", "key's radius alone", "untrained, angle alone")}
 
     def look(trained: bool, layer: int, at: inside.Polar) -> None:
         score = "tangent" if cfg.layer_kind(layer) == "phase8" else cfg.score
@@ -246,16 +246,16 @@ def share_rows(params: Tree, null: Tree, text: Text, config: Config) -> list[Row
         values, cosine, radius = (x.transpose(0, 1).flatten(1, 2) for x in (values, cosine, radius))
         past = past.repeat(len(tokens), 1)
         name = "angle alone" if trained else "untrained, angle alone"
-        found[name][layer] = statistics.share_explained(values, cosine, past)
+        shares[name][layer] = statistics.share_explained(values, cosine, past)
         if trained:
-            found["key's radius alone"][layer] = statistics.share_explained(values, radius, past)
+            shares["key's radius alone"][layer] = statistics.share_explained(values, radius, past)
 
     for weights, is_trained in ((params, True), (null, False)):
         inside.polar(weights, tokens, cfg, config.kernels, bound(look, is_trained))
     rows = []
     for layer in cfg.hyperbolic_layers:
-        for head, values in enumerate(zip(*(own[layer].tolist() for own in found.values()), strict=True)):
-            rows.append({"layer": layer, "mixer": cfg.layer_kind(layer), "head": head, **dict(zip(found, values, strict=True))})
+        for head, values in enumerate(zip(*(by_layer[layer].tolist() for by_layer in shares.values()), strict=True)):
+            rows.append({"layer": layer, "mixer": cfg.layer_kind(layer), "head": head, **dict(zip(shares, values, strict=True))})
     return rows
 
 
@@ -263,11 +263,11 @@ def share_summary(rows: list[Row]) -> list[Row]:
     """Of the rows of heads, one for each mixer."""
     summary = []
     for mixer in dict.fromkeys(row["mixer"] for row in rows):
-        own = [row for row in rows if row["mixer"] == mixer]
-        angle = [row["angle alone"] for row in own if math.isfinite(row["angle alone"])]
+        heads = [row for row in rows if row["mixer"] == mixer]
+        angle = [row["angle alone"] for row in heads if math.isfinite(row["angle alone"])]
         least_most = f"{min(angle):.2f} to {max(angle):.2f}" if angle else ""
-        row: Row = {"mixer": mixer, "heads": len(own), "angle alone": mean(angle), "of heads": least_most}
-        summary.append(row | {name: mean([row[name] for row in own]) for name in ("key's radius alone", "untrained, angle alone")})
+        row: Row = {"mixer": mixer, "heads": len(heads), "angle alone": mean(angle), "of heads": least_most}
+        summary.append(row | {name: mean([row[name] for row in heads]) for name in ("key's radius alone", "untrained, angle alone")})
     return summary
 
 
@@ -328,11 +328,11 @@ def disk_rows(params: Tree, seen: inside.Seen, text: Text, config: Config) -> tu
             keys[0] = at.k[0, head, those], at.r_k[0, head, those]
 
     inside.polar(params, searched[w : w + 1], cfg, config.kernels, look, rotated=False)
-    at, kept = projected(*keys[0])
+    at, share = projected(*keys[0])
     pieces = [text.pieces[i] for i in ids[w, those]]
     columns = zip(at.tolist(), wording.labels(pieces), wording.groups(pieces), strict=True)
     rows = [{"x": x, "y": y, "label": label, "group": group} for (x, y), label, group in columns]
-    shown = f"std of its keys' radii {float(spread.max()):.2f}; two directions hold {kept:.0%} of the variance of their directions"
+    shown = f"std of its keys' radii {float(spread.max()):.2f}; two directions hold {share:.0%} of the variance of their directions"
     return rows, f"layer {layer}, head {head} ({shown})"
 
 
@@ -346,7 +346,7 @@ def projected(u: Tensor, r: Tensor) -> tuple[Tensor, float]:
     return plane * torch.tanh(r.double() / 2)[:, None], float(s[:2].square().sum() / s.square().sum().clamp(min=1e-300))
 
 
-def look_into(job: Job, device: torch.device) -> Found:
+def look_into(job: Job, device: torch.device) -> Tables:
     """All that is measured of a run."""
     loaded = trained.load_model(job.path, "latest", str(device), job.kernels)
     config, cfg = loaded.config, loaded.config.model
@@ -358,28 +358,28 @@ def look_into(job: Job, device: torch.device) -> Found:
     seen, null = inside.observe(loaded.params, text.batch, cfg, config.kernels), scoring.untrained(config, device)
     drawn = inside.observe(with_drawn_radii(null, cfg), text.batch, cfg, config.kernels).lengths
     those = quantities(text, seen.entropies)
-    found: Found = {}
-    rows = [row for layer, own in enumerate(seen.lengths) for row in correlation_rows(own, drawn[layer], those, layer, cfg)]
-    found["correlations by head"] = rows
-    found["correlations"], found["correlations by layer"] = correlation_summary(rows)
+    tables: Tables = {}
+    rows = [row for layer, lengths in enumerate(seen.lengths) for row in correlation_rows(lengths, drawn[layer], those, layer, cfg)]
+    tables["correlations by head"] = rows
+    tables["correlations"], tables["correlations by layer"] = correlation_summary(rows)
     size: Row = {
         "tokens": int(text.counted.sum()),
         "sequences": len(text.counted),
         "documents": int(text.group.max()) + 1,
         "in documents with brackets": int((text.counted & text.bracketed).sum()),
     }
-    found["text"] = [size]
+    tables["text"] = [size]
     if not cfg.hyperbolic_layers:
         none: Row = {"mixer": NO_RADII}
-        return found | {
+        return tables | {
             "radii": [none],
             "variance of scores": [none | {"heads": cfg.n_layers * cfg.n_heads}],
             "ablations": [{"radii of": NO_RADII}],
         }
-    found["radii"], found["radii by head"] = radius_rows(seen, text.counted, cfg)
-    found["variance by head"] = share_rows(loaded.params, null, text, config)
-    found["variance of scores"] = share_summary(found["variance by head"])
-    found["ablations"] = ablation_rows(loaded.params, seen, text, config)
-    found["disk"], shown = disk_rows(loaded.params, seen, text, config)
-    found["text"] = [size | {"in the disk": shown}]
-    return found
+    tables["radii"], tables["radii by head"] = radius_rows(seen, text.counted, cfg)
+    tables["variance by head"] = share_rows(loaded.params, null, text, config)
+    tables["variance of scores"] = share_summary(tables["variance by head"])
+    tables["ablations"] = ablation_rows(loaded.params, seen, text, config)
+    tables["disk"], shown = disk_rows(loaded.params, seen, text, config)
+    tables["text"] = [size | {"in the disk": shown}]
+    return tables

@@ -28,7 +28,7 @@ TASKS = ("recall", "scopes", "dyck", "parity", "modulo 5")
 CHANCE = {"scopes": 1 / synthetic.VALUES, "dyck": 1 / synthetic.TYPES, "parity": 1 / 2, "modulo 5": 1 / 5}
 
 
-Found = list[tuple[Job, Outcome | pool.Failure]]
+Outcomes = list[tuple[Job, Outcome | pool.Failure]]
 Seeds = list[tuple[Job, Outcome]]  # of one model at one rate
 Line = dict[int, Score]  # by depth or position
 
@@ -97,8 +97,8 @@ def config_of(task: Task, label: str, width: int, rate: float, seed: int, sizes:
     length = max(setting.length for setting in task.learnt)
     steps = sizes.steps if task.name == "recall" else sizes.other_steps
     training = TrainConfig(max(1, sizes.tokens // length), 1, steps, seed=seed, residence="device")
-    own = Config(shape, DataConfig(seq_len=length), training, OptimConfig(rate, state="fp32"), kernels=kernels)
-    return resolve(of_kind(own, label))
+    config = Config(shape, DataConfig(seq_len=length), training, OptimConfig(rate, state="fp32"), kernels=kernels)
+    return resolve(of_kind(config, label))
 
 
 def grid_of(labels: Sequence[str], sizes: Sizes, kernels: str = "auto") -> list[Job]:
@@ -112,9 +112,9 @@ def grid_of(labels: Sequence[str], sizes: Sizes, kernels: str = "auto") -> list[
     ]
 
 
-def repeats_of(found: Found, sizes: Sizes) -> list[Job]:
+def repeats_of(outcomes: Outcomes, sizes: Sizes) -> list[Job]:
     """The models at their best rates with the other seeds."""
-    chosen = [seeds[0][0] for task in TASKS for seeds in best([pair for pair in found if pair[0].task.name == task])[0]]
+    chosen = [seeds[0][0] for task in TASKS for seeds in best([pair for pair in outcomes if pair[0].task.name == task])[0]]
     return [
         replace(job, config=replace(job.config, train=replace(job.config.train, seed=seed)))
         for job in chosen
@@ -141,12 +141,12 @@ def check(labels: Sequence[str], sizes: Sizes) -> None:
 # -- from outcomes to tables -----------------------------------------------------------------------------------------------------------
 
 
-def best(found: Found) -> tuple[list[Seeds], list[Row]]:
+def best(outcomes: Outcomes) -> tuple[list[Seeds], list[Row]]:
     """Of one task, for each width and model the outcomes at the rate with the fewest nats an answer on the validation set, with the seed
     that came first; and for each that has no outcome a row that says why."""
     rates: dict[tuple[int, int], dict[float, Seeds]] = {}
     failed: dict[tuple[int, int], Row] = {}
-    for job, outcome in found:
+    for job, outcome in outcomes:
         width = job.config.model.d_model
         key = width, KINDS.index(job.label)
         if isinstance(outcome, pool.Failure):
@@ -171,21 +171,21 @@ def shown(values: Sequence[float]) -> float | str:
     return values[0] if len(values) == 1 else f"{mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
 
 
-def recall_tables(found: Found, task: Task, dtype: torch.dtype) -> tuple[list[Table], list[Figure]]:
-    chosen, failed = best(found)
+def recall_tables(outcomes: Outcomes, task: Task, dtype: torch.dtype) -> tuple[list[Table], list[Figure]]:
+    chosen, failed = best(outcomes)
     longest = max(setting.length for setting in task.tested)
     hardest = max(task.tested, key=lambda setting: setting.size)
     rows: list[Row] = []
     points: list[Row] = []
     for seeds in chosen:
         label, config = seeds[0][0].label, seeds[0][0].config
-        own: Row = {"model": label, "width": config.model.d_model, "state KiB": state_bytes(config.model, longest, dtype) / 1024}
-        row = own | {"rate": config.optim.lr}
+        labels: Row = {"model": label, "width": config.model.d_model, "state KiB": state_bytes(config.model, longest, dtype) / 1024}
+        row = labels | {"rate": config.optim.lr}
         for setting in task.tested:
             values = [accuracy(list(outcome.tests[setting].values())) for _, outcome in seeds]
             row[f"{setting.size} in {setting.length}"] = shown(values)
             for (job, _), value in zip(seeds, values, strict=True):
-                points.append(own | {"seed": job.config.train.seed, "length": setting.length, "pairs": setting.size, "accuracy": value})
+                points.append(labels | {"seed": job.config.train.seed, "length": setting.length, "pairs": setting.size, "accuracy": value})
         rows.append(row)
     rows.append({"model": "chance"} | {f"{setting.size} in {setting.length}": 1 / setting.size for setting in task.tested})
     caption = (
@@ -207,7 +207,7 @@ def recall_tables(found: Found, task: Task, dtype: torch.dtype) -> tuple[list[Ta
 def lines_of(task: str, scores: dict[int, Score]) -> dict[str, Line]:
     """What groups say, by kind of answer: depth or position (from 1) -> score."""
     if task == "scopes":
-        both = {group // 2: [scores.get(group // 2 * 2 + own, Score(0, 0)) for own in (0, 1)] for group in sorted(scores)}
+        both = {group // 2: [scores.get(group // 2 * 2 + shadowed, Score(0, 0)) for shadowed in (0, 1)] for group in sorted(scores)}
         every = {depth: Score(plain.right + hidden.right, plain.total + hidden.total) for depth, (plain, hidden) in both.items()}
         return {"all": every, "shadowed": {depth: hidden for depth, (_, hidden) in both.items() if hidden.total}}
     return {"all": scores if task == "dyck" else {position + 1: score for position, score in scores.items()}}
@@ -225,9 +225,9 @@ def bins_of(task: Task) -> list[tuple[int, int]]:
     return [(low + 1, high) for low, high in pairwise(edges)]
 
 
-def line_rows(found: Found, task: Task) -> tuple[list[Row], list[Row]]:
+def line_rows(outcomes: Outcomes, task: Task) -> tuple[list[Row], list[Row]]:
     """Rows to be read, with a column for each of `bins_of`; and points of figures, a row for each seed and depth, or bin of positions."""
-    chosen, failed = best(found)
+    chosen, failed = best(outcomes)
     bins, what = bins_of(task), "position" if task.draw is synthetic.counting else "depth"
     names = [f"{what} {low}-{high}" for low, high in bins]
     rows: list[Row] = []
@@ -267,8 +267,8 @@ def over_depth(file: str, title: str, table: str, task: Task) -> Lines:
     return Lines(file, title, table, "depth", "accuracy", over="seed", x_label=label, levels={"chance": CHANCE[task.name]})
 
 
-def scopes_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
-    rows, points = line_rows(found, task)
+def scopes_tables(outcomes: Outcomes, task: Task) -> tuple[list[Table], list[Figure]]:
+    rows, points = line_rows(outcomes, task)
     learnt = task.learnt[0].size
     caption = (
         f"Share of names answered with their value in the nearest enclosing scope, of {synthetic.VALUES} values, by depth, in programs "
@@ -284,28 +284,28 @@ def scopes_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
     return tables, [over_depth("recall_scopes", "Shadowed names answered with their value, by depth", tables[-1].name, task)]
 
 
-def dyck_tables(found: Found, task: Task) -> tuple[list[Table], list[Figure]]:
-    rows, points = line_rows(found, task)
+def dyck_tables(outcomes: Outcomes, task: Task) -> tuple[list[Table], list[Figure]]:
+    rows, points = line_rows(outcomes, task)
     learnt = task.learnt[0].size
     caption = (
         f"Share of closing brackets whose type, of {synthetic.TYPES}, is told, by depth, in sequences deeper than "
         f"those learnt, up to depth {learnt} (as learnt). Those that close what has only just opened are not counted."
     )
-    told = Table("dyck by depth", without(rows, "task", "answers"), caption, digits=3, quiet=["rate"])
-    tables = [told, Table("dyck at each depth", points, shown=False)]
+    by_depth = Table("dyck by depth", without(rows, "task", "answers"), caption, digits=3, quiet=["rate"])
+    tables = [by_depth, Table("dyck at each depth", points, shown=False)]
     return tables, [over_depth("recall_dyck", "Closing brackets of which the type is told, by depth", tables[-1].name, task)]
 
 
-def counting_tables(found: dict[str, Found], counted: list[Task]) -> tuple[list[Table], list[Figure]]:
-    both = [line_rows(found[task.name], task) for task in counted]
+def counting_tables(outcomes: dict[str, Outcomes], counted: list[Task]) -> tuple[list[Table], list[Figure]]:
+    both = [line_rows(outcomes[task.name], task) for task in counted]
     rows, points = ([row for part in parts for row in part] for parts in zip(*both, strict=True))
     learnt = counted[0].learnt[0].length
     caption = f"Share of right answers by position: how many ones there were so far, modulo 2 (parity) and 5; learnt on {learnt} positions."
-    told = Table("parity and counting", without(rows, "answers"), caption, digits=3, quiet=["rate"])
-    tables = [told, Table("counts by position", points, shown=False)]
+    by_task = Table("parity and counting", without(rows, "answers"), caption, digits=3, quiet=["rate"])
+    tables = [by_task, Table("counts by position", points, shown=False)]
     figure = Lines(
-        "recall_counting", "Running counts told, by position", tables[-1].name, "position", "accuracy", ("model", "task"), "seed", log_x=True,
-        x_label=f"position (learnt up to {learnt})", levels={f"chance, {task.name}": CHANCE[task.name] for task in counted},
+        "recall_counting", "Running counts told, by position", tables[-1].name, "position", "accuracy", ("model", "task"), "seed",
+        log_x=True, x_label=f"position (learnt up to {learnt})", levels={f"chance, {task.name}": CHANCE[task.name] for task in counted},
     )  # fmt: skip
     return tables, [figure]
 
@@ -317,7 +317,7 @@ def rate_row(job: Job, outcome: Outcome | pool.Failure) -> Row:
     return row | ({"failed": outcome.why} if isinstance(outcome, pool.Failure) else {"validation nats": outcome.nats})
 
 
-def notes_of(found: Found, sizes: Sizes) -> list[str]:
+def notes_of(outcomes: Outcomes, sizes: Sizes) -> list[str]:
     rates, seeds = ", ".join(f"{rate:g}" for rate in sizes.rates), ", ".join(map(str, sizes.seeds))
     steps = f"{sizes.steps:,} steps (of other tasks than recall {sizes.other_steps:,})"
     notes = [f"{LAYERS} layers, {steps} of about {sizes.tokens:,} tokens, of which answers alone are learnt; all batches are fresh"]
@@ -329,29 +329,29 @@ def notes_of(found: Found, sizes: Sizes) -> list[str]:
             "layers, and 64 epochs of 100,000 sequences; here, one model, with these and short convolutions, learns all settings, "
             "the first half of the time"
         )
-    if any(job.label == "hybrid" for job, _ in found):
+    if any(job.label == "hybrid" for job, _ in outcomes):
         notes.append("hybrid: a layer of phase8, then one of phase7")
-    for job, outcome in found:
+    for job, outcome in outcomes:
         if isinstance(outcome, pool.Failure):
             notes.append(f"{job.task.name}, {job.label}, width {job.config.model.d_model}, rate {job.config.optim.lr:g}: {outcome.why}")
     return notes
 
 
-def result(found: Found, sizes: Sizes, dtype: torch.dtype) -> Result:
+def result(outcomes: Outcomes, sizes: Sizes, dtype: torch.dtype) -> Result:
     """What is measured so far, of states in `dtype`."""
-    own = {name: [pair for pair in found if pair[0].task.name == name] for name in TASKS}
-    known = {task.name: task for task in tasks(sizes) if own[task.name]}
+    by_task = {name: [pair for pair in outcomes if pair[0].task.name == name] for name in TASKS}
+    known = {task.name: task for task in tasks(sizes) if by_task[task.name]}
     parts = []
     if "recall" in known:
-        parts.append(recall_tables(own["recall"], known["recall"], dtype))
+        parts.append(recall_tables(by_task["recall"], known["recall"], dtype))
     if "scopes" in known:
-        parts.append(scopes_tables(own["scopes"], known["scopes"]))
+        parts.append(scopes_tables(by_task["scopes"], known["scopes"]))
     if "dyck" in known:
-        parts.append(dyck_tables(own["dyck"], known["dyck"]))
+        parts.append(dyck_tables(by_task["dyck"], known["dyck"]))
     if counted := [known[name] for name in ("parity", "modulo 5") if name in known]:
-        parts.append(counting_tables(own, counted))
-    tables = [table for more, _ in parts for table in more] + [Table("recall rates", [rate_row(*pair) for pair in found], shown=False)]
-    return Result("recall", tables, notes_of(found, sizes), [figure for _, more in parts for figure in more])
+        parts.append(counting_tables(by_task, counted))
+    tables = [table for group, _ in parts for table in group] + [Table("recall rates", [rate_row(*pair) for pair in outcomes], shown=False)]
+    return Result("recall", tables, notes_of(outcomes, sizes), [figure for _, group in parts for figure in group])
 
 
 def run(labels: Sequence[str], devices: Sequence[torch.device], sizes: Sizes, kernels: str = "auto") -> Iterator[Result]:
@@ -365,12 +365,12 @@ def run(labels: Sequence[str], devices: Sequence[torch.device], sizes: Sizes, ke
     Yields:
         What is measured so far.
     """
-    found: Found = []
+    outcomes: Outcomes = []
     each = EACH if devices[0].type == "cuda" else 1
     jobs = grid_of(labels, sizes, kernels)
     grid = len(jobs)
     for pair in pool.side_by_side(measure, jobs, devices, each=each, desc="recall"):
-        found.append(pair)
-        if len(found) == grid:  # what the other seeds are trained with depends on all of it
-            jobs += repeats_of(found, sizes)
-        yield result(found, sizes, env.compute_dtype(devices[0]))
+        outcomes.append(pair)
+        if len(outcomes) == grid:  # what the other seeds are trained with depends on all of it
+            jobs += repeats_of(outcomes, sizes)
+        yield result(outcomes, sizes, env.compute_dtype(devices[0]))

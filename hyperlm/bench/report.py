@@ -75,8 +75,8 @@ def write(folder: Path, results: Sequence[Result], machine: dict[str, Any], comm
     try:
         write_all(folder, results, machine, command)
     except OSError as e:
-        kept = "what is there is an earlier report" if (folder / "results.json").exists() else "none is there"
-        raise OSError(e.errno, f"the report could not be written to {folder}, and {kept} ({e.strerror or e})") from e
+        remains = "what is there is an earlier report" if (folder / "results.json").exists() else "none is there"
+        raise OSError(e.errno, f"the report could not be written to {folder}, and {remains} ({e.strerror or e})") from e
 
 
 def write_all(folder: Path, results: Sequence[Result], machine: dict[str, Any], command: str) -> None:

@@ -8,7 +8,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of equal columns; a value that there is not is left out. One that is not shown is in results.json alone, for figures to be drawn from."""
+    """Rows of equal columns; a value that there is not is left out. One that is not shown is in results.json alone, for figures to be drawn
+    from."""
 
     name: str  # in results.json and in the report: "loss by position"
     rows: list[Row]
@@ -20,9 +21,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """A line over `x` for each combination of the columns `series`; the first of them, if it is "model", decides the colour, others marker and dash.
-    Rows that differ in the column `over` alone ("seed") are one line, their mean, in a band from the least to the largest; where their x differ
-    ("seconds"), values between those measured are interpolated. Numbers or words along x; a y axis shows at least a tenth of its values."""
+    """A line over `x` for each combination of the columns `series`; the first of them, if it is "model", decides the colour, others marker
+    and dash. Rows that differ in the column `over` alone ("seed") are one line, their mean, in a band from the least to the largest; where
+    their x differ ("seconds"), values between those measured are interpolated. Numbers or words along x; a y axis shows at least a tenth of
+    its values."""
 
     file: str  # without an extension: PNG and PDF are written
     title: str
@@ -74,7 +76,8 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Disk:
-    """Points of the Poincare disk, by columns x and y (within the unit circle) and `label` (may be empty), a panel for each value of `panels`."""
+    """Points of the Poincare disk, by columns x and y (within the unit circle) and `label` (may be empty), a panel for each value of
+    `panels`."""
 
     file: str
     title: str

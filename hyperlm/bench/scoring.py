@@ -102,9 +102,9 @@ def untrained(config: Config, device: torch.device) -> Tree:
 
 def given(config: Config, run: Path, text: DataConfig) -> data.Corpus:
     """All of a text, to be evaluated on, in tokens of a run."""
-    own = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
+    data_config = replace(text, sources=(), val_sources=text.sources, tokenizer=str(run / "tokenizer.json"))
     try:
-        return data.prepare(replace(config, data=own), say=lambda line: None)
+        return data.prepare(replace(config, data=data_config), say=lambda line: None)
     except data.DataError as e:
         raise data.DataError(str(e).replace("--data.val-sources", "--data.sources")) from e  # as it was asked for
 

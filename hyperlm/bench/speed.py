@@ -1,8 +1,8 @@
 """Suite `speed`: forward and training tokens/s and peak memory of whole models, at several sequence lengths, and how time grows with them.
 
-Random tokens, real steps: forward, backward, clipping and AdamW. Forward alone is what an evaluation does: up to the loss, the head included,
-with weights and nothing else in memory. Each length has about the same number of tokens a step, so that only the length differs. A number is the
-median of several calls; beside it stands their spread, and every call's time is in results.json.
+Random tokens, real steps: forward, backward, clipping and AdamW. Forward alone is what an evaluation does: up to the loss, the head
+included, with weights and nothing else in memory. Each length has about the same number of tokens a step, so that only the length differs.
+A number is the median of several calls; beside it stands their spread, and every call's time is in results.json.
 """
 
 import time
@@ -141,8 +141,8 @@ def check(kinds: list[str], config: Config, device: torch.device, lengths: list[
     """Raises ConfigError where the memory of a CPU cannot hold a step: it would be found out late, and perhaps by the system."""
     for kind in kinds if device.type == "cpu" else ():
         for n in lengths:
-            own = of_length(of_kind(config, kind), n, tokens)
-            need, have = residence.on_device.plan(own, torch.float32, 0).device, env.total_memory(device)
+            variant = of_length(of_kind(config, kind), n, tokens)
+            need, have = residence.on_device.plan(variant, torch.float32, 0).device, env.total_memory(device)
             if need > have:
                 most = f"{need / env.GIB:,.1f} GiB, and {device} has {have / env.GIB:,.1f}"
                 raise ConfigError(f"--lengths {n}: a step of {kind} needs {most}; lower --lengths, --tokens or the shape of the model")
@@ -150,30 +150,43 @@ def check(kinds: list[str], config: Config, device: torch.device, lengths: list[
 
 def growth(rows: list[Row]) -> tuple[list[Row], list[str]]:
     """How the time of a sequence grows with its length, a row for each kind, and notes on what was measured at too few lengths to say."""
-    found: list[Row] = []
+    grown: list[Row] = []
     notes: list[str] = []
     for kind in dict.fromkeys(row["model"] for row in rows):
-        own: Row = {"model": kind}
+        exponents: Row = {"model": kind}
         for what in ("forward", "training"):
             fit = exponent([row for row in rows if row["model"] == kind], f"{what} tok/s")
             if fit:
-                own[what] = f"{fit.p:.2f} ± {fit.error:.2f}"
+                exponents[what] = f"{fit.p:.2f} ± {fit.error:.2f}"
             else:
                 notes.append(f"{kind}: how its time of {what} grows with the length takes at least {POINTS} lengths to say")
-        found += [own] * (len(own) > 1)
-    return found, notes
+        grown += [exponents] * (len(exponents) > 1)
+    return grown, notes
 
 
-GROWTH = "The exponent p of the fit: time of a sequence ~ length^p, over the longer half of the lengths measured and at least four; ± its standard error."
+GROWTH = (
+    "The exponent p of the fit: time of a sequence ~ length^p, over the longer half of the lengths measured and at least four; "
+    "± its standard error."
+)
 FIGURES: list[Figure] = [
-    Lines("speed_training", "Training speed by length of the sequence", "speed", "length", "training tok/s", x_label="length (tokens)", y_label="training (tokens/s)", log_x=True, low=0.0),
-    Lines("speed_forward", "Forward speed by length of the sequence", "speed", "length", "forward tok/s", x_label="length (tokens)", y_label="forward (tokens/s)", log_x=True, low=0.0),
-    Lines("speed_memory", "Peak memory of training by length of the sequence", "speed", "length", "training GiB", x_label="length (tokens)", y_label="peak memory of training (GiB)", log_x=True, low=0.0),
+    Lines(
+        "speed_training", "Training speed by length of the sequence", "speed", "length", "training tok/s",
+        x_label="length (tokens)", y_label="training (tokens/s)", log_x=True, low=0.0,
+    ),
+    Lines(
+        "speed_forward", "Forward speed by length of the sequence", "speed", "length", "forward tok/s",
+        x_label="length (tokens)", y_label="forward (tokens/s)", log_x=True, low=0.0,
+    ),
+    Lines(
+        "speed_memory", "Peak memory of training by length of the sequence", "speed", "length", "training GiB",
+        x_label="length (tokens)", y_label="peak memory of training (GiB)", log_x=True, low=0.0,
+    ),
 ]  # fmt: skip
 
 
 def run(kinds: list[str], config: Config, device: torch.device, lengths: list[int], tokens: int, budget: float = 2.0) -> Iterator[Result]:
-    """Measure every kind at every length. One that fails, or is not right (see checks.py), is a row that says why, and is not measured further.
+    """Measure every kind at every length. One that fails, or is not right (see checks.py), is a row that says why, and is not measured
+    further.
 
     Args:
         kinds: see `arms.of_kind`.
@@ -191,11 +204,11 @@ def run(kinds: list[str], config: Config, device: torch.device, lengths: list[in
         for kind in kinds:
             for done, n in enumerate(lengths, 1):
                 bar.set_postfix_str(f"{kind}, N {n:,}")
-                own = of_kind(config, kind)
-                wrong = attempt(checks.model, own, device) if done == 1 else None
-                found = wrong or attempt(partial(measure, kind, budget=budget), of_length(own, n, tokens), device)
-                failed = isinstance(found, Failure)
-                row, each = ({"model": kind, "length": n, "failed": found.why}, []) if failed else found
+                variant = of_kind(config, kind)
+                wrong = attempt(checks.model, variant, device) if done == 1 else None
+                outcome = wrong or attempt(partial(measure, kind, budget=budget), of_length(variant, n, tokens), device)
+                failed = isinstance(outcome, Failure)
+                row, each = ({"model": kind, "length": n, "failed": outcome.why}, []) if failed else outcome
                 rows.append(row)
                 calls += each
                 grown, notes = growth(rows)

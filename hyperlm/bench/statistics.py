@@ -73,7 +73,7 @@ def mean_and_error(sums: Tensor, counts: Tensor, group: Tensor) -> tuple[float, 
     return float(mean), float((g / (g - 1) * off.square().sum()).sqrt() / counts.sum()) if g > 1 else float("nan")
 
 
-def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) -> Tensor:
+def share_explained(scores: Tensor, x: Tensor, counted: Tensor, bins: int = 64) -> Tensor:
     """The share of the variance of scores, within queries, that a function of x explains: of each query's scores their mean is taken out,
     as a softmax does, and what is fitted is a step function of x, the same for all queries of a head.
 
@@ -82,26 +82,26 @@ def share_explained(scores: Tensor, x: Tensor, there: Tensor, bins: int = 64) ->
 
     Args:
         scores, x: (H, Q, M).
-        there: (Q, M) bool, the pairs that count.
+        counted: (Q, M) bool, the pairs that count.
 
     Returns:
         Adjusted R^2 of each head, (H,) fp64; nan where the scores of a query do not differ, or there are too few pairs to tell.
     """
     h, q, m = scores.shape
-    ordered = x[:, there].sort(-1).values
+    ordered = x[:, counted].sort(-1).values
     edges = ordered[:, torch.arange(1, bins, device=x.device) * ordered.shape[1] // bins].contiguous()
-    own = torch.searchsorted(edges, x.reshape(h, -1).contiguous(), right=True).view(h, q, m)
-    counted = there.double().expand(h, q, m)
-    size = there.sum(-1).double().clamp(min=1)  # (Q,)
-    y = torch.where(there, scores.double(), 0)
-    y = (y - y.sum(-1, keepdim=True) / size[:, None]) * counted
-    in_bin = y.new_zeros(h, q, bins).scatter_add_(-1, own, counted)
-    of_bin = y.new_zeros(h, q, bins).scatter_add_(-1, own, y).sum(1)  # (H, bins)
+    bin_of = torch.searchsorted(edges, x.reshape(h, -1).contiguous(), right=True).view(h, q, m)
+    weight = counted.double().expand(h, q, m)
+    size = counted.sum(-1).double().clamp(min=1)  # (Q,)
+    y = torch.where(counted, scores.double(), 0)
+    y = (y - y.sum(-1, keepdim=True) / size[:, None]) * weight
+    in_bin = y.new_zeros(h, q, bins).scatter_add_(-1, bin_of, weight)
+    of_bin = y.new_zeros(h, q, bins).scatter_add_(-1, bin_of, y).sum(1)  # (H, bins)
     normal = torch.diag_embed(in_bin.sum(1)) - torch.einsum("hqa,hqb,q->hab", in_bin, in_bin, 1 / size)
     explained = (of_bin * (torch.linalg.pinv(normal, hermitian=True) @ of_bin[..., None])[..., 0]).sum(-1)
     total = y.square().sum((1, 2))
-    scale = torch.where(there, scores.double(), 0).square().sum((1, 2))
-    pairs = there.sum() - (there.sum(-1) > 0).sum()  # less a constant for each query
+    scale = torch.where(counted, scores.double(), 0).square().sum((1, 2))
+    pairs = counted.sum() - (counted.sum(-1) > 0).sum()  # less a constant for each query
     left = pairs - ((in_bin.sum(1) > 0).sum(-1) - 1)  # and one for each bin but one
     unexplained = (1 - explained / total) * pairs / left
     return torch.where((total > NOTHING * scale) & (left > 0), 1 - unexplained, torch.nan)

@@ -103,8 +103,8 @@ def settings(command: Command) -> Config:
 
 
 def shape(bench: Bench, command: Command, *, frugal: bool = False) -> Config:
-    """The model to measure, but for its kind. Where the command leaves the residence open, the fastest or, if `frugal`, that which takes least of a
-    device; and the optimizer's state decided as for a run.
+    """The model to measure, but for its kind. Where the command leaves the residence open, the fastest or, if `frugal`, that which takes
+    least of a device; and the optimizer's state decided as for a run.
 
     Raises:
         ConfigError: if a kind can have no such model.
@@ -262,11 +262,11 @@ def text_of(bench: Bench, command: Command) -> DataConfig | None:
 
 def named_runs(folders: list[str]) -> dict[str, Path]:
     """Runs by what tables call them: runs/study/phase8 is study/phase8; but a name that could be a kind keeps its runs/."""
-    found = {}
+    paths = {}
     for folder in folders:
         short = Path(folder).relative_to(runs.ROOT) if Path(folder).is_relative_to(runs.ROOT) else Path()
-        found[str(short) if len(short.parts) > 1 and str(short) not in folders else folder] = Path(folder)
-    return found
+        paths[str(short) if len(short.parts) > 1 and str(short) not in folders else folder] = Path(folder)
+    return paths
 
 
 def of_models(bench: Bench, command: Command, check: Callable, run: Callable[..., Measuring]) -> Measuring:

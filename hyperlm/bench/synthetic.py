@@ -54,12 +54,12 @@ POWER = 0.01  # of the law that gaps follow: p(gap) ~ gap^(POWER - 1)
 
 def distinct(rng: np.random.Generator, rows: int, count: int, low: int, high: int) -> np.ndarray:
     """(rows, count) integers of [low, high), those of a row distinct, all choices equally likely: rows with repetitions are drawn again."""
-    found, again = np.empty((rows, count), np.int64), np.arange(rows)
+    drawn, again = np.empty((rows, count), np.int64), np.arange(rows)
     while len(again):
-        found[again] = rng.integers(low, high, (len(again), count))
-        ordered = np.sort(found[again], axis=1)
+        drawn[again] = rng.integers(low, high, (len(again), count))
+        ordered = np.sort(drawn[again], axis=1)
         again = again[(ordered[:, 1:] == ordered[:, :-1]).any(axis=1)]
-    return found
+    return drawn
 
 
 def recall(seed: Seed, count: int, setting: Setting, vocabulary: int) -> Sample:
@@ -166,9 +166,9 @@ def scopes(seed: Seed, count: int, setting: Setting, vocabulary: int = SMALLEST)
         targets[rows[asks], at[asks] + 1] = value[asks]
         group[rows, np.minimum(at + 1, n)] = 2 * walk.depth + shadowed[rows, name]
 
-        own = rows[binds], at[binds]
-        tokens[own], tokens[own[0], own[1] + 1] = NAME + name[binds], value[binds]
-        visible[own[0], walk.depth[binds], name[binds]] = newest[own[0], name[binds]] = value[binds]
+        binding = rows[binds], at[binds]
+        tokens[binding], tokens[binding[0], binding[1] + 1] = NAME + name[binds], value[binds]
+        visible[binding[0], walk.depth[binds], name[binds]] = newest[binding[0], name[binds]] = value[binds]
         end += np.where(move == 0, 2, 1)
     return sample(tokens[:, :n], targets[:, :n], group[:, :n])
 
@@ -198,7 +198,7 @@ class Task:
 
 
 @lru_cache(maxsize=8)
-def together(draw: Draw, seed: Seed, count: int, setting: Setting, vocabulary: int) -> Sample:
+def block_of_batches(draw: Draw, seed: Seed, count: int, setting: Setting, vocabulary: int) -> Sample:
     return draw(seed, count, setting, vocabulary)
 
 
@@ -207,6 +207,6 @@ def at_step(task: Task, seed: int, step: int, tokens: int) -> Sample:
     number, turn = divmod(step, len(task.learnt))
     setting = task.learnt[turn]
     count = max(1, tokens // setting.length)
-    block, own = divmod(number, AT_ONCE)
-    made = together(task.draw, (seed, TRAINING, block, turn), AT_ONCE * count, setting, task.vocabulary)
-    return made[own * count : (own + 1) * count]
+    block, index = divmod(number, AT_ONCE)
+    made = block_of_batches(task.draw, (seed, TRAINING, block, turn), AT_ONCE * count, setting, task.vocabulary)
+    return made[index * count : (index + 1) * count]

@@ -61,7 +61,7 @@ def values_of(rows: list[Row], name: str) -> list[Any]:
 def laid_out(rows: list[Row], style: str, digits: int = 4) -> str:
     columns = columns_of(rows)
     of_each = [digits - bool(UNCERTAIN.search(name)) for name in columns]
-    cells = list(zip(*(column(values_of(rows, name), own) for name, own in zip(columns, of_each, strict=True)), strict=True))
+    cells = list(zip(*(column(values_of(rows, name), precision) for name, precision in zip(columns, of_each, strict=True)), strict=True))
     if style == "pipe":
         columns, *cells = ([text.replace("|", "\\|") for text in line] for line in [columns, *cells])
     return tabulate(cells, columns, tablefmt=style, disable_numparse=True, colalign=alignment(rows))
@@ -81,9 +81,9 @@ def readable(shown: Table) -> tuple[list[Row], list[str]]:
     for i, row in enumerate(rows):
         free = [name for name in columns if row.get(name) in (None, "")]
         if row.get("failed") and free:
-            own = {name: row[name] for name in columns if name not in free}
-            rows[i] = own | {free[0]: "failed"}
-            why.append(f"{', '.join([cell(value) for value in own.values()])} failed: {cell(row['failed'])}")
+            labels = {name: row[name] for name in columns if name not in free}
+            rows[i] = labels | {free[0]: "failed"}
+            why.append(f"{', '.join([cell(value) for value in labels.values()])} failed: {cell(row['failed'])}")
     columns = columns_of(rows)
     return [{name: row.get(name) for name in columns} for row in rows], list(dict.fromkeys(why))
 

@@ -81,7 +81,7 @@ def train(job: Job, device: torch.device) -> Outcome:
     order = data.batches(corpus, config, say=lambda line: None)
     total = config.train.total_steps(order.steps_per_epoch)
     env.reset_peak_memory(device)
-    learner = (peer if job.label in PEERS else own)(job, corpus, new_schedule(config.optim, total), device)
+    learner = (peer if job.label in PEERS else native)(job, corpus, new_schedule(config.optim, total), device)
     moments = {math.ceil(total * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
 
     curve: list[Point] = []
@@ -104,13 +104,13 @@ def train(job: Job, device: torch.device) -> Outcome:
         wait(device)
         seconds += time.perf_counter() - since
         gib = gib or env.peak_memory(device) / env.GIB
-        diverged = bad == BAD_STEPS or not math.isfinite((found := learner.evaluate())["val_loss"])
-        val_loss = math.nan if diverged else found["val_loss"]
+        diverged = bad == BAD_STEPS or not math.isfinite((losses := learner.evaluate())["val_loss"])
+        val_loss = math.nan if diverged else losses["val_loss"]
         curve.append(Point(now, tokens, seconds, float(nats) / max(1, learnt), val_loss))
         if diverged:
             break
         if now == total:
-            val = found
+            val = losses
         nats, learnt = torch.zeros_like(nats), 0
         since = time.perf_counter()
 
@@ -124,7 +124,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def own(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:
+def native(job: Job, corpus: data.Corpus, schedule: Schedule, device: torch.device) -> Learner:
     """A model of hyperlm: what train.py makes of the same configuration."""
     config = job.config
     residence = residences.make(config, device)

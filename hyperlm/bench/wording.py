@@ -35,7 +35,7 @@ def frequencies(corpus: Corpus, vocabulary: int) -> np.ndarray:
 def bracket_depths(tokens: np.ndarray, texts: list[str], end: int) -> np.ndarray:
     """How many brackets are open before each token, (W, N) ids -> (W, N): of those that opened in the sequence, after the last id `end`,
     which separates documents. A bracket closes one of any kind; one that closes nothing does not count."""
-    steps = {i: found for i, text in enumerate(texts) if (found := [STEPS[c] for c in text if c in STEPS])}
+    steps = {i: moves for i, text in enumerate(texts) if (moves := [STEPS[c] for c in text if c in STEPS])}
     depths = np.zeros(tokens.shape, np.int64)
     for row, depth in zip(tokens.tolist(), depths, strict=True):
         level = 0
@@ -63,7 +63,7 @@ def groups(pieces: list[str]) -> list[str]:
     bracket; all pieces of it are.
     """
     text = "".join(pieces)
-    found: list[str] = []
+    by_piece: list[str] = []
     words = list(re.finditer(r"\w+", text))
     kinds = {}
     for word in words:
@@ -81,13 +81,13 @@ def groups(pieces: list[str]) -> list[str]:
     for piece in pieces:
         inside = [kinds[i] for i in range(start, start + len(piece)) if i in kinds]
         if not piece.strip():
-            found.append("space")
+            by_piece.append("space")
         elif inside:
-            found.append(inside[0])
+            by_piece.append(inside[0])
         else:
-            found.append("bracket" if set(piece) & set(STEPS) else "punctuation")
+            by_piece.append("bracket" if set(piece) & set(STEPS) else "punctuation")
         start += len(piece)
-    return found
+    return by_piece
 
 
 def labels(pieces: list[str]) -> list[str]:
@@ -103,18 +103,18 @@ def labels(pieces: list[str]) -> list[str]:
 
 def passage(tokens: np.ndarray, texts: list[str], end: int, length: int) -> tuple[int, int]:
     """Where (sequence, position) so many tokens of one document begin that show much: many different words, names and brackets."""
-    best, found = -1, (0, 0)
+    best, place = -1, (0, 0)
     span = min(length, tokens.shape[1])
     inside = documents(tokens, end)
     for w, row in enumerate(tokens):
         for start in range(0, len(row) - span + 1, max(1, span // 2)):
-            own = row[start : start + span]
+            window = row[start : start + span]
             if inside[w, start] != inside[w, start + span - 1]:
                 continue
-            pieces = [texts[i] for i in own]
+            pieces = [texts[i] for i in window]
             those = {(group, piece.strip()) for group, piece in zip(groups(pieces), pieces, strict=True)}
             brackets = sum(any(c in STEPS for c in piece) for piece in pieces)
             score = len(those) + min(brackets, span // 5)
             if score > best:
-                best, found = score, (w, start)
-    return found
+                best, place = score, (w, start)
+    return place

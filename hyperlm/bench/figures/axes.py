@@ -74,11 +74,11 @@ def power_of_two(value: Any) -> bool:
 
 def thinned(ticks: list[Any], place: Callable[[Any], float], gap: float) -> list[Any]:
     """Ticks that are at least `gap` apart, the last among them."""
-    kept: list[Any] = []
+    spaced: list[Any] = []
     for tick in reversed(ticks):
-        if not kept or abs(place(kept[-1]) - place(tick)) >= gap:
-            kept.append(tick)
-    return kept[::-1]
+        if not spaced or abs(place(spaced[-1]) - place(tick)) >= gap:
+            spaced.append(tick)
+    return spaced[::-1]
 
 
 def setting_axis(axes: Axes, values: list[Any], words: str, log: bool) -> None:

@@ -45,8 +45,8 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
         return None
     main, *settings = figure.series
     models = list(dict.fromkeys(row[main] for row in rows))
-    kept = [tuple(row[name] for name in settings) for row in rows]
-    combined = in_order([key[0] for key in kept]) if len(settings) == 1 else list(dict.fromkeys(kept))
+    row_keys = [tuple(row[name] for name in settings) for row in rows]
+    combined = in_order([key[0] for key in row_keys]) if len(settings) == 1 else list(dict.fromkeys(row_keys))
     keys = [(value,) for value in combined] if len(settings) == 1 else combined
     colour, place, several = colours(models), places(models), len(keys) > 1
     words = any(not number(row[figure.x]) for row in rows)
@@ -58,12 +58,12 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
     lowest: dict[Any, float] = dict.fromkeys(models, math.inf)
     for model in models:
         for j, key in enumerate(keys):
-            selected = [row for row, k in zip(rows, kept, strict=True) if row[main] == model and k == key]
+            selected = [row for row, k in zip(rows, row_keys, strict=True) if row[main] == model and k == key]
             if not selected:
                 continue
             x, (mean, least, most) = curve(selected, figure)
             at = [order.index(value) for value in x] if words else x
-            look = appearance(j if several else place[model], few=len(x) <= FEW, setting=several)
+            look = appearance(j if several else place[model], sparse=len(x) <= FEW, setting=several)
             axes.plot(at, mean, color=colour[model], markeredgecolor="white", markeredgewidth=0.4, **look)
             if (most > least).any():
                 axes.fill_between(at, least, most, color=colour[model], alpha=0.15, linewidth=0)
@@ -81,21 +81,21 @@ def draw_lines(figure: Lines, rows: list[Row]) -> Canvas | None:
         axes.axhline(level, color="#777777", linewidth=0.7, linestyle=(0, (2, 2)), zorder=1)
         words_of_level = printable_lines(words_of_level.replace(", ", ",\n"))
         axes.annotate(words_of_level, (1, level), va="center", fontsize=SMALL, color="#555555", **beside)
-    few = all(len(line.get_xdata()) <= FEW for line in axes.lines)
+    sparse = all(len(line.get_xdata()) <= FEW for line in axes.lines)
     if several:
         legend(canvas, [Line2D([], [], color=colour[m], linewidth=2.5, label=name[m]) for m in models])
         both = [list(zip(settings, key, strict=True)) for key in keys]
         named = [", ".join(f"{of} {exact(value)}" if number(value) else exact(value) for of, value in pairs) for pairs in both]
         legend(
             canvas,
-            [Line2D([], [], color="#666666", label=n, **appearance(j, few, setting=True)) for j, n in enumerate(named)],
+            [Line2D([], [], color="#666666", label=n, **appearance(j, sparse, setting=True)) for j, n in enumerate(named)],
             "outside lower center",
         )
     else:
-        legend(canvas, [Line2D([], [], color=colour[m], label=name[m], **appearance(place[m], few, setting=False)) for m in models])
+        legend(canvas, [Line2D([], [], color=colour[m], label=name[m], **appearance(place[m], sparse, setting=False)) for m in models])
     return canvas
 
 
-def appearance(i: int, few: bool, setting: bool) -> dict[str, Any]:
+def appearance(i: int, sparse: bool, setting: bool) -> dict[str, Any]:
     """Marker and dash of the i-th model or setting: both for a setting; for a model one, the dash where points are too many for markers."""
-    return {"marker": MARKERS[i % len(MARKERS)] if few else "", "linestyle": DASHES[i % len(DASHES)] if setting or not few else "-"}
+    return {"marker": MARKERS[i % len(MARKERS)] if sparse else "", "linestyle": DASHES[i % len(DASHES)] if setting or not sparse else "-"}

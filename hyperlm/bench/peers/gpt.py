@@ -42,7 +42,8 @@ class Shape:
 
 
 def shape(config: Config) -> Shape:
-    """Of the width of the configuration's model, with as many layers (one or more) as come nearest to the parameters of its Euclidean twin."""
+    """Of the width of the configuration's model, with as many layers (one or more) as come nearest to the parameters of its Euclidean
+    twin."""
     m = config.model
     twin = replace(config, model=replace(m, kind="softmax", exact_every=0))
     none = Shape(m.d_model, 0, m.n_heads, m.vocab_size, config.data.seq_len, m.dropout)
@@ -107,15 +108,15 @@ def optimizers(model: GPT, config: Config, *, muon: bool) -> list[torch.optim.Op
     """
     o = config.optim
     blocks = [p for p in model.blocks.parameters() if p.dim() > 1] if muon else []
-    rest = [p for p in model.parameters() if not any(p is own for own in blocks)]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in blocks)]
     groups = [
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": o.weight_decay},
         {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
     ]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True)]
+    rules: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True)]
     if muon:
-        found.append(torch.optim.Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return found
+        rules.append(torch.optim.Muon(blocks, lr=o.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return rules
 
 
 Step = Callable[[Batch], tuple[Tensor, bool]]
@@ -165,7 +166,7 @@ def token_nats(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
     with autocast(tokens.device):
         features = model(tokens).flatten(0, 1)
         parts = [
-            F.cross_entropy(F.linear(own, model.embedding).float(), wanted, ignore_index=IGNORE, reduction="none")
-            for own, wanted in zip(*(x.split(max(1, LOGITS // len(model.embedding))) for x in (features, targets.flatten())), strict=True)
+            F.cross_entropy(F.linear(chunk, model.embedding).float(), wanted, ignore_index=IGNORE, reduction="none")
+            for chunk, wanted in zip(*(x.split(max(1, LOGITS // len(model.embedding))) for x in (features, targets.flatten())), strict=True)
         ]
     return torch.cat(parts).view(targets.shape)
