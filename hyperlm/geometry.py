@@ -1,8 +1,8 @@
 """Hyperbolic space of curvature -1 in three charts: the hyperboloid, the Poincaré ball, and the tangent space at the origin.
 
 A point of the hyperboloid is a pair (t, s): time t (...) and space s (..., K), with t = sqrt(1 + |s|^2). In polar form it is
-(cosh r, sinh r u), u a unit direction and r the distance from the origin. For curvature -c, d_c(x, y) = d_1(sqrt(c) x, sqrt(c) y) / sqrt(c);
-the models fix c = 1, since with free radii and a free temperature c cannot be identified.
+(cosh r, sinh r u), u a unit direction and r the distance from the origin. For curvature -c, d_c(x, y) = d_1(sqrt(c) x, sqrt(c) y) /
+sqrt(c); the models fix c = 1, since with free radii and a free temperature c cannot be identified.
 References: Nickel & Kiela 2018 (Lorentz model); Ganea, Bécigneul & Hofmann 2018 (exponential and logarithmic maps).
 """
 

@@ -94,11 +94,11 @@ def read(path: str | Path) -> bytes:
         TokenizerError: if there is none, or what is there can be none.
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise TokenizerError(f"{path} is not a tokenizer.json (it is no regular file)")
-        if found.st_size > LARGEST_FILE:
-            raise TokenizerError(f"{path} is not a tokenizer.json (it has {found.st_size >> 20} MiB, more than any)")
+        if status.st_size > LARGEST_FILE:
+            raise TokenizerError(f"{path} is not a tokenizer.json (it has {status.st_size >> 20} MiB, more than any)")
         return Path(path).read_bytes()
     except FileNotFoundError as e:
         raise TokenizerError(f"{path}: no such file; a tokenizer is bpe, bytes or the path of a tokenizer.json") from e
@@ -142,8 +142,8 @@ def save(tokenizer: Tokenizer, path: str | Path) -> None:
 def settings(tokenizer: Tokenizer, *, chat: bool) -> dict[str, object]:
     """What transformers reads beside a tokenizer.json, as tokenizer_config.json; with a template of conversations if `chat`."""
     end = tokenizer.id_to_token(end_of_text(tokenizer))
-    found = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": END_OF_TURN if chat else end, "pad_token": end}
-    return {**found, "clean_up_tokenization_spaces": False, **({"chat_template": TEMPLATE} if chat else {})}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": END_OF_TURN if chat else end, "pad_token": end}
+    return {**settings, "clean_up_tokenization_spaces": False, **({"chat_template": TEMPLATE} if chat else {})}
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -189,8 +189,8 @@ def bare(text: str) -> str:
 def example(text: str, back: str) -> str:
     """Where two texts begin to differ."""
     at = len(os.path.commonprefix([text, back]))
-    here = slice(max(0, at - 10), at + 20)
-    return f"{text[here]!r} comes back as {back[here]!r}"
+    window = slice(max(0, at - 10), at + 20)
+    return f"{text[window]!r} comes back as {back[window]!r}"
 
 
 def clean(text: str) -> str:

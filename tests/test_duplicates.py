@@ -98,7 +98,7 @@ def test_of_many_alike_the_last_are_compared_and_all_that_are_the_same(monkeypat
 
 @pytest.mark.parametrize("rows", [[], [[1, 2]], [[1, 2], [1, 2], [3, 4], [1, 3], [3, 4], [5, 5]], [[0, 0], [0, 0]]])
 def test_equal_rows_have_a_number_together(rows):
-    groups = duplicates.together(np.array(rows, np.uint16).reshape(-1, 2))
+    groups = duplicates.equal_rows(np.array(rows, np.uint16).reshape(-1, 2))
     for i, row in enumerate(rows):
         equal = {j for j in range(len(rows)) if rows[j] == row}
         assert {j for j in range(len(rows)) if groups[i] == groups[j] >= 0} == (equal if len(equal) > 1 else set())

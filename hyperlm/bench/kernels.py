@@ -5,7 +5,8 @@ torch's softmax attention, which also stands beside linear attention, computing 
 calls from Python, each with an empty L2 cache; and "device", the mean of calls replayed from a CUDA graph, which launching does not slow
 down, with its spread over ten replays. What is wrong or fails is a row that says why. Limits are lower bounds of a time: bytes of inputs
 and outputs at the rate of a large copy, operations of the products at the rate of a large product, special functions at 16 a clock and
-multiprocessor, all of the same device."""
+multiprocessor, all of the same device.
+"""
 
 from collections.abc import Callable, Iterator
 from statistics import mean

@@ -2,7 +2,8 @@
 
 From the cosine of the directions to log cosh of the distance there are two steps that any dot-product attention can make, a bias of the
 keys and a gain; what the whole has beyond both, the higher orders in the product of Klein coordinates, is geometry and nothing else is. All
-begin with the same values and read the same batches for a seed, so that differences are taken seed by seed."""
+begin with the same values and read the same batches for a seed, so that differences are taken seed by seed.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

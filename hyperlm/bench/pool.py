@@ -157,7 +157,8 @@ def side_by_side(
 
     With one place, or one job, everything happens in this process. With more, `work`, jobs and results must be picklable, and `work` a
     function of a module; what it prints appears, its progress bars do not. A process that is killed is the failure of its job alone. When
-    the caller stops, is stopped or killed, all processes end at once. Jobs that the caller adds to the list on the way are done as well."""
+    the caller stops, is stopped or killed, all processes end at once. Jobs that the caller adds to the list on the way are done as well.
+    """
     places = [device for _ in range(each) for device in devices][: max(1, len(jobs))]
     with env.progress(total=len(jobs), desc=desc) as bar:
 

@@ -61,13 +61,13 @@ def damage(folder: Path, whole: bool = False) -> list[str]:
         return [f"{META} is missing or damaged"]
     large = [(name, i) for name, entry in meta["entries"].items() for i in range(1, len(entry["blocks"]) - 1)]
     sample = set(large if whole else random.sample(large, min(SAMPLE, len(large))))
-    found = []
+    faults = []
     for name, entry in meta["entries"].items():
         count = len(entry["blocks"])
         chosen = [i for i in range(count) if i in (0, count - 1) or (name, i) in sample]
         if wrong := disagreement(folder / name, entry["size"], entry["blocks"], chosen):
-            found.append(f"{name} {wrong}")
-    return found
+            faults.append(f"{name} {wrong}")
+    return faults
 
 
 def disagreement(path: Path, size: int, checksums: list[int], chosen: list[int]) -> str:
@@ -153,9 +153,9 @@ def sweep(root: Path) -> None:
     """Remove what killed processes left half written, and nothing of living ones."""
     with suppress(OSError):
         for name in sorted(os.listdir(root)):
-            if not (found := TEMPORARY.fullmatch(name)):
+            if not (match := TEMPORARY.fullmatch(name)):
                 continue
-            part, path = root / found[1], root / f"{found[1]}.lock"
+            part, path = root / match[1], root / f"{match[1]}.lock"
             if not path.exists():  # a lock is made before its folder and goes after it
                 remove(root / name)
                 continue

@@ -27,13 +27,14 @@ class Document(NamedTuple):
         return self.text or "".join(content for role, content in self.messages if role == "assistant")
 
     @property
-    def own(self) -> str:
+    def compared_text(self) -> str:
         """What tells it from others: a text, whole; of a conversation all but its system prompt, which many may have in common."""
         return self.text or "\n".join(content for role, content in self.messages if role != "system")
 
     @property
     def raw(self) -> bytes:
-        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8; outside rows, with newlines alone at line ends."""
+        """The bytes that bits per byte are counted on: of the text as it is read, in UTF-8; outside rows, with newlines alone at line
+        ends."""
         return self.content.encode()
 
     def head(self, limit: int) -> "Document":
@@ -42,14 +43,14 @@ class Document(NamedTuple):
             return self
         if not self.messages:
             return Document(self.text.encode()[:limit].decode("utf-8", "ignore"))
-        kept = []
+        shortened = []
         for role, content in self.messages:
             raw = content.encode()[:limit]
-            kept.append((role, raw.decode("utf-8", "ignore")))
+            shortened.append((role, raw.decode("utf-8", "ignore")))
             limit -= len(content.encode())
             if limit <= 0:
                 break
-        return Document("", tuple(kept))
+        return Document("", tuple(shortened))
 
     def divide(self, share: float) -> "tuple[Document, Document] | None":
         """A beginning of about this share and the rest, cut where a text may be, or between messages; None if there is no such place, with

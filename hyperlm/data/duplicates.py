@@ -3,9 +3,9 @@
 MinHash (Broder 1997): a signature has SLOTS numbers, and the share of them that is the same in two signatures estimates the share of runs
 of words that the documents have in common of all that they have (the Jaccard similarity), with a standard deviation of at most 0.06.
 Candidates have the same BAND numbers in a row somewhere (locality-sensitive hashing): pairs of similarity 0.9 are found 99 times in 100, of
-0.8 every second time, of 0.7 three times in 100. Of a band that many share, as texts from one template do, the RECENT last are compared, and
-all whose whole signature is the same: time grows with the documents, not with their square. Signatures keep 16 bits of each number (Li and
-König 2010): 128 bytes a document.
+0.8 every second time, of 0.7 three times in 100. Of a band that many share, as texts from one template do, the RECENT last are compared,
+and all whose whole signature is the same: time grows with the documents, not with their square. Signatures keep 16 bits of each number (Li
+and König 2010): 128 bytes a document.
 """
 
 import re
@@ -60,9 +60,9 @@ def originals(signatures: np.ndarray, given: int = 0) -> np.ndarray:
         signatures: (documents, SLOTS) uint16.
         given: as many documents at the beginning are kept whatever they are.
     """
-    found = np.full(len(signatures), -1)
+    original_of = np.full(len(signatures), -1)
     bands = [signatures[:, at : at + BAND] for at in range(0, SLOTS - BAND + 1, BAND)]
-    groups = np.array([together(numbers) for numbers in (*bands, signatures)])
+    groups = np.array([equal_rows(numbers) for numbers in (*bands, signatures)])
     last = np.full((len(groups), groups.max(initial=0) + 1), -1, np.int32)  # the document that was kept last of each band and group,
     before = np.full_like(groups, -1)  # and the one before each: lists of Python would take ten times as much memory
     for i in progress(np.flatnonzero((groups >= 0).any(0)).tolist(), "near copies", unit=" docs"):
@@ -79,14 +79,14 @@ def originals(signatures: np.ndarray, given: int = 0) -> np.ndarray:
             earlier = np.array(sorted(candidates))
             similarity = (signatures[earlier] == signatures[i]).mean(1)
             if similarity.max() >= SIMILAR:
-                found[i] = earlier[similarity.argmax()]
+                original_of[i] = earlier[similarity.argmax()]
                 continue
         for band, group in places:
             before[band, i], last[band, group] = last[band, group], i
-    return found
+    return original_of
 
 
-def together(numbers: np.ndarray) -> np.ndarray:
+def equal_rows(numbers: np.ndarray) -> np.ndarray:
     """A number for each group of equal rows, (rows,) int32; -1 for a row that no other equals."""
     key = np.zeros(len(numbers), np.uint64)
     for column in numbers.T:

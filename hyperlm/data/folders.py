@@ -1,4 +1,5 @@
-"""Files of folders and of .zip archives: which are used, which are left out and why, and how each is opened. What is in them is for formats.py."""
+"""Files of folders and of .zip archives: which are used, which are left out and why, and how each is opened. What is in them is for
+formats.py."""
 
 import gzip
 import os
@@ -100,27 +101,27 @@ def listed(root: Path, known: Iterable[str]) -> Listing:
     Raises:
         OSError: on a folder that cannot be read; DataError on a damaged archive.
     """
-    found = Listing([], Counter(), Counter())
+    listing = Listing([], Counter(), Counter())
     if os.path.isdir(root):
         choose(
             progress(walk(root), f"listing {root.name}", unit=" folders"),
             lambda folder, name: File(Path(folder, name)),
             {*known, ".zip"},
-            found,
+            listing,
         )
     else:
-        found.files.append(File(root))
+        listing.files.append(File(root))
     files: list[File] = []
-    for file in sorted(found.files):
+    for file in sorted(listing.files):
         if file.suffix != ".zip":
             files.append(file)
             continue
-        found.used[".zip"] -= 1
-        members = Listing([], found.used, found.left_out)
+        listing.used[".zip"] -= 1
+        members = Listing([], listing.used, listing.left_out)
         with archive_at(file.path) as archive:
             choose(walk_archive(archive), lambda folder, name, at=file.path: File(at, f"{folder}{name}"), set(known), members)
         files += sorted(members.files)
-    return Listing(files, +found.used, found.left_out)
+    return Listing(files, +listing.used, listing.left_out)
 
 
 def choose(tree: Walk, file_of: Callable[[str, str], File], known: set[str], into: Listing) -> None:
@@ -194,12 +195,12 @@ def standard_library(root: Path | None = None) -> list[File]:
     def ours(path: str, name: str) -> bool:
         return not ({name, path} & NOT_STDLIB or name.startswith(NOT_STDLIB_BEGINS))
 
-    found = []
+    files = []
     for folder, below, names in walk(root):
         at = Path(folder).relative_to(root)
         below[:] = [name for name in below if ours(at.joinpath(name).as_posix(), name)]
-        found += [File(Path(folder, name)) for name in names if name.endswith(".py") and ours(at.joinpath(name).as_posix(), name)]
-    return sorted(found)
+        files += [File(Path(folder, name)) for name in names if name.endswith(".py") and ours(at.joinpath(name).as_posix(), name)]
+    return sorted(files)
 
 
 # -- opening ---------------------------------------------------------------------------------------------------------------------------

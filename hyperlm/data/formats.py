@@ -258,9 +258,10 @@ def with_arrow(read: Callable[[Open, Encoding | None], Iterator[tuple[int, Row]]
 # -- suffixes ----------------------------------------------------------------------------------------------------------------------------
 
 CODE = (
-    ".py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .zig .d .nim .swift .java .kt .kts .scala .groovy .gradle .cs .fs "
-    ".fsx .vb .js .mjs .cjs .jsx .ts .tsx .vue .svelte .css .scss .php .rb .pl .pm .lua .r .jl .sh .bash .zsh .fish .ps1 .bat .hs .ml .mli "
-    ".elm .ex .exs .erl .hrl .clj .cljs .lisp .el .scm .rkt .dart .f .f90 .f95 .for .pas .asm .s .sql .proto .v .sv .vhd .vhdl .cmake .tcl .vim"
+    ".py .pyi .pyx .c .h .cc .cpp .cxx .hh .hpp .hxx .cu .cuh .m .mm .rs .go .zig .d .nim .swift .java .kt .kts .scala .groovy .gradle "
+    ".cs .fs .fsx .vb .js .mjs .cjs .jsx .ts .tsx .vue .svelte .css .scss .php .rb .pl .pm .lua .r .jl .sh .bash .zsh .fish .ps1 .bat "
+    ".hs .ml .mli .elm .ex .exs .erl .hrl .clj .cljs .lisp .el .scm .rkt .dart .f .f90 .f95 .for .pas .asm .s .sql .proto .v .sv .vhd "
+    ".vhdl .cmake .tcl .vim"
 )
 FORMATS = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".rst", ".tex"), Format(texts=prose)),

@@ -19,17 +19,17 @@ def snapshot(address: str, where: str) -> tuple[str, Path]:
     Raises:
         DataError: beginning with `where`, if it cannot be fetched.
     """
-    if not (found := ADDRESS.fullmatch(address)):
+    if not (match := ADDRESS.fullmatch(address)):
         raise DataError(f"{where}: not an address of a data set; write hf://datasets/owner/name, with /path and @revision if need be")
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as e:
         raise DataError(f"{where}: fetching it takes huggingface_hub, which is not installed: pip install 'hyperlm-torch[hub]'") from e
-    name, path = found["name"], found["path"] or ""
+    name, path = match["name"], match["path"] or ""
     data = [f"*{suffix}{packed}" for suffix in DATA for packed in ("", *PACKED)] + ["*.zip"]
     wanted = [path, f"{path}/*"] if path else data
     try:
-        root = snapshot_download(name, repo_type="dataset", revision=found["revision"] or found["last"], allow_patterns=wanted)
+        root = snapshot_download(name, repo_type="dataset", revision=match["revision"] or match["last"], allow_patterns=wanted)
     except (OSError, ValueError) as e:  # what the hub's errors and those of the network have in common
         raise DataError(f"{where}: cannot be fetched ({' '.join(str(e).split()):.200}); check the name and the network") from e
     return f"{name}/{path}".rstrip("/"), Path(root, path)

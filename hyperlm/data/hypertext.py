@@ -21,12 +21,12 @@ class Text(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self.silent: list[str] = []  # elements around whose text is not shown
-        self.kept = 0  # elements around that keep their spaces
+        self.preformatted = 0  # elements around that keep their spaces
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in SILENT:
             self.silent.append(tag)
-        self.kept += tag == "pre"
+        self.preformatted += tag == "pre"
         self.end_block(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -36,7 +36,7 @@ class Text(HTMLParser):
         if tag in self.silent:
             while self.silent.pop() != tag:
                 pass
-        self.kept = max(0, self.kept - (tag == "pre"))
+        self.preformatted = max(0, self.preformatted - (tag == "pre"))
         if tag in CELLS:
             self.parts.append("\t")
         self.end_block(tag)
@@ -44,7 +44,7 @@ class Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.silent:
             return
-        if not self.kept:
+        if not self.preformatted:
             data = SPACE.sub(" ", data)
             if not self.parts or self.parts[-1].endswith((" ", "\t", "\n")):
                 data = data.removeprefix(" ")

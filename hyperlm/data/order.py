@@ -50,9 +50,9 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
     """Order the training sequences of a corpus.
 
     Texts are read in windows of N+1 tokens at stride N, so that every token is a target once; conversations are packed (see `packing`), so
-    that every token that is learnt is a target once; where documents are isolated, each has sequences of its own. Without weights each epoch
-    is a permutation of all sequences. With weights each source is its own permutation, and each BLOCK of sequences has the exact proportions,
-    but for sources whose weight asks for less than one sequence of a block: they get one.
+    that every token that is learnt is a target once; where documents are isolated, each has sequences of its own. Without weights each
+    epoch is a permutation of all sequences. With weights each source is its own permutation, and each BLOCK of sequences has the exact
+    proportions, but for sources whose weight asks for less than one sequence of a block: they get one.
 
     Args:
         say: is told in one line each of sources that are too short for a sequence, of weights too small for a block, and what is learnt of
@@ -83,8 +83,8 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
         return Part(len(packing), lambda epoch, number: packing.sequence(number, drawn(epoch)))
 
     shards, parts = [], []
-    there = [s for s in corpus.shards if len(s.train) or s.talks]
-    for shard in there if alone else join_short(there, n, say):
+    nonempty = [s for s in corpus.shards if len(s.train) or s.talks]
+    for shard in nonempty if alone else join_short(nonempty, n, say):
         texts = [packed(of_texts(shard.train), "texts", len(parts)) if alone else windows(shard)] if len(shard.train) else []
         talks = [packed(shard.talks, "talks", len(parts))] if shard.talks else []
         if not any(part.count for part in texts + talks):
@@ -94,8 +94,8 @@ def batches(corpus: Corpus, config: Config, say: Callable[[str], None] = print) 
         parts.append(texts + talks)
     if not shards:
         raise DataError("an assistant says nothing in the training text: add conversations, or set --data.loss all")
-    told(packings, n, alone, say)
-    counts = np.array([sum(part.count for part in own) for own in parts])
+    report_packing(packings, n, alone, say)
+    counts = np.array([sum(part.count for part in of_source) for of_source in parts])
     weighted = any(s.weight is not None for s in shards)
     groups = parts if weighted else [list(chain.from_iterable(parts))]
     weights = np.array([s.weight or 1.0 for s in shards]) if weighted else np.ones(1)
@@ -136,18 +136,18 @@ def stacked(sequences: list[tuple[np.ndarray, np.ndarray]], n: int) -> Batch:
     return Batch(*(x.contiguous() for x in both.unbind(1)))
 
 
-def told(packings: list[Packing], n: int, alone: bool, say: Callable[[str], None]) -> None:
+def report_packing(packings: list[Packing], n: int, alone: bool, say: Callable[[str], None]) -> None:
     """Say what is learnt of conversations, and what padding costs."""
     if not packings:
         return
     documents, sequences = sum(len(p.talks.lengths) for p in packings), sum(map(len, packings))
     padding = 1 - sum(int(p.length.sum()) for p in packings) / (sequences * n)
-    kept = f"{documents:,} documents apart in" if alone else f"{documents:,} conversations packed into"
+    packed = f"{documents:,} documents apart in" if alone else f"{documents:,} conversations packed into"
     talks = [p.talks for p in packings if p.learnt is not None]
     if talks:
         share = sum(int(t.said.sum(dtype=np.int64)) for t in talks) / sum(len(t.tokens) - 1 for t in talks)
         say(f"loss       on what the assistant says, {share:.1%} of the tokens of conversations (--data.loss)")
-    say(f"sequences  {kept} {sequences:,} sequences, {padding:.1%} padding{' (--data.isolate)' if alone else ''}")
+    say(f"sequences  {packed} {sequences:,} sequences, {padding:.1%} padding{' (--data.isolate)' if alone else ''}")
 
 
 def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[Shard]:
@@ -162,21 +162,21 @@ def join_short(shards: list[Shard], n: int, say: Callable[[str], None]) -> list[
         if s.talks and 0 < len(s.train) <= n:
             say(f"left out   {s.name}: its texts beside conversations, {len(s.train)} training tokens, less than one sequence of {n}")
             shards[i] = replace(s, train=s.train[:0])
-    short, kept = ([s for s in shards if (len(s.train) <= n and not s.talks) == it_is] for it_is in (True, False))
+    short, long = ([s for s in shards if (len(s.train) <= n and not s.talks) == it_is] for it_is in (True, False))
     if not short:
         return shards
     names = ", ".join(s.name for s in short[:NAMED]) + (f" and {len(short) - NAMED} more" if len(short) > NAMED else "")
     train = np.concatenate([s.train for s in short])
     if len(train) <= n:
-        if not kept:
+        if not long:
             raise DataError(f"{names}: {len(train)} training tokens, less than one sequence: set --data.seq-len below that or add text")
         say(f"left out   {names}: {len(train)} training tokens, less than one sequence of {n}")
-        return kept
+        return long
     weight = sum(s.weight or 1.0 for s in short) if any(s.weight is not None for s in shards) else None
-    together = replace(short[0], name=f"{short[0].name} and {len(short) - 1} more", train=train, weight=weight)
+    joined = replace(short[0], name=f"{short[0].name} and {len(short) - 1} more", train=train, weight=weight)
     say(f"mixture    {names}: each shorter than a sequence, read as one source")
     at = next(i for i, s in enumerate(shards) if s is short[0])
-    return [*kept[:at], together, *kept[at:]]
+    return [*long[:at], joined, *long[at:]]
 
 
 def quotas_of(names: list[str], weights: np.ndarray, say: Callable[[str], None]) -> np.ndarray:
@@ -221,7 +221,7 @@ def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int, stride:
     size, raw, said, talk = first_documents(shard, max_tokens).T
     end, ends = int(shard.val[0]), 1 + np.cumsum(size)
 
-    def together(those: np.ndarray) -> Talks:
+    def subset(those: np.ndarray) -> Talks:
         """These documents alone."""
         places = [slice(0, 1), *(slice(to - count, to) for to, count in zip(ends[those].tolist(), size[those].tolist(), strict=True))]
         return Talks(*(np.concatenate([x[place] for place in places]) for x in (shard.val, shard.val_said)), size[those])
@@ -231,7 +231,7 @@ def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int, stride:
         drawn = packing.draw(None)
         return [packing.sequence(number, drawn) for number in range(len(packing))]
 
-    texts = together(talk == 0)
+    texts = subset(talk == 0)
     if cfg.isolate:
         sequences = packed(texts)
     else:
@@ -243,4 +243,4 @@ def validation_sequences(shard: Shard, cfg: DataConfig, max_tokens: int, stride:
         inputs, targets = (sliding_window_view(x, n)[: count * stride : stride].copy() for x in (inputs, targets))
         targets[1:, : n - stride] = IGNORE
         sequences = list(zip(inputs, targets, strict=True))
-    return stacked(sequences + packed(together(talk == 1)), n), int((raw if everything else said).sum())
+    return stacked(sequences + packed(subset(talk == 1)), n), int((raw if everything else said).sum())

@@ -56,15 +56,15 @@ class Packing:
     def sequence(self, number: int, drawn: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets, (N,) int64 each."""
         pieces, keys = drawn
-        own = pieces[self.members[self.bounds[number] : self.bounds[number + 1]]]
-        own = own[np.argsort(keys[own])]
+        members = pieces[self.members[self.bounds[number] : self.bounds[number + 1]]]
+        members = members[np.argsort(keys[members])]
         stream = self.talks.tokens  # which ends with an end of text
         tokens, targets = np.full(self.n, stream[-1], np.int64), np.full(self.n, IGNORE, np.int64)
         at = 0
-        for start, length in zip(self.start[own].tolist(), self.length[own].tolist(), strict=True):
-            here, there = slice(at, at + length), slice(start, start + length)
-            tokens[here] = stream[start - 1 : start + length - 1]
-            targets[here] = stream[there] if self.learnt is None else np.where(self.learnt[there], stream[there].astype(np.int64), IGNORE)
+        for start, length in zip(self.start[members].tolist(), self.length[members].tolist(), strict=True):
+            to, source = slice(at, at + length), slice(start, start + length)
+            tokens[to] = stream[start - 1 : start + length - 1]
+            targets[to] = stream[source] if self.learnt is None else np.where(self.learnt[source], stream[source].astype(np.int64), IGNORE)
             at += length
         return tokens, targets
 
@@ -105,8 +105,8 @@ def best_fit(lengths: np.ndarray, n: int) -> np.ndarray:
     for end in ends:
         length = int(lengths[at])
         while at < end:
-            if found := some >> length:
-                room = length + (found & -found).bit_length() - 1
+            if fitting := some >> length:
+                room = length + (fitting & -fitting).bit_length() - 1
                 those = waiting[room].pop()
                 if not waiting[room]:
                     some ^= 1 << room

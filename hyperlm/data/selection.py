@@ -79,7 +79,7 @@ def select(source: Source, readings: Readings, dedup: bool = False) -> Selection
                 digests += content_hash(document)
                 sizes.append(len(document.raw))
             if dedup:
-                signed += signatures([document.own for document in batch]).tobytes()
+                signed += signatures([document.compared_text for document in batch]).tobytes()
             bar.update(sum(sizes[-len(batch) :]))
     hashes, size = np.frombuffer(digests, np.uint64).reshape(-1, 2), np.frombuffer(sizes, np.int64)
     rows = np.frombuffer(signed, np.uint16).reshape(-1, SLOTS) if dedup else None
@@ -92,17 +92,17 @@ def without_near_copies(
     """Selections without the documents that nearly copy one of `held_out` or an earlier one; those of `held_out` stay. Signatures go."""
     signed = [s.signatures if s.use.all() else s.signatures[s.use] for s in (*held_out, *selections)]
     given = sum(map(len, signed[: len(held_out)]))
-    found = originals(signed[0] if len(signed) == 1 else np.concatenate(signed), given)[given:]
-    kept, start = [], 0
+    original_of = originals(signed[0] if len(signed) == 1 else np.concatenate(signed), given)[given:]
+    selected, start = [], 0
     for s in selections:
         use = s.use.copy()
-        use[s.use] = found[start : start + s.use.sum()] < 0
+        use[s.use] = original_of[start : start + s.use.sum()] < 0
         start += s.use.sum()
-        kept.append(s._replace(use=use, signatures=None))
-    copies = found >= 0
-    near = f", {(copies & (found < given)).sum():,} of them of what is held out" if given else ""
-    say(f"dedup      {copies.sum():,} of {len(found):,} documents left out, near copies of others{near}")
-    return kept, [s._replace(signatures=None) for s in held_out]
+        selected.append(s._replace(use=use, signatures=None))
+    copies = original_of >= 0
+    near = f", {(copies & (original_of < given)).sum():,} of them of what is held out" if given else ""
+    say(f"dedup      {copies.sum():,} of {len(original_of):,} documents left out, near copies of others{near}")
+    return selected, [s._replace(signatures=None) for s in held_out]
 
 
 def limited(selection: Selection, max_mib: float) -> Selection:
@@ -190,9 +190,9 @@ def hold_out(
         whole = int(held.sum())
         beside = f" beside {whole} whole one{'s' * (whole > 1)}" if whole else ""
         say(f"split      {what}: the last {len(parts[1].raw):,} bytes of one are held out{beside}")
-        found = holding(held)
-        found[source] = found[source]._replace(divided=(index, 1 - tail / length))
-        return found
+        selected = holding(held)
+        selected[source] = selected[source]._replace(divided=(index, 1 - tail / length))
+        return selected
     if len(contents) == 1:
         short = f"the text is one document of {length} bytes, too short to hold out its end"
         raise DataError(f"{short}, and validation needs another: add text or set --data.val-sources")
@@ -206,23 +206,23 @@ def drop_copies(training: list[Selection], validation: list[Selection], say: Cal
     """Train on nothing that is also held out."""
     contents = [s.order[s.val] for s in (*training, *validation)] + [s.order[[s.divided[0]]] for s in training if s.divided]
     held = np.unique(np.concatenate(contents))
-    dropped, kept = 0, []
+    dropped, selected = 0, []
     for s in training:
         copies = s.train & among(s.order, held)
         if s.divided:
             copies[s.divided[0]] = False
         dropped += int(copies.sum())
-        kept.append(s._replace(use=s.use & ~copies))
+        selected.append(s._replace(use=s.use & ~copies))
     if dropped:
         say(f"split      {dropped:,} document{'s' * (dropped > 1)} dropped from training: the same text is held out")
-    return kept
+    return selected
 
 
-def among(values: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Whether each value is one of `found`, which are sorted; in a fifth of the memory of np.isin."""
-    at = np.searchsorted(found, values)
-    at[at == len(found)] = 0
-    return found[at] == values if len(found) else np.zeros(len(values), bool)
+def among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Whether each value is one of `ordered`, which are sorted; in a fifth of the memory of np.isin."""
+    at = np.searchsorted(ordered, values)
+    at[at == len(ordered)] = 0
+    return ordered[at] == values if len(ordered) else np.zeros(len(values), bool)
 
 
 def chosen(source: Source, selection: Selection, readings: Readings) -> Iterator[tuple[int, Document, bool]]:

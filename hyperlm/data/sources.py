@@ -107,12 +107,12 @@ def read_recipe(path: Path, where: str) -> list[Source]:
         raise DataError(f"{path}: not a recipe; {needs}")
     sources = []
     for number, table in enumerate(tables, 1):
-        here = f"{path}, source {number}"
-        check_keys(table, ("path", "weight"), here)
+        entry = f"{path}, source {number}"
+        check_keys(table, ("path", "weight"), entry)
         if not isinstance(table.get("path"), str):
-            raise DataError(f"{here}: not a recipe; path must be a text in quotes")
-        weight = check_weight(table["weight"], here) if "weight" in table else None
-        sources.append(source_at(table["path"], weight, f"{here}, {table['path']}", path.parent))
+            raise DataError(f"{entry}: not a recipe; path must be a text in quotes")
+        weight = check_weight(table["weight"], entry) if "weight" in table else None
+        sources.append(source_at(table["path"], weight, f"{entry}, {table['path']}", path.parent))
     return sources
 
 
@@ -227,23 +227,23 @@ def file_documents(file: File, open_file: Open, readings: Readings, named: bool)
         return
     try:
         encoding = reading.encoding if reading else None if form.binary else find_encoding(lambda: watched(blocks(open_file), file))
-        found = [("encoding", encoding.assumed)] if encoding and encoding.assumed else []
+        notes = [("encoding", encoding.assumed)] if encoding and encoding.assumed else []
         if form.rows:
             rows = form.rows(open_file, encoding)
             if left_out := (yield from row_documents(file, rows, form.unit, readings)):
-                found.append(("rows", left_out))
+                notes.append(("rows", left_out))
         else:
             where = Counter[str]()
             yield from map(Document, form.texts(open_file, encoding, where))
             if where.total() > where["empty lines"]:
                 places = ", ".join(f"{n} at {what}" for what, n in where.most_common())
-                found.append(("cut", f"few empty lines, cut into {where.total() + 1} documents ({places})"))
+                notes.append(("cut", f"few empty lines, cut into {where.total() + 1} documents ({places})"))
     except NotText as e:
         if named:
             raise DataError(f"{file}: {e}") from e
         readings.files[file] = Reading(None, True, (("skipped", f"left out, {e}"),))
     else:
-        readings.files.setdefault(file, Reading(encoding, False, tuple(found)))
+        readings.files.setdefault(file, Reading(encoding, False, tuple(notes)))
 
 
 def watched(blocks: Iterable[bytes], file: File) -> Iterable[bytes]:

@@ -70,12 +70,12 @@ def find_encoding(blocks: Callable[[], Iterable[bytes]]) -> Encoding:
         return Encoding("utf-8", "replace", f"UTF-8 with {wrong} mistake{'s' * (wrong > 1)}, {REPLACED}")
     several = re.search(rb"[\x80-\xff]{2}", sample)  # bytes beyond ASCII that stand alone are letters with accents
     around = b" ".join(AROUND.findall(sample))  # few among many others would be overlooked
-    found = list(from_bytes(around, cp_isolation=LEGACY if several else SINGLE))
-    if not found:
+    matches = list(from_bytes(around, cp_isolation=LEGACY if several else SINGLE))
+    if not matches:
         raise NotText("it is not UTF-8, and its encoding cannot be told: convert it to UTF-8")
-    rank = found[0].chaos, -found[0].coherence
-    western = any("cp1252" in match.could_be_from_charset and (match.chaos, -match.coherence) <= rank for match in found)
-    name = "cp1252" if western else found[0].encoding
+    rank = matches[0].chaos, -matches[0].coherence
+    western = any("cp1252" in match.could_be_from_charset and (match.chaos, -match.coherence) <= rank for match in matches)
+    name = "cp1252" if western else matches[0].encoding
     if misfit(blocks(), name) is None:
         return Encoding(name, assumed=f"not UTF-8, read as {name}")
     return Encoding(name, "replace", f"not UTF-8, read as {name}, what does not fit {REPLACED}")
@@ -155,6 +155,6 @@ def pieces(blocks: Iterable[str], counts: Counter[str] | None = None) -> Iterato
 def cut(text: str, low: int, high: int) -> tuple[int, str]:
     """The best place to cut a text between `low` and `high`, and what is there."""
     for what, pattern in CUTS.items():
-        if found := pattern.search(text, low, high):
-            return found.end(), what
+        if match := pattern.search(text, low, high):
+            return match.end(), what
     return low, "characters"

@@ -123,14 +123,14 @@ def write_tokens(
         facts: list[tuple[int, ...]] = []  # of what is held out: its place in order, then as in val_00.npy
         with writing(folder, index) as (texts, talks, held_out):
             batches = batched(chosen(source, selection, readings), lambda item: len(item[1].content))
-            for number, (batch, found) in enumerate(encoded(encoder, ((batch, contents(batch)) for batch in batches))):
+            for number, (batch, token_ids) in enumerate(encoded(encoder, ((batch, contents(batch)) for batch in batches))):
                 if given:  # the beginning as it is, and then each character that is new
                     whole = [document.content for _, document, _ in batch]
                     new = characters(whole, known)
                     if (changed := tok.losses(tokenizer, whole if number == 0 else sorted(new))) and not loses:
                         loses = f"does not keep all of {source.name}: {changed}"
                     known |= new
-                ids = iter(found)
+                ids = iter(token_ids)
                 for i, document, val in batch:
                     ids_of, said = document_ids(tokenizer, document, ids)
                     tokens = np.append(ids_of, end).astype(dtype)
