@@ -52,8 +52,9 @@ class Result(NamedTuple):
     finite: bool  # whether both are; if not, nothing was learnt
 
 
-# (state, batch (A, B, N), the micro-batches' dropout keys (A), learnt targets in all of them (at least 1)) -> the state with its parameters learned
-# (or, if the result is not finite, as they were). The state is consumed: its tensors are updated in place, now or when they are next used.
+# (state, batch (A, B, N), the micro-batches' dropout keys (A), learnt targets in all of them (at least 1)) -> the state with its parameters
+# learned (or, if the result is not finite, as they were). The state is consumed: its tensors are updated in place, now or when they are
+# next used.
 Advance = Callable[[State, Batch, Sequence[Tensor], int], tuple[State, Result]]
 
 

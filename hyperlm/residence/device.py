@@ -50,7 +50,8 @@ def make(config: Config, device: torch.device, planned: Plan) -> Residence:
 
 
 class Weights:
-    """What is computed with: parameters in the compute dtype, to be differentiated; on a GPU always at the same place, where a recorded graph reads them."""
+    """What is computed with: parameters in the compute dtype, to be differentiated; on a GPU always at the same place, where a recorded
+    graph reads them."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.in_place = dtype, device.type == "cuda"

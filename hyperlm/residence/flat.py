@@ -24,8 +24,8 @@ def size(stage: Tree) -> int:
 
 
 def pinned(size: int) -> Tensor:
-    """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of two. In whole
-    pages of its own: a driver pins pages, and lets them go, whatever else is in them."""
+    """Host memory that a GPU copies from and to while it computes. Registered, not allocated as such: that would round up to a power of
+    two. In whole pages of its own: a driver pins pages, and lets them go, whatever else is in them."""
     room = padded(size, mmap.PAGESIZE)
     array = np.empty(room + mmap.PAGESIZE, np.uint8)  # lives as long as any tensor in it
     start = -array.ctypes.data % mmap.PAGESIZE
@@ -47,11 +47,11 @@ def allocate(size: int, device: torch.device, *, pin: bool = False) -> Tensor:
 
 def views(memory: Tensor, stage: Tree) -> Tree:
     """Tensors like those of `stage`, laid out in `memory`."""
-    found, at = [], 0
+    leaves, at = [], 0
     for leaf in tree.leaves(stage):
-        found.append(memory[at : at + leaf.nbytes].view(leaf.dtype).view(leaf.shape))
+        leaves.append(memory[at : at + leaf.nbytes].view(leaf.dtype).view(leaf.shape))
         at += padded(leaf.nbytes)
-    return tree.unflatten(found, stage)
+    return tree.unflatten(leaves, stage)
 
 
 def empty(stage: Tree, device: torch.device = CPU, *, pin: bool = False) -> Tree:

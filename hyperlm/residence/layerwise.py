@@ -1,7 +1,8 @@
 """Runs the program of a step over a store, from which stages come to the device and to which gradients leave.
 
-Sums run in the order of the micro-batches: in fp32 on a CPU the result equals that of `residence.device` bit for bit. What a tensor's last use is matters
-here as much as what is computed: memory is handed on at the same places in every step, or gaps would move until something fits in none.
+Sums run in the order of the micro-batches: in fp32 on a CPU the result equals that of `residence.device` bit for bit. What a tensor's last
+use is matters here as much as what is computed: memory is handed on at the same places in every step, or gaps would move until something
+fits in none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +126,8 @@ class Step:
             self.backward_of_block(op.stage, op.group)
 
     def backward_of_head(self) -> None:
-        """Of all groups together, where the store wants that: the gradient of the head is large, and so it is computed whole, with no sum beside it."""
+        """Of all groups together, where the store wants that: the gradient of the head is large, and so it is computed whole, with no sum
+        beside it."""
         cotangents: list[Tensor] = []
         for number, chosen in enumerate(self.together):
             x = [self.hidden[group].requires_grad_() for group in chosen]
@@ -165,14 +167,15 @@ class Step:
             # Masks belong to a micro-batch; without them all are together again, since the gradient of a lookup sorts its tokens.
             tokens = torch.stack([tokens[chosen[0] : chosen[-1] + 1].flatten(0, 1) for chosen in self.together])
             cotangents = [torch.cat([cotangents[group] for group in chosen]) for chosen in self.together]
-        for number, own in enumerate(tokens):
-            again = partial(model.embed, self.weights, own, self.config.model, self.contexts[number])
+        for number, part in enumerate(tokens):
+            again = partial(model.embed, self.weights, part, self.config.model, self.contexts[number])
             self.differentiate(again, [], lambda: cotangents.pop(0), number, len(tokens))
 
     def differentiate(
         self, fn: Callable[..., Tensor], x: list[Tensor], cotangent: Callable[[], Tensor | None], number: int, of: int
     ) -> list[Tensor]:
-        """Add the stage's gradient of output `number` of so many to its parts; returns that of the inputs x. cotangent: gives up the output's."""
+        """Add the stage's gradient of output `number` of so many to its parts; returns that of the inputs x. cotangent: gives up the
+        output's."""
         leaves = tree.leaves(self.weights)
         grads = list(torch.autograd.grad(fn(*x), [*leaves, *x], cotangent()))
         inputs = grads[len(leaves) :]
@@ -191,7 +194,7 @@ class Step:
     # -- what becomes of a gradient
 
     def gradient(self, op: Op) -> None:
-        parts, self.parts = [list(own) for own in zip(*self.parts, strict=True)], []
+        parts, self.parts = [list(of_leaf) for of_leaf in zip(*self.parts, strict=True)], []
         self.norms[op.stage] = self.store.gradient(op.stage, parts, self.weights)
 
     def clip(self, op: Op) -> None:
@@ -205,8 +208,8 @@ class Step:
 
 
 def in_one_piece(grads: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """A copy of what stays until all is computed, matrices in `dtype`. These in one piece: in several they would lie between activations that come and go.
-    Vectors apart: a view would keep the whole."""
+    """A copy of what stays until all is computed, matrices in `dtype`. These in one piece: in several they would lie between activations
+    that come and go. Vectors apart: a view would keep the whole."""
     matrices = [g for g in grads if g.dim() > 1]
     copies = iter(flat.flatten(matrices, matrices[0].device, dtype=dtype))
     return [next(copies) if g.dim() > 1 else g.clone() for g in grads]

@@ -1,10 +1,11 @@
 """A training step as data: what is done with which stage, in order.
 
-Layer-major: every micro-batch goes through one stage before the next stage is touched, so that few stages are on the device at a time. Forward, a block
-saves residuals; backward, stage after stage in reverse, each is computed again from them with its graph. The embedding is stage 0, the head the last.
+Layer-major: every micro-batch goes through one stage before the next stage is touched, so that few stages are on the device at a time.
+Forward, a block saves residuals; backward, stage after stage in reverse, each is computed again from them with its graph. The embedding is
+stage 0, the head the last.
 
-A residence builds the program of a step and runs it (`layerwise`). What must hold of it, that no buffer is overwritten while it is wanted and no stage used
-before its update, is read off the list: see `faults`.
+A residence builds the program of a step and runs it (`layerwise`). What must hold of it, that no buffer is overwritten while it is wanted
+and no stage used before its update, is read off the list: see `faults`.
 """
 
 from collections import deque
@@ -156,7 +157,7 @@ def training_step(shape: Shape) -> Program:
 
 def faults(shape: Shape, program: Program) -> list[str]:
     """What is wrong with a program; nothing, if it may be run."""
-    found: list[str] = []
+    problems: list[str] = []
     holds: dict[int, int] = {slot: stage for slot, stage in enumerate(shape.held) if stage >= 0}  # the stage in each buffer
     wanted: set[int] = set()  # stages that were fetched and not yet released
     due, saved, loaded, forwards = set(shape.pending), set(), set(), set()
@@ -164,7 +165,7 @@ def faults(shape: Shape, program: Program) -> list[str]:
 
     def require(holding: bool, op: Op, why: str) -> None:
         if not holding:
-            found.append(f"{op}: {why}")
+            problems.append(f"{op}: {why}")
 
     for op in program.ops:
         stage, group = op.stage, op.group
@@ -202,6 +203,6 @@ def faults(shape: Shape, program: Program) -> list[str]:
                 require(stage in gradients, op, "its gradient is not whole")
             case Kind.RELEASE:
                 wanted.discard(stage)
-    found += [f"stage {stage} was never updated" for stage in sorted(due)]
-    found += [f"stage {stage} has no gradient" for stage in range(shape.head + 1) if stage not in gradients]
-    return found
+    problems += [f"stage {stage} was never updated" for stage in sorted(due)]
+    problems += [f"stage {stage} has no gradient" for stage in range(shape.head + 1) if stage not in gradients]
+    return problems

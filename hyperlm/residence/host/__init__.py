@@ -1,8 +1,8 @@
 """Parameters and optimizer state in host memory; stages come to the device one after the other, so that it holds two or three of them.
 
-Only residuals of blocks stay between the passes: the input of every block in the dtype of the matrices, and what else is cheap to keep, on the device or
-away in host memory; a gradient goes home as soon as it is whole. `policy` says what is decided of a run, `search` decides it, `buffers` are what it takes;
-`store` is what `layerwise` runs a step's program over.
+Only residuals of blocks stay between the passes: the input of every block in the dtype of the matrices, and what else is cheap to keep, on
+the device or away in host memory; a gradient goes home as soon as it is whole. `policy` says what is decided of a run, `search` decides it,
+`buffers` are what it takes; `store` is what `layerwise` runs a step's program over.
 """
 
 from functools import partial

@@ -67,8 +67,9 @@ def chunk_bytes(config: Config, policy: Policy, dtype: torch.dtype) -> int:
 
 
 def shelf_bytes(gradients: list[int], resident_blocks: int, residuals: int) -> int:
-    """Bytes that hold the residuals of so many blocks, `residuals` bytes each, and then the gradients of the first stages, each when its place is free:
-    the backward pass reads blocks and computes gradients from the last to the first, and the embedding, the first stage, reads nothing."""
+    """Bytes that hold the residuals of so many blocks, `residuals` bytes each, and then the gradients of the first stages, each when its
+    place is free: the backward pass reads blocks and computes gradients from the last to the first, and the embedding, the first stage,
+    reads nothing."""
     unread = (min(resident_blocks, max(0, index - 1)) for index in range(len(gradients)))
     return max([resident_blocks * residuals, *(sum(gradients[index:]) + blocks * residuals for index, blocks in enumerate(unread))])
 
@@ -105,12 +106,12 @@ class Slots:
         places = [self.of_head if stage == shape.head else memory[shape.buffers(stage)[0]] for stage in range(shape.head + 1)]
         self.stages = [flat.views(place, stage) for place, stage in zip(places, like, strict=True)]  # always at the same place
         self.memory = [place[: flat.size(stage)] for place, stage in zip(places, like, strict=True)]
-        self.free: list[tuple[Event, ...]] = [(Stream(device, own=False).record(),)] * (shape.slots + 1)
+        self.free: list[tuple[Event, ...]] = [(Stream(device, separate=False).record(),)] * (shape.slots + 1)
 
 
 class Shelf:
-    """Device memory for what stays there from one pass to the next: from its end, residuals of the first blocks; from its start, where these have been
-    read, gradients of the first stages, until their update; and more of these in the place of the head."""
+    """Device memory for what stays there from one pass to the next: from its end, residuals of the first blocks; from its start, where
+    these have been read, gradients of the first stages, until their update; and more of these in the place of the head."""
 
     def __init__(
         self, sizes: dict[str, int], policy: Policy, residuals: int, gradients: list[int], of_head: Tensor, device: torch.device

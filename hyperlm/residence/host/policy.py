@@ -27,7 +27,8 @@ class Policy:
     in_head: int = 0  # the last of these, whose gradients lie where the head comes to
     head_aliases_slots: bool = False  # whether the head takes the place of all other stages but the last block
     max_logits: int = 0  # of the head at a time; 0 for the default
-    # When a stage learns: as soon as its gradient is there, by its own norm; as if nothing will be clipped, to be corrected; or on its next fetch.
+    # When a stage learns: as soon as its gradient is there, by its own norm; as if nothing will be clipped, to be corrected; or on its next
+    # fetch.
     update: Timing = "deferred"
     quantised: bool = False  # whether matrices' gradients go home in 8 bits
     converts: bool = False  # whether matrices are computed with as copies in another dtype

@@ -11,11 +11,12 @@ Key = tuple[int, int]  # block, and group of micro-batches
 
 
 class Store:
-    """By block and group, {name: tensor}. Streams of their own: what waits in a stream holds up all that comes after it, and these copies wait for the
-    computation of a block, as those of stages do not."""
+    """By block and group, {name: tensor}. Streams of their own: what waits in a stream holds up all that comes after it, and these copies
+    wait for the computation of a block, as those of stages do not."""
 
     def __init__(self, main: Stream, shelf: Shelf, resident: int, loads: int, dtype: torch.dtype, device: torch.device) -> None:
-        """resident: blocks of which all stays on the device; loads: bytes of all buffers for what comes back; dtype: what a block's input is kept in."""
+        """resident: blocks of which all stays on the device; loads: bytes of all buffers for what comes back; dtype: what a block's input
+        is kept in."""
         self.main, self.h2d, self.d2h = main, Stream(device), Stream(device)
         self.device, self.shelf, self.resident, self.dtype = device, shelf, resident, dtype
         self.on_device: dict[Key, dict[str, Tensor]] = {}

@@ -48,7 +48,8 @@ class HostStore:
         self.left = (-1, -1)  # the version of the state that the newest step returned, if an update of it is pending
 
     def allocate(self, state: State) -> None:
-        """What stays: all device memory at once, to be cut up: taken as it is wanted, it would have gaps that fit nothing. And host memory for gradients."""
+        """What stays: all device memory at once, to be cut up: taken as it is wanted, it would have gaps that fit nothing. And host memory
+        for gradients."""
         config, policy, device = self.config, self.policy, self.device
         pin = device.type == "cuda"
         like = buffers.gradients_like(policy, self.dtype, state.params)
@@ -75,7 +76,7 @@ class HostStore:
         starts = [
             tree.leaves(part) for part in stages(stream_bases(tree.map_with_path(lambda path, _: path, state.params), config.train.seed))
         ]
-        self.noise = [list(torch.tensor([signed(start + GRADIENT_NOISE) for start in own], device=device)) for own in starts]
+        self.noise = [list(torch.tensor([signed(start + GRADIENT_NOISE) for start in of_stage], device=device)) for of_stage in starts]
 
     def begin(self, state: State, shape: torch.Size) -> Program:
         """A step begins: its program. Where the state is not the one that the newest step returned, nothing that is on the device is used.
@@ -187,7 +188,8 @@ class HostStore:
         return grads, torch.cat(squares).sum().sqrt()
 
     def learn(self, stage: int) -> None:
-        """Update a stage by the gradient that is there: wholly, or its weights; and these after the moments, if their part of the last one is pending."""
+        """Update a stage by the gradient that is there: wholly, or its weights; and these after the moments, if their part of the last one
+        is pending."""
         t, changes = self.transfer, []
         if self.speculates:
             self.factor, part = torch.isfinite(self.norm).float(), UpdatePart.WEIGHTS

@@ -15,11 +15,12 @@ STREAMED = 2  # buffers on the device for blocks
 
 
 class Streamed:
-    """Flat blocks in host memory, to be iterated over: each is on the device, in what it computes with, until the next but one is asked for."""
+    """Flat blocks in host memory, to be iterated over: each is on the device, in what it computes with, until the next but one is asked
+    for."""
 
     def __init__(self, blocks: list[Tree], dtype: torch.dtype, device: torch.device) -> None:
         self.blocks, self.dtype = blocks, dtype
-        self.main, self.h2d = Stream(device, own=False), Stream(device)
+        self.main, self.h2d = Stream(device, separate=False), Stream(device)
         self.ring = Ring(STREAMED, max(flat.size(block) for block in blocks), device)
 
     def __len__(self) -> int:

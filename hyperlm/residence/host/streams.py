@@ -1,4 +1,5 @@
-"""What a device does at the same time: CUDA streams and events, and the buffers that they fill in turn. On a CPU everything happens in order."""
+"""What a device does at the same time: CUDA streams and events, and the buffers that they fill in turn. On a CPU everything happens in
+order."""
 
 from collections import deque
 from collections.abc import Callable
@@ -16,10 +17,10 @@ Event = torch.cuda.Event | None
 class Stream:
     """A sequence of operations: made inside `with stream.use()`, after what `stream.wait` was told to wait for."""
 
-    def __init__(self, device: torch.device, *, own: bool = True, priority: int = 0) -> None:
+    def __init__(self, device: torch.device, *, separate: bool = True, priority: int = 0) -> None:
         self.stream = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority=priority) if own else torch.cuda.current_stream(device)
+            self.stream = torch.cuda.Stream(device, priority=priority) if separate else torch.cuda.current_stream(device)
 
     def use(self) -> AbstractContextManager:
         return torch.cuda.stream(self.stream)
@@ -34,10 +35,11 @@ class Stream:
                 self.stream.wait_event(event)
 
 
-def read_async(x: Tensor, stream: Stream, tell: Callable[[Tensor, Tensor], None]) -> Callable[[], list[float]]:
-    """Send a vector of a few numbers home on `stream`, the current one, by `tell` of the dispatch table; the function returned waits for them."""
+def read_async(x: Tensor, stream: Stream, copy_to_host: Callable[[Tensor, Tensor], None]) -> Callable[[], list[float]]:
+    """Send a vector of a few numbers home on `stream`, the current one, by `copy_to_host` of the dispatch table; the function returned
+    waits for them."""
     at_home = torch.empty(x.shape, pin_memory=stream.stream is not None)
-    tell(x, at_home)
+    copy_to_host(x, at_home)
     sent = stream.record()
 
     def wait() -> list[float]:
@@ -71,7 +73,7 @@ class Ring:
     def __init__(self, count: int, size: int, device: torch.device) -> None:
         self.buffers = [allocate(size, device) for _ in range(count)]
         # What the allocator hands out may still be read by operations that were given to the current stream before.
-        self.free: list[tuple[Event, ...]] = [(Stream(device, own=False).record(),)] * count
+        self.free: list[tuple[Event, ...]] = [(Stream(device, separate=False).record(),)] * count
         self.next = 0
 
     def take(self, stream: Stream) -> tuple[Tensor, int]:

@@ -1,7 +1,7 @@
 """Stages and gradients on their way between host and device. What learns of it is in update.py, residuals in residuals.py.
 
-Six streams work at the same time: copies to the device, copies to the host, the same of residuals, updates, and everything else. What waits in a stream
-holds up all that comes after it.
+Six streams work at the same time: copies to the device, copies to the host, the same of residuals, updates, and everything else. What waits
+in a stream holds up all that comes after it.
 """
 
 import torch
@@ -20,7 +20,7 @@ Home = dict[str, list[Tree]]  # what is in host memory, by name and stage: param
 class Transfer:
     def __init__(self, slots: Slots, shape: Shape, device: torch.device) -> None:
         self.slots, self.shape = slots, shape
-        self.main, self.h2d, self.d2h = Stream(device, own=False), Stream(device), Stream(device)
+        self.main, self.h2d, self.d2h = Stream(device, separate=False), Stream(device), Stream(device)
         stages = shape.head + 1
         self.written: list[Event] = [None] * stages  # when each stage in host memory is up to date
         self.sent: list[Event] = [None] * stages  # and each gradient
@@ -45,7 +45,8 @@ class Transfer:
             self.slots.free[buffer] = (self.main.record(), self.written[stage])
 
     def offload(self, home: Home, stage: int, grads: list[Tensor]) -> Event:
-        """Send a stage's gradient to host memory, where nothing needs the one before any more; `grads` must outlive the copy, which ends at the event."""
+        """Send a stage's gradient to host memory, where nothing needs the one before any more; `grads` must outlive the copy, which ends at
+        the event."""
         self.d2h.wait(self.main.record())
         with self.d2h.use():
             for to, grad in zip(tree.leaves(home["grads"][stage]), grads, strict=True):

@@ -1,15 +1,15 @@
 """Updates of stages: moments come chunk by chunk, weights learn on the device, and what has changed goes home.
 
-When a stage learns is the policy's. Clipping needs the norm of all gradients, which is known at the end, so the update is left pending and made when the
-stage is next fetched ("deferred"), by which it is exact and costs no fetch of its own. Where gradients are quantised the bus is spared further: forward it
-is the limit, and backward the matrix units are. So if nothing was clipped in the step before, weights move as soon as their gradient is there, as if
-nothing will be ("speculative"), and forward they come alone; what is pending is the moments' part of the update, which is made backward, beside the next
-gradient. If the norm was too large after all, the weights are corrected when they come forward. Clipped by its own norm, a stage is updated at once
-("immediate").
+When a stage learns is the policy's. Clipping needs the norm of all gradients, which is known at the end, so the update is left pending and
+made when the stage is next fetched ("deferred"), by which it is exact and costs no fetch of its own. Where gradients are quantised the bus
+is spared further: forward it is the limit, and backward the matrix units are. So if nothing was clipped in the step before, weights move as
+soon as their gradient is there, as if nothing will be ("speculative"), and forward they come alone; what is pending is the moments' part of
+the update, which is made backward, beside the next gradient. If the norm was too large after all, the weights are corrected when they come
+forward. Clipped by its own norm, a stage is updated at once ("immediate").
 
-Traffic of a step in bytes a parameter, for weights in bf16, and moments and gradients in 8 bits: where nothing is clipped, forward in 2 (weights),
-backward in 5 (weights 2, moments 2, gradient 1) and home 5; where it is, forward in 5 and home 4, backward in 2 and home 1; clipped by layer, in 6
-and home 4.
+Traffic of a step in bytes a parameter, for weights in bf16, and moments and gradients in 8 bits: where nothing is clipped, forward in 2
+(weights), backward in 5 (weights 2, moments 2, gradient 1) and home 5; where it is, forward in 5 and home 4, backward in 2 and home 1;
+clipped by layer, in 6 and home 4.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,10 +57,12 @@ class Updates:
         declared = model.declaration(config.model)
         decays = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, declared))]
         starts = [tree.leaves(part) for part in stages(stream_bases(tree.map_with_path(lambda path, _: path, declared), config.train.seed))]
-        self.decays = [[[own[part.leaf] for part in chunk] for chunk in of_stage] for own, of_stage in zip(decays, chunks, strict=True)]
+        self.decays = [
+            [[leaves[part.leaf] for part in chunk] for chunk in of_stage] for leaves, of_stage in zip(decays, chunks, strict=True)
+        ]
         self.streams = [
-            [list(torch.tensor([signed(own[part.leaf] + part.first * COUNTERS) for part in chunk], device=device)) for chunk in of_stage]
-            for own, of_stage in zip(starts, chunks, strict=True)
+            [list(torch.tensor([signed(leaves[part.leaf] + part.first * COUNTERS) for part in chunk], device=device)) for chunk in of_stage]
+            for leaves, of_stage in zip(starts, chunks, strict=True)
         ]
         # Views by what they are of, and the address of that: a stage has a hundred, and while they are kept its memory is nobody else's.
         self.views: dict[tuple[str, int], tuple[int, list[Chunk]]] = {}
@@ -116,12 +118,12 @@ class Updates:
         with t.h2d.use():
             for at, i in enumerate(some):
                 _, buffer = self.ring.take(t.h2d)
-                own = [source[i] for source in sources]
-                coming = self.landing(buffer, index, i, names, own)
+                chunks = [source[i] for source in sources]
+                coming = self.landing(buffer, index, i, names, chunks)
                 if weights:
                     to, source = weights[at]
                     to.memory.copy_(source.memory, non_blocking=True)
-                for to, source in zip(coming, own, strict=True):
+                for to, source in zip(coming, chunks, strict=True):
                     to.memory.copy_(source.memory, non_blocking=True)
                 landed.append((buffer, coming, t.h2d.record()))
         return landed
@@ -158,7 +160,7 @@ def leaves_of(
 ) -> list[Leaf]:
     moments = {name: views for name, views in brought.items() if name != "grads"}
     each = zip(params, grads, decays, streams, *moments.values(), strict=True)
-    return [Leaf(param, grad, dict(zip(moments, own, strict=True)), decay, stream) for param, grad, decay, stream, *own in each]
+    return [Leaf(param, grad, dict(zip(moments, values, strict=True)), decay, stream) for param, grad, decay, stream, *values in each]
 
 
 def make_flush(config: Config, schedule: Schedule, device: torch.device) -> Callable[[State], State]:
@@ -170,10 +172,10 @@ def make_flush(config: Config, schedule: Schedule, device: torch.device) -> Call
         grads, params, *opt_state, acts, starts = leaves
         for part in (part for chunk in chunks_of(params, FLUSHED) for part in chunk):
             at_home = [cut(x[part.leaf], part) for x in (grads, params, *opt_state)]
-            g, p, *own = (x.to(device) for x in at_home)
+            g, p, *values = (x.to(device) for x in at_home)
             stream = torch.tensor([signed(starts[part.leaf] + part.first * COUNTERS)], device=device)
-            rule.update([Leaf(p, g, dict(zip(moments, own, strict=True)), acts[part.leaf], stream)], update)
-            for to, x in zip(at_home[1:], (p, *own), strict=True):
+            rule.update([Leaf(p, g, dict(zip(moments, values, strict=True)), acts[part.leaf], stream)], update)
+            for to, x in zip(at_home[1:], (p, *values), strict=True):
                 to.copy_(x)
 
     def flush(state: State) -> State:
