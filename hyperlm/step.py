@@ -15,7 +15,7 @@ from hyperlm import model
 from hyperlm.batch import Batch
 from hyperlm.loss import IGNORE
 from hyperlm.optim import Schedule, learning_rate, new_schedule, optimizer
-from hyperlm.residence import Residence
+from hyperlm.residence import Residence, require_planned
 from hyperlm.stages import map_stages
 from hyperlm.state import State, consumed, require_flushed
 from hyperlm.tree import Tree
@@ -62,11 +62,13 @@ def make_step(residence: Residence, schedule: Schedule) -> Callable[[State, Batc
     when they are next used or flushed. Metrics: loss (nats a learnt token over all micro-batches; 0 where there is none),
     grad_norm (before clipping), lr, tokens (targets that are learnt), positions (tokens that are read, by which speed is told), skipped
     (True if loss or gradient was not finite: nothing was updated; but where stages are updated before the others are known, clipped by layer, only those without a finite gradient learn nothing from it).
-    It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState.
+    It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState, a batch that is larger than
+    what memory was planned for PlanError; that state can still be used.
     """
     lr, advance, device = learning_rate(schedule, residence.config.optim), residence.advance(schedule), residence.device
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        require_planned(residence.plan, batch.tokens.shape)
         state = consumed(state)
         count = int((batch.targets != IGNORE).sum())
         keys = step_keys(state, len(batch.tokens), device)

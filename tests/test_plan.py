@@ -111,6 +111,7 @@ def test_a_batch_that_was_not_planned_for_is_refused():
     state, step = init_state(chosen), make_step(chosen, new_schedule(settings.optim, 10))
     with pytest.raises(PlanError, match=f"1 x {B} x {N + 1} tokens, where memory was planned for 4 x {B} x {N}"):
         step(state, next_tokens(torch.zeros(1, B, N + 2, dtype=torch.int64)))
+    step(state, next_tokens(torch.zeros(1, B, N + 1, dtype=torch.int64)))  # nothing was lost
 
 
 @pytest.mark.parametrize("budget", [3, 5.81, 24])

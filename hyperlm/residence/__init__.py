@@ -15,7 +15,7 @@ from hyperlm.config import Config
 from hyperlm.precision import compute_copy
 from hyperlm.residence import device as on_device
 from hyperlm.residence import host as in_host
-from hyperlm.residence.base import Name, Plan, PlanError, Residence, Result
+from hyperlm.residence.base import Name, Plan, PlanError, Residence, Result, require_planned
 from hyperlm.tree import Tree
 
 READING = 1.25  # weights on a device leave a fifth of its memory to what is computed
@@ -36,6 +36,7 @@ __all__ = [
     "plans",
     "plans_before",
     "reader",
+    "require_planned",
 ]
 
 

@@ -33,6 +33,7 @@ class Plan:
         (0, 0),
         (0, 0),
     )  # of a step to the device, and home: after one that was clipped, or not
+    largest: tuple[int, int, int] | None = None  # micro-batches (A, B, N) that there is memory for; None where a step takes what it needs
     policy: Any = None  # what the residence itself decided
 
     @property
@@ -41,7 +42,18 @@ class Plan:
 
 
 class PlanError(ValueError):
-    """What is executed is not what was planned."""
+    """What is to be executed is not what was planned."""
+
+
+def require_planned(plan: Plan, shape: torch.Size) -> None:
+    """Before a step of micro-batches (A, B, N).
+
+    Raises:
+        PlanError: if they are more, or larger, than what memory was planned for.
+    """
+    if plan.largest is not None and (shape[0] > plan.largest[0] or shape[1] * shape[2] > plan.largest[1] * plan.largest[2]):
+        planned, given = (" x ".join(map(str, sizes)) for sizes in (plan.largest, shape))
+        raise PlanError(f"a batch of {given} tokens, where memory was planned for {planned}")
 
 
 class Result(NamedTuple):

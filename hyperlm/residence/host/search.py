@@ -195,6 +195,7 @@ def planned(run: Run, chosen: Way, budget: int) -> Plan:
         + away * run.of_residuals(policy, run.config.train.grad_accum),
         group=policy.group,
         eval_micro_batches=eval_micro_batches(run, chosen),
+        largest=(run.config.train.grad_accum, run.config.train.batch_size, run.config.data.seq_len),
         words=f"{policy.group} of {run.config.train.grad_accum} micro-batches at a time; {words(run, policy)}",
         bytes_moved=(bytes_moved(run, policy, clipped=True), bytes_moved(run, policy, clipped=False)),
     )

@@ -16,7 +16,7 @@ from hyperlm.optim import Schedule, Update, clip_factors, copy_to_device, signed
 from hyperlm.precision import compute_copy
 from hyperlm.random import STRIDE
 from hyperlm.residence import flat
-from hyperlm.residence.base import Plan, PlanError
+from hyperlm.residence.base import Plan
 from hyperlm.residence.host import buffers, residuals
 from hyperlm.residence.host.policy import NARROW, Policy
 from hyperlm.residence.host.streams import InFlight, read_async
@@ -79,15 +79,7 @@ class HostStore:
         self.noise = [list(torch.tensor([signed(start + GRADIENT_NOISE) for start in of_stage], device=device)) for of_stage in starts]
 
     def begin(self, state: State, shape: torch.Size) -> Program:
-        """A step begins: its program. Where the state is not the one that the newest step returned, nothing that is on the device is used.
-
-        Raises:
-            PlanError: on micro-batches (A, B, N) that are more, or larger, than what was planned.
-        """
-        t = self.config.train
-        if shape[1] * shape[2] > t.batch_size * self.config.data.seq_len or shape[0] > max(t.grad_accum, self.policy.group):
-            planned = f"{t.grad_accum} x {t.batch_size} x {self.config.data.seq_len}"
-            raise PlanError(f"a batch of {' x '.join(map(str, shape))} tokens, where memory was planned for {planned}")
+        """A step begins: its program. Where the state is not the one that the newest step returned, nothing that is on the device is used."""
         if not self.allocated:
             self.allocate(state)
         if state.pending is None or self.left != state.version(-1):
