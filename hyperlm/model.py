@@ -231,6 +231,12 @@ def run_block(block: Block, params: dict[str, Tensor], x: Tensor, cache: LayerCa
     return functional_call(block, params, (x, cache, ctx), strict=params.keys() != block.names, tie_weights=False)
 
 
+def compiled_block(backend: str = "inductor") -> Callable:
+    """`run_block`, compiled by torch but for the kernels."""
+    table.keep_out_of_compilation()
+    return torch.compile(run_block, backend=backend)
+
+
 def context(dtype: torch.dtype, tokens: Tensor, cfg: ModelConfig, kernels: str, position: int = 0, **options: Any) -> Context:
     """What all layers share when `tokens` (B, N) follow `position` earlier ones and matrices are in `dtype`."""
     angles = rope_angles(position, tokens.shape[1], cfg.head_dim, tokens.device)

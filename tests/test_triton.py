@@ -527,7 +527,7 @@ def batch() -> torch.Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_trains_as_with_reference_kernels(cfg, compiled):
     params = model.init(cfg, 0, device=DEVICE)
-    run = torch.compile(model.run_block, backend="aot_eager") if compiled else model.run_block
+    run = model.compiled_block("aot_eager") if compiled else model.run_block
 
     def loss_and_gradients(backend: str) -> tuple[torch.Tensor, ...]:
         p = tree.map(lambda x: x.detach().clone().requires_grad_(), params)

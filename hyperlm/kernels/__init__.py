@@ -1,7 +1,7 @@
 """The dispatch table: OPS[name] is an operation, with its reference in torch and, mostly, a kernel in Triton of the same signature."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -180,3 +180,12 @@ def table(
 ) -> dict[str, Callable]:
     """{op: function} for each of `ops`."""
     return {op: select(op, device, kernels, head_dim, dtype).fn for op in ops}
+
+
+def keep_out_of_compilation() -> None:
+    """From now on compiled code calls kernels as they are. Not before something is compiled: it imports the compiler, which takes a second."""
+    for name, op in OPS.items():
+        if op.triton is not None:
+            OPS[name] = replace(op, triton=torch.compiler.disable(op.triton))
+    select.cache_clear()
+    table.cache_clear()

@@ -111,7 +111,6 @@ class AddNorm(Function):
         return *gradients(backward, *ctx.saved_tensors, ctx.branch, d_out, d_n), None, None
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, dtype: torch.dtype, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, of a stream in fp32."""
     x, values = (x.contiguous(), None) if values is None else (x, values.contiguous())
@@ -141,7 +140,6 @@ class Add(Function):
         return tuple(d.to(dtype) for dtype in ctx.dtypes)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def add(x: Tensor, y: Tensor) -> Tensor:
     """`reference.add`, of bf16 or fp32."""
     return Add.apply(x.contiguous(), y.contiguous())

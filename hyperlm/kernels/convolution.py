@@ -332,14 +332,12 @@ def convolved(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), times, next_tail(x, tail)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def causal_conv(x: Tensor, weight: Tensor, heads: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.causal_conv`, in bf16 or fp32."""
     q, k, v, _, tail = convolved(x, weight, tail, Lift(), heads)
     return q, k, v, tail
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def tangent_features(
     x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -348,7 +346,6 @@ def tangent_features(
     return q, k, v, tail
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def hyperbolic_points(
     x: Tensor, weight: Tensor, r: Tensor, cos: Tensor, sin: Tensor, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -66,7 +66,6 @@ def keys(K: int) -> int:
     return min(K, 4096 // K)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def tangent_step(
     x: Tensor, weight: Tensor, r: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor, tail: Tensor, norm: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

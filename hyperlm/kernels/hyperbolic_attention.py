@@ -585,7 +585,6 @@ def decode(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: 
     return o
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def hyperbolic_attention(t_q: Tensor, s_q: Tensor, t_k: Tensor, s_k: Tensor, v: Tensor, beta: Tensor, score: str) -> Tensor:
     """`reference.hyperbolic_attention`, in bf16 or fp32; also with fewer heads of keys than of queries."""
     t_k = t_k if t_k.stride(-1) == 1 else t_k.contiguous()

@@ -596,7 +596,6 @@ class LinearAttention(Function):
         return gradients(backward, *ctx.saved_tensors, ctx.has_state, do, d_last)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,6 @@ class MLP(Function):
         return *gradients(backward, *ctx.saved_tensors, d.contiguous()), None
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def mlp(x: Tensor, up: Tensor, down: Tensor, y: Tensor | None = None) -> Tensor:
     """`reference.mlp`, in bf16 or fp32. It can be differentiated once."""
     result, _, _ = MLP.apply(x.flatten(0, -2), up, down, None if y is None else y.flatten(0, -2))

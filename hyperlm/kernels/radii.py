@@ -123,7 +123,6 @@ class Radii(Function):
         return gradients(backward, *ctx.saved_tensors, d_r, d_log_decay)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def radii(product: Tensor, radius_bias: Tensor, decay_bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`reference.radii`, of products in bf16 or fp32."""
     b, n, _ = product.shape

@@ -105,7 +105,6 @@ class Readout(Function):
         return *gradients(backward, *ctx.saved_tensors, d.contiguous()), None
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def readout(o: Tensor, weight: Tensor, gate: Tensor, out: Tensor, result: Tensor | None = None) -> Tensor:
     """`reference.readout`, in bf16 or fp32."""
     return Readout.apply(token_major(o), weight.contiguous(), gate.contiguous(), out, result)[0]

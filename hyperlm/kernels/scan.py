@@ -93,7 +93,6 @@ class Scan(Function):
         return gradients(backward, *ctx.saved_tensors, dh)
 
 
-@torch.compiler.disable  # compiled code calls it as it is
 def scan(log_a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
     """`reference.scan` in fp32, for one axis before the last two."""
     log_a = log_a.expand_as(b)

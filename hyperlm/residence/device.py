@@ -69,7 +69,7 @@ class Weights:
 def make_gradients(cfg: Config, device: torch.device) -> Callable[[Tree, Batch, Sequence[Tensor], int], tuple[Tensor, Tree]]:
     """Micro-batch after micro-batch through the whole model; on a GPU replayed from a CUDA graph."""
     dtype = compute_dtype(device)
-    run = torch.compile(model.run_block) if cfg.train.compile else model.run_block
+    run = model.compiled_block() if cfg.train.compile else model.run_block
     accumulate = kernels.table(("accumulate",), device, cfg.kernels)["accumulate"]
     weights = Weights(dtype, device)
 

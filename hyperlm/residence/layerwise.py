@@ -67,7 +67,7 @@ class Step:
     def __init__(self, config: Config, device: torch.device, store: Store) -> None:
         self.config, self.device, self.store = config, device, store
         self.dtype, self.blocks = compute_dtype(device), model.skeleton(config.model).blocks
-        self.run = torch.compile(model.run_block) if config.train.compile else model.run_block
+        self.run = model.compiled_block() if config.train.compile else model.run_block
         self.accumulate = kernels.table(("accumulate",), device, config.kernels)["accumulate"]
 
     def begin(self, batch: Batch, keys: Sequence[Tensor], count: int) -> None:
