@@ -61,7 +61,8 @@ def make_step(residence: Residence, schedule: Schedule) -> Callable[[State, Batc
     The step takes a batch of (A, B, N) tokens and targets and consumes its state: parameters and moments are updated in place, some of them
     when they are next used or flushed. Metrics: loss (nats a learnt token over all micro-batches; 0 where there is none),
     grad_norm (before clipping), lr, tokens (targets that are learnt), positions (tokens that are read, by which speed is told), skipped
-    (True if loss or gradient was not finite: nothing was updated; but where stages are updated before the others are known, clipped by layer, only those without a finite gradient learn nothing from it).
+    (True if loss or gradient was not finite: nothing was updated; but where stages are updated before the others are known, clipped by
+    layer, only those without a finite gradient learn nothing from it).
     It synchronises with the device once, to decide whether to update. A state that was consumed raises StaleState, a batch that is larger than
     what memory was planned for PlanError; that state can still be used.
     """
@@ -82,6 +83,7 @@ def make_step(residence: Residence, schedule: Schedule) -> Callable[[State, Batc
 
 
 def make_flush(residence: Residence, schedule: Schedule) -> Callable[[State], State]:
-    """flush(state) -> state, with every parameter up to date: before anything but a step reads it. It consumes its state as a step does."""
+    """flush(state) -> state, with every parameter up to date and written: before anything but a step reads it. Where an update is pending it
+    consumes its state as a step does; where none is, it waits for what the last step still writes."""
     flush = residence.flush(schedule)
-    return lambda state: state if state.pending is None else flush(consumed(state))
+    return lambda state: flush(state if state.pending is None else consumed(state))

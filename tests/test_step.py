@@ -362,6 +362,24 @@ def test_a_pending_update_is_lost_neither_by_a_flush_nor_by_going_on():
     assert same(state.params, after(cfg, batches)[0].params)
 
 
+def test_an_update_that_another_step_left_pending_is_made_by_its_own_gradient():
+    cfg, batches = in_host(config(lr=1e-2)), [batch_of(2, 2, 17, seed=i) for i in range(4)]
+    state, first, flush = run_of(cfg)
+    _, second, _ = run_of(cfg)
+    for i, batch in enumerate(batches):
+        state, _ = (first, second)[i % 2](state, batch)
+    assert same(flush(state).params, after(cfg, batches)[0].params)
+
+
+def test_before_a_state_is_read_its_residence_is_waited_for_even_if_nothing_is_pending():
+    """Updated at once, a stage may still be on its way home when a step returns."""
+    chosen, waited = residing_in(in_host(config(clip_scope="layer"))), []
+    schedule = new_schedule(chosen.config.optim, 10)
+    flush = make_flush(chosen._replace(flush=lambda schedule: lambda state: waited.append(state.step) or state), schedule)
+    state, _ = make_step(chosen, schedule)(init_state(chosen), batch_of(1, 2, 9))
+    assert state.pending is None and flush(state) is state and waited == [1]
+
+
 def test_weights_that_visit_compute_what_weights_at_hand_do(cfg):
     chosen, tokens = residing_in(in_host(config(cfg))), tokens_of(2, 9)
     state = init_state(chosen)

@@ -61,11 +61,11 @@ class Result(NamedTuple):
 
     nats: Tensor  # summed over all targets that are learnt
     norm: Tensor  # of the gradient of nats / count, before clipping
-    finite: bool  # whether both are; if not, nothing was learnt
+    finite: bool  # whether both are; if not, nothing was learnt, but by stages that are updated before all norms are known
 
 
 # (state, batch (A, B, N), the micro-batches' dropout keys (A), learnt targets in all of them (at least 1)) -> the state with its parameters
-# learned (or, if the result is not finite, as they were). The state is consumed: its tensors are updated in place, now or when they are
+# learned (or, if the result is not finite, as `Result` says). The state is consumed: its tensors are updated in place, now or when they are
 # next used.
 Advance = Callable[[State, Batch, Sequence[Tensor], int], tuple[State, Result]]
 
@@ -80,4 +80,4 @@ class Residence(NamedTuple):
     store: Callable[[Tree], Tree]  # a stage of tensors -> as it lives here
     weights: Callable[[Tree], Tree]  # parameters -> what `model.hidden` and its like compute with
     advance: Callable[[Schedule], Advance]  # the step of a run whose learning rate follows the schedule
-    flush: Callable[[Schedule], Callable[[State], State]]  # what is pending of an update is made
+    flush: Callable[[Schedule], Callable[[State], State]]  # what is pending of an update is made, and all is written

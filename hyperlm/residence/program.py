@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -107,6 +108,7 @@ class Fetching:
         assert self.fetched.popleft() == stage
 
 
+@lru_cache(maxsize=8)
 def training_step(shape: Shape) -> Program:
     """The program of one step."""
     head, groups, fetching = shape.head, range(shape.groups), Fetching(shape)

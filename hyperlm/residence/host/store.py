@@ -19,7 +19,7 @@ from hyperlm.residence import flat
 from hyperlm.residence.base import Plan
 from hyperlm.residence.host import buffers, residuals
 from hyperlm.residence.host.policy import NARROW, Policy
-from hyperlm.residence.host.streams import InFlight, read_async
+from hyperlm.residence.host.streams import Event, InFlight, read_async
 from hyperlm.residence.host.transfer import Home, Transfer
 from hyperlm.residence.host.update import Change, Updates, concerns
 from hyperlm.residence.program import Kind, Op, Program, Shape, training_step
@@ -45,7 +45,8 @@ class HostStore:
         self.held: tuple[int, ...] = ()  # the stages that slots have
         self.grads: list[Tensor] = []  # of the stage whose gradient is whole
         self.factor: Tensor | None = None  # that it has learnt by
-        self.left = (-1, -1)  # the version of the state that the newest step returned, if an update of it is pending
+        self.kept: Event = None  # when the gradients that stayed last were there
+        self.left = (-1, -1)  # the version of the state that the newest step returned
 
     def allocate(self, state: State) -> None:
         """What stays: all device memory at once, to be cut up: taken as it is wanted, it would have gaps that fit nothing. And host memory
@@ -79,18 +80,23 @@ class HostStore:
         self.noise = [list(torch.tensor([signed(start + GRADIENT_NOISE) for start in of_stage], device=device)) for of_stage in starts]
 
     def begin(self, state: State, shape: torch.Size) -> Program:
-        """A step begins: its program. Where the state is not the one that the newest step returned, nothing that is on the device is used."""
+        """A step begins: its program. Nothing that is on the device is used where the state is not the one that the newest step returned, or has nothing
+        pending."""
         if not self.allocated:
             self.allocate(state)
-        if state.pending is None or self.left != state.version(-1):
+        goes_on = self.left == state.version(-1)
+        if not goes_on and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # another step, or a flush, may still be writing to what is read here
+        if state.pending is None or not goes_on:
             self.held = ()
             self.resident.clear()
-        self.in_flight.drain()  # what left in the step before: every step finds memory alike
+        self.in_flight.drain()  # what left in the step before: every step finds memory alike; and before its state, which updates read, is forgotten
         self.state, self.pending = state, state.pending
         self.shift = copy_to_device(signed(state.step * STRIDE), self.device)
         self.home: Home = {"params": stages(state.params), **{name: stages(part) for name, part in state.opt_state.items()}}
-        if self.gradients is not None:
-            self.home["grads"] = stages(self.gradients)
+        if self.gradients is not None:  # those that are pending may be another step's
+            self.home["grads"] = stages(state.pending.grads if state.pending is not None else self.gradients)
+            self.home["new grads"] = stages(self.gradients)
         self.speculates = self.policy.update == "speculative" and not state.clipped
         program = training_step(self.shape_of(shape[0]))
         self.held = program.held
@@ -117,6 +123,8 @@ class HostStore:
         else:
             t.reserve(stage, self.updates.work)
         change = Change(pending_update(self.pending, stage), self.resident.get(stage))
+        if change.grads is not None:
+            self.updates.work.wait(self.kept)
         self.updates.apply(self.home, stage, list(self.state.opt_state), [change], fetch=op.kind == Kind.FETCH_UPDATE)
         if change.grads is not None and stage in self.shelf.in_head:
             (buffer,) = self.shape.buffers(self.shape.head)
@@ -207,6 +215,7 @@ class HostStore:
             self.transfer.reserve(self.shape.head, self.transfer.main)
         for to, grad in zip(self.resident[stage], self.grads, strict=True):
             to.copy_(grad)
+        self.kept = self.transfer.main.record()
 
     # -- the end
 

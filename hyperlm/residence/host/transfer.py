@@ -14,7 +14,9 @@ from hyperlm.residence.host.streams import Event, Stream
 from hyperlm.residence.program import Shape
 from hyperlm.tree import Tree
 
-Home = dict[str, list[Tree]]  # what is in host memory, by name and stage: params, moments by theirs, grads; each stage a flat buffer
+Home = dict[
+    str, list[Tree]
+]  # what is in host memory, by name and stage: params, moments by theirs, grads that are pending and new grads; each stage a flat buffer
 
 
 class Transfer:
@@ -49,7 +51,7 @@ class Transfer:
         the event."""
         self.d2h.wait(self.main.record())
         with self.d2h.use():
-            for to, grad in zip(tree.leaves(home["grads"][stage]), grads, strict=True):
+            for to, grad in zip(tree.leaves(home["new grads"][stage]), grads, strict=True):
                 to.copy_(grad, non_blocking=True)
         self.sent[stage] = self.d2h.record()
         return self.sent[stage]
