@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 
 from hyperlm import kernels, model, optim, tree
-from hyperlm.config import Config
+from hyperlm.config import Config, ModelConfig, OptimConfig
 from hyperlm.declare import Spec
 from hyperlm.loss import MAX_LOGITS, TOKENS
 from hyperlm.tree import Tree
@@ -27,8 +27,13 @@ def parameters(config: Config) -> dict[str, int]:
 
 
 def stored(config: Config) -> tuple[Tree, dict[str, Tree]]:
-    """Parameters and moments as they are stored, on the meta device."""
-    return optim.stored(model.declaration(config.model), config.optim)
+    """Parameters and moments as they are stored, on the meta device. Only to be read: a search for a plan asks again and again."""
+    return _stored(config.model, config.optim)
+
+
+@lru_cache(maxsize=8)
+def _stored(cfg: ModelConfig, optimizer: OptimConfig) -> tuple[Tree, dict[str, Tree]]:
+    return optim.stored(model.declaration(cfg), optimizer)
 
 
 def size(x: Any) -> int:

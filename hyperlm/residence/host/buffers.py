@@ -11,7 +11,7 @@ from hyperlm.residence.host import chunks
 from hyperlm.residence.host.policy import Policy
 from hyperlm.residence.host.streams import Event, Stream
 from hyperlm.residence.program import Shape
-from hyperlm.stages import map_stages, stages
+from hyperlm.stages import stages
 from hyperlm.tree import Tree
 
 CHUNK = 40 << 20  # bytes of moments and gradients that come at a time, for an update
@@ -58,12 +58,14 @@ def chunks_of(config: Config, policy: Policy, dtype: torch.dtype) -> list[list[l
 
 def chunk_bytes(config: Config, policy: Policy, dtype: torch.dtype) -> int:
     """The most bytes that come at a time for an update."""
-    trees = [stages(map_stages(lambda stage: flat.empty(stage, flat.META), x)) for x in moving(config, policy, dtype)]
-    most = 0
-    for index, parts in enumerate(chunks_of(config, policy, dtype)):
-        coming = zip(*(chunks.split(x[index], parts) for x in trees), strict=True)
-        most = max([most, *(sum(flat.padded(chunk.memory.nbytes) for chunk in together) for together in coming)])
-    return most
+    trees = [stages(x) for x in moving(config, policy, dtype)]
+    sizes: dict[tuple, int] = {}  # of stages that differ: most blocks are alike
+    for like, parts in zip(zip(*trees, strict=True), chunks_of(config, policy, dtype), strict=True):
+        kind = (*((leaf.shape, leaf.dtype) for leaf in tree.leaves(like)), *map(tuple, parts))
+        if kind not in sizes:
+            coming = zip(*(chunks.split(flat.empty(stage, flat.META), parts) for stage in like), strict=True)
+            sizes[kind] = max(sum(flat.padded(chunk.memory.nbytes) for chunk in together) for together in coming)
+    return max(sizes.values())
 
 
 def shelf_bytes(gradients: list[int], resident_blocks: int, residuals: int) -> int:
