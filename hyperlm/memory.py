@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call
 
 from hyperlm import kernels, model, optim, tree
-from hyperlm.config import Config, ModelConfig, OptimConfig
+from hyperlm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from hyperlm.declare import Spec
 from hyperlm.loss import MAX_LOGITS, TOKENS
 from hyperlm.tree import Tree
@@ -111,9 +111,14 @@ def saved_bytes(config: Config, layer: int, dtype: torch.dtype) -> int:
     return sum(sizes.values())
 
 
-@lru_cache
 def activations(config: Config, dtype: torch.dtype) -> list[int]:
     """Bytes that each block saves of a micro-batch."""
+    train, data = TrainConfig(batch_size=config.train.batch_size), DataConfig(seq_len=config.data.seq_len)
+    return _activations(Config(model=config.model, train=train, data=data, kernels=config.kernels), dtype)  # all that they depend on
+
+
+@lru_cache
+def _activations(config: Config, dtype: torch.dtype) -> list[int]:
     kinds = [config.model.layer_kind(layer) for layer in range(config.model.n_layers)]
     of_kind = {kind: saved_bytes(config, kinds.index(kind), dtype) for kind in dict.fromkeys(kinds)}
     return [of_kind[kind] for kind in kinds]
