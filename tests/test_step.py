@@ -253,12 +253,15 @@ def on_the_device(cfg: Config, steps: int):
 def test_the_host_residence_gives_the_same_bits(case, scope, state, resident, aliases, monkeypatch):
     """Updates in pieces and left pending, inputs and products sent away and brought back, gradients that stay: nothing of it shows in a loss, a
     parameter or a moment; whichever targets are learnt."""
-    monkeypatch.setattr(buffers, "CHUNK", 1 << 12)
+    # small, as in each stage there are to be more pieces than buffers for them
+    monkeypatch.setattr(buffers, "CHUNK", 1 << (14 if state == "fp32" else 13 if scope == "global" else 12))
     cfg = config(
         replace(CASES[case], dropout=0.1, vocab_size=2048), clip=0.5, clip_scope=scope, state=state
     )  # a head that takes a block's gradient
     steps = 20 if case == "hybrid-ssm" and resident == 1 and state == "fp32" else 4
     policy = with_all(cfg.model, resident, aliases, in_head=int(not aliases))
+    in_pieces = buffers.chunks_of(cfg, residing_in(in_host(cfg), **policy).plan.policy, torch.float32)
+    assert all(len(pieces) > buffers.CHUNKS for pieces in in_pieces)
     (a, last), (b, last_again) = on_the_device(cfg, steps), after(in_host(cfg), partly_learnt(steps), **policy)
     assert all(torch.equal(last[name], last_again[name]) for name in ("loss", "grad_norm"))
     assert same((a.params, a.opt_state), (b.params, b.opt_state))
