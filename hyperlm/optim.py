@@ -56,9 +56,16 @@ class Optimizer(NamedTuple):
 
 def leaves_of(grads: Tree, opt_state: Tree, params: Tree, decay: Tree, streams: Iterable[Tensor]) -> list[Leaf]:
     """The leaves of trees like the parameters; `streams` in their order."""
-    moments = zip(*(tree.leaves(part) for part in opt_state.values()), strict=True)
-    named = (dict(zip(opt_state, of_leaf, strict=True)) for of_leaf in moments)
-    return [Leaf(*parts) for parts in zip(tree.leaves(params), tree.leaves(grads), named, tree.leaves(decay), streams, strict=True)]
+    moments = {name: tree.leaves(part) for name, part in opt_state.items()}
+    return zip_leaves(tree.leaves(grads), moments, tree.leaves(params), tree.leaves(decay), streams)
+
+
+def zip_leaves(
+    grads: Sequence[Tensor], moments: dict[str, list[Tensor]], params: Sequence[Tensor], decay: Sequence[bool], streams: Iterable[Tensor]
+) -> list[Leaf]:
+    """The same of lists, as leaves are updated chunk by chunk."""
+    each = zip(params, grads, decay, streams, *moments.values(), strict=True)
+    return [Leaf(param, grad, dict(zip(moments, values, strict=True)), acts, stream) for param, grad, acts, stream, *values in each]
 
 
 @dataclass(frozen=True)

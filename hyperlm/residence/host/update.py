@@ -22,7 +22,7 @@ from torch import Tensor
 from hyperlm import model, tree
 from hyperlm.config import Config
 from hyperlm.kernels.reference.optimizer import COUNTERS, UpdatePart
-from hyperlm.optim import Leaf, Optimizer, Schedule, Update, optimizer, signed, stream_bases
+from hyperlm.optim import Leaf, Optimizer, Schedule, Update, optimizer, signed, stream_bases, zip_leaves
 from hyperlm.residence import flat
 from hyperlm.residence.host.buffers import CHUNKS
 from hyperlm.residence.host.chunks import Chunk, Part, chunks_of, cut, split, view_in
@@ -144,23 +144,14 @@ class Updates:
             for i, (_, coming, came) in zip(some, landed, strict=True):
                 self.work.wait(came)
                 brought = {name: chunk.views for name, chunk in zip(names, coming, strict=True)}
+                moments = {name: views for name, views in brought.items() if name != "grads"}
                 for change in changes:
-                    grads = (
-                        brought["grads"] if change.grads is None else [cut(change.grads[part.leaf], part) for part in self.chunks[index][i]]
-                    )
-                    self.optimizer.update(
-                        leaves_of(weights[i].views, grads, brought, self.decays[index][i], self.streams[index][i]), change.update
-                    )
+                    parts = self.chunks[index][i]
+                    grads = brought["grads"] if change.grads is None else [cut(change.grads[part.leaf], part) for part in parts]
+                    leaves = zip_leaves(grads, moments, weights[i].views, self.decays[index][i], self.streams[index][i])
+                    self.optimizer.update(leaves, change.update)
                 changed.append(self.work.record())
         return changed
-
-
-def leaves_of(
-    params: list[Tensor], grads: list[Tensor], brought: dict[str, list[Tensor]], decays: list[bool], streams: list[Tensor]
-) -> list[Leaf]:
-    moments = {name: views for name, views in brought.items() if name != "grads"}
-    each = zip(params, grads, decays, streams, *moments.values(), strict=True)
-    return [Leaf(param, grad, dict(zip(moments, values, strict=True)), decay, stream) for param, grad, decay, stream, *values in each]
 
 
 def make_flush(config: Config, schedule: Schedule, device: torch.device) -> Callable[[State], State]:
