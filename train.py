@@ -72,7 +72,7 @@ def diverged(run: Path, step: int, why: str, config: Config) -> cli.TrainingErro
 def evaluate(residence: Residence, state: State, corpus: data.Corpus, order: data.Batches) -> tuple[dict[str, float], dict[str, Any]]:
     """Validation losses; and radius gauges with, if asked for, a sample."""
     params, config, device = weights(residence, state), residence.config, residence.device
-    val = evals.evaluate(params, corpus, config, device, residence.plan.eval_micro_batches * config.train.batch_size)
+    val = evals.evaluate(params, corpus, config, device, residence.eval_batch)
     gauges = evals.radius_gauges(params, order.at(0).tokens[0].to(device), config)
     if config.eval.sample_tokens:
         with suppress(sample.NotFinite):  # the losses tell
@@ -107,8 +107,7 @@ def train(
 
         def save(state: State, val_loss: float | None) -> str:
             """Why `state` was not saved; empty if it was."""
-            together = residence.plan.eval_micro_batches * config.train.batch_size
-            loss = health.loss_of(weights(residence, state), yardstick, config, device, together)
+            loss = health.loss_of(weights(residence, state), yardstick, config, device, residence.eval_batch)
             if not (flaw := health.flaw(state, loss, list(writer.losses.values()), config)):
                 checkpoint.save(writer, state, facts, val_loss, loss, in_place=in_place)
             return flaw

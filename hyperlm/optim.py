@@ -205,13 +205,13 @@ def copy_to_device(numbers: float | int | list, device: torch.device) -> Tensor:
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def stream_bases(paths: Tree, seed: int) -> Tree:
+def stream_bases(params: Tree, seed: int) -> Tree:
     """The counter base of each leaf's random stream: a function of (seed, path); `update` adds an offset for the step."""
 
-    def base(path: str) -> int:
+    def base(path: str, _: object) -> int:
         return int.from_bytes(hashlib.blake2b(f"{seed}/{path}/noise".encode(), digest_size=8).digest(), "little", signed=True)
 
-    return tree.map(base, paths)
+    return tree.map_with_path(base, params)
 
 
 def clip_factors(norms: Tensor, limit: float, scope: str) -> tuple[Tensor, Tensor]:

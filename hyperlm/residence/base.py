@@ -29,10 +29,8 @@ class Plan:
     group: int = 1  # micro-batches at a time
     eval_micro_batches: int = 1  # that evaluation takes at a time
     words: str = ""  # what stays where, for people
-    bytes_moved: tuple[tuple[int, int], tuple[int, int]] = (
-        (0, 0),
-        (0, 0),
-    )  # of a step to the device, and home: after one that was clipped, or not
+    # Of a step to the device, and home: after one that was clipped, and after one that was not.
+    bytes_moved: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
     largest: tuple[int, int, int] | None = None  # micro-batches (A, B, N) that there is memory for; None where a step takes what it needs
     policy: Any = None  # what the residence itself decided
 
@@ -81,3 +79,8 @@ class Residence(NamedTuple):
     weights: Callable[[Tree], Tree]  # parameters -> what `model.hidden` and its like compute with
     advance: Callable[[Schedule], Advance]  # the step of a run whose learning rate follows the schedule
     flush: Callable[[Schedule], Callable[[State], State]]  # what is pending of an update is made, and all is written
+
+    @property
+    def eval_batch(self) -> int:
+        """Sequences that are evaluated at a time."""
+        return self.plan.eval_micro_batches * self.config.train.batch_size

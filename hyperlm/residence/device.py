@@ -101,7 +101,7 @@ def make_advance(cfg: Config, schedule: Schedule, device: torch.device) -> Advan
     measured = kernels.table(("norm",), device, cfg.kernels)["norm"]
     declared = model.declaration(cfg.model)
     decay = tree.map(lambda spec: spec.decay, declared)
-    starts = tree.leaves(stream_bases(tree.map_with_path(lambda path, _: path, declared), cfg.train.seed))
+    starts = tree.leaves(stream_bases(declared, cfg.train.seed))
     streams = torch.tensor(starts, device=device).unbind()
 
     def advance(state: State, batch: Batch, keys: Sequence[Tensor], count: int) -> tuple[State, Result]:

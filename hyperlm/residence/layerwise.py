@@ -21,7 +21,7 @@ from hyperlm.mixers.frame import Residuals
 from hyperlm.optim import clip_factors
 from hyperlm.residence import flat
 from hyperlm.residence.base import Advance, Result
-from hyperlm.residence.program import Kind, Op, Program
+from hyperlm.residence.program import Kind, Op, Program, groups_of
 from hyperlm.state import State
 from hyperlm.tree import Tree
 
@@ -71,7 +71,7 @@ class Step:
         self.accumulate = kernels.table(("accumulate",), device, config.kernels)["accumulate"]
 
     def begin(self, batch: Batch, keys: Sequence[Tensor], count: int) -> None:
-        size = self.store.group if len(keys) % self.store.group == 0 else 1
+        size = len(keys) // groups_of(len(keys), self.store.group)
         self.tokens, self.targets = (x.unflatten(0, (-1, size)).flatten(1, 2) for x in (batch.tokens, batch.targets))
         shared = model.context(self.dtype, self.tokens[0], self.config.model, self.config.kernels)
         self.contexts = [shared._replace(key=key if self.config.model.dropout else None) for key in keys[::size]]

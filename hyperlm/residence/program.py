@@ -71,6 +71,11 @@ class Shape:
         return ((stage + self.slots - 1 - self.layers) % self.slots,)
 
 
+def groups_of(micro_batches: int, size: int) -> int:
+    """Into how many groups micro-batches fall: of `size` each, or one by one where that does not divide them."""
+    return micro_batches // size if micro_batches % size == 0 else micro_batches
+
+
 class Program(NamedTuple):
     ops: tuple[Op, ...]
     held: tuple[int, ...]  # what slots have when it ends

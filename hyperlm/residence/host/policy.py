@@ -44,9 +44,8 @@ class Policy:
 def fixed(config: Config, dtype: torch.dtype) -> Policy:
     """What the settings alone decide."""
     layerwise = config.optim.clip_scope == "layer"
-    quantised = (
-        config.optim.state == "int8" and dtype == torch.bfloat16 and not layerwise
-    )  # moments are no finer, and the bus is the slowest
+    # Moments are no finer, and the bus is the slowest.
+    quantised = config.optim.state == "int8" and dtype == torch.bfloat16 and not layerwise
     converts = dtype != (torch.bfloat16 if config.optim.state == "int8" else torch.float32)
     early = converts and config.optim.state != "int8" and not layerwise
     update: Timing = "immediate" if layerwise else "speculative" if quantised else "deferred"

@@ -22,7 +22,7 @@ from hyperlm.residence.host.policy import NARROW, Policy
 from hyperlm.residence.host.streams import Event, InFlight, read_async
 from hyperlm.residence.host.transfer import Home, Transfer
 from hyperlm.residence.host.update import Change, Updates, concerns
-from hyperlm.residence.program import Kind, Op, Program, Shape, training_step
+from hyperlm.residence.program import Kind, Op, Program, Shape, groups_of, training_step
 from hyperlm.stages import map_stages, stages
 from hyperlm.state import Pending, State
 from hyperlm.tree import Tree
@@ -74,14 +74,12 @@ class HostStore:
         self.updates = Updates(config, self.schedule, self.transfer, chunks, size, device)
         self.residuals = residuals.Store(self.transfer.main, self.shelf, policy.resident_blocks, sizes["loads"], self.dtype, device)
         self.in_flight, self.allocated = InFlight(self.transfer.main), True
-        starts = [
-            tree.leaves(part) for part in stages(stream_bases(tree.map_with_path(lambda path, _: path, state.params), config.train.seed))
-        ]
+        starts = [tree.leaves(part) for part in stages(stream_bases(state.params, config.train.seed))]
         self.noise = [list(torch.tensor([signed(start + GRADIENT_NOISE) for start in of_stage], device=device)) for of_stage in starts]
 
     def begin(self, state: State, shape: torch.Size) -> Program:
-        """A step begins: its program. Nothing that is on the device is used where the state is not the one that the newest step returned, or has nothing
-        pending."""
+        """A step begins: its program. Nothing that is on the device is used where the state is not the one that the newest step returned,
+        or has nothing pending."""
         if not self.allocated:
             self.allocate(state)
         goes_on = self.left == state.version(-1)
@@ -90,7 +88,8 @@ class HostStore:
         if state.pending is None or not goes_on:
             self.held = ()
             self.resident.clear()
-        self.in_flight.drain()  # what left in the step before: every step finds memory alike; and before its state, which updates read, is forgotten
+        # What left in the step before: every step finds memory alike. And before its state, which updates read, is forgotten.
+        self.in_flight.drain()
         self.state, self.pending = state, state.pending
         self.shift = copy_to_device(signed(state.step * STRIDE), self.device)
         self.home: Home = {"params": stages(state.params), **{name: stages(part) for name, part in state.opt_state.items()}}
@@ -103,11 +102,10 @@ class HostStore:
         return program
 
     def shape_of(self, micro_batches: int) -> Shape:
-        groups = micro_batches // self.group if micro_batches % self.group == 0 else micro_batches
         learns, due = self.speculates or self.policy.update == "immediate", frozenset[int]()
         if self.pending is not None and self.pending.part != UpdatePart.MOMENTS:
             due = frozenset(stage for stage in range(self.shape.head + 1) if concerns(self.pending, stage))
-        return replace(self.shape, groups=groups, learns=learns, pending=due, held=self.held)
+        return replace(self.shape, groups=groups_of(micro_batches, self.group), learns=learns, pending=due, held=self.held)
 
     # -- stages
 

@@ -56,7 +56,7 @@ class Updates:
         self.ring = Ring(CHUNKS, size, device)
         declared = model.declaration(config.model)
         decays = [tree.leaves(part) for part in stages(tree.map(lambda spec: spec.decay, declared))]
-        starts = [tree.leaves(part) for part in stages(stream_bases(tree.map_with_path(lambda path, _: path, declared), config.train.seed))]
+        starts = [tree.leaves(part) for part in stages(stream_bases(declared, config.train.seed))]
         self.decays = [
             [[leaves[part.leaf] for part in chunk] for chunk in of_stage] for leaves, of_stage in zip(decays, chunks, strict=True)
         ]
@@ -174,7 +174,7 @@ def make_flush(config: Config, schedule: Schedule, device: torch.device) -> Call
             torch.cuda.synchronize(device)
         if (pending := state.pending) is None:
             return state
-        starts = stream_bases(tree.map_with_path(lambda path, _: path, state.params), config.train.seed)
+        starts = stream_bases(state.params, config.train.seed)
         trees = (pending.grads, state.params, *state.opt_state.values(), decays, starts)
         for index, stage in enumerate(zip(*(stages(x) for x in trees), strict=True)):
             if concerns(pending, index):
